@@ -1,0 +1,1 @@
+"""The synthetic two-modality phantom and the demo that runs on it."""

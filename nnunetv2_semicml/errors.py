@@ -1,0 +1,34 @@
+"""The one error that users see, and how command lines print it. Imports nothing of the package."""
+
+import functools
+import sys
+from collections.abc import Callable
+from os import PathLike
+
+
+class UserError(RuntimeError):
+    """Something that only the user can put right.
+
+    Args:
+        where: the file, folder, option or variable that is wrong.
+        found: what is there.
+        expected: what should be there.
+        remedy: one sentence, in the imperative: what to do.
+    """
+
+    def __init__(self, where: str | PathLike, found: str, expected: str, remedy: str):
+        super().__init__(f"{where}: found {found}; expected {expected}. {remedy}")
+
+
+def reports_user_errors(command: Callable[[], None]) -> Callable[[], None]:
+    """Make a command line end with exit status 1 and the bare sentence of a `UserError`, without a traceback."""
+
+    @functools.wraps(command)
+    def wrapped() -> None:
+        try:
+            command()
+        except UserError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            sys.exit(1)
+
+    return wrapped

@@ -1,0 +1,1 @@
+"""Losses: pure functions and modules of tensors. Nothing here imports nnU-Net."""

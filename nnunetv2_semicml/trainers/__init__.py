@@ -1,0 +1,1 @@
+"""The trainers, one per file, and the base they share."""
