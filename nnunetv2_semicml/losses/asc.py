@@ -1,0 +1,113 @@
+"""Area-similarity contrastive (ASC) loss between the predictions of several modalities. Pure PyTorch."""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+
+class AreaSimilarityContrastiveLoss(nn.Module):
+    """Contrast whole predictions: the modalities of one case attract each other, different cases repel each other.
+
+    An anchor is the prediction of one case from one modality. Its positive is the prediction of the same case from the
+    other modality; its negatives are the predictions of all other cases in the batch, from both modalities. Two
+    predictions u, v (foreground probabilities flattened over classes and voxels) are compared by their area similarity,
+    a soft Dice with squared areas,
+
+        s(u, v) = (2<u, v> + eps) / (<u, u> + <v, v> + eps),
+
+    and the loss of anchor i with positive p(i) is
+
+        -log( exp(s(i, p(i)) / tau) / sum_{k != i} exp(s(i, k) / tau) ),
+
+    averaged over the anchors and, for more than two modalities, over the pairs of modalities. Every similarity is read
+    from one Gram matrix of all predictions, computed in (at least) float32 outside autocast, since sums of squares over
+    10^6 voxels overflow float16.
+
+    Two predictions that are both empty have no area to compare: their similarity would be 1 through eps alone, or noise
+    with an exploding gradient. Such a pair is neither a positive nor a negative, and an anchor without a positive does
+    not count in the mean. A prediction is empty if its squared area <u, u> is below `empty_area`.
+
+    Source: Zhang et al., Multi-modal contrastive mutual learning and pseudo-label re-learning for semi-supervised
+    medical image segmentation, Med. Image Anal. 83:102656, 2023.
+
+    Args:
+        temperature: tau > 0. Similarities lie in [0, 1], so the published tau = 1 is gentle.
+        eps: keeps the similarity defined without area. In voxels, as areas are.
+        empty_area: squared area below which a prediction counts as empty, in voxels; the default is less than one
+            confident voxel.
+
+    Raises:
+        ValueError: if temperature or eps is not positive or empty_area is negative.
+    """
+
+    def __init__(self, temperature: float = 1.0, eps: float = 1e-6, empty_area: float = 1.0):
+        super().__init__()
+        if temperature <= 0 or eps <= 0 or empty_area < 0:
+            raise ValueError(
+                f"temperature and eps must be positive and empty_area must not be negative, got {temperature=}, "
+                f"{eps=}, {empty_area=}."
+            )
+        self.temperature = temperature
+        self.eps = eps
+        self.empty_area = empty_area
+
+    def forward(self, predictions: Sequence[Tensor]) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            predictions: M >= 2 tensors of foreground probabilities, one per modality, each (B, C, *spatial) with B >= 2
+                cases and C foreground classes or regions, without the background.
+
+        Returns:
+            The scalar loss, in float32 (float64 for float64 input).
+
+        Raises:
+            ValueError: for fewer than two modalities or cases, or if the shapes differ.
+        """
+        shapes = [tuple(p.shape) for p in predictions]
+        if len(shapes) < 2 or len(set(shapes)) > 1 or shapes[0][0] < 2:
+            raise ValueError(f"expected at least 2 tensors of one shape (B >= 2, C, *spatial), got {shapes}.")
+        cases = shapes[0][0]
+
+        with torch.autocast(predictions[0].device.type, enabled=False):
+            flat = torch.cat([p.flatten(1) for p in predictions])  # (N, V) with N = M * B, V = C * voxels
+            similarity, empty = self._area_similarity(flat.to(torch.promote_types(flat.dtype, torch.float32)))
+            losses = []
+            for a, b in combinations(range(len(predictions)), 2):
+                pair = torch.cat([torch.arange(m * cases, (m + 1) * cases, device=flat.device) for m in (a, b)])
+                losses.append(self._contrast(similarity[pair][:, pair], empty[pair]))
+            return torch.stack(losses).mean()
+
+    def _area_similarity(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        gram = _Gram.apply(flat)  # (N, N)
+        area = gram.diagonal()
+        similarity = (2 * gram + self.eps) / (area[:, None] + area[None, :] + self.eps)
+        return similarity, area.detach() < self.empty_area
+
+    def _contrast(self, similarity: Tensor, empty: Tensor) -> Tensor:
+        """InfoNCE over the (2B, 2B) similarities of two modalities; row i and row i + B belong to one case."""
+        anchors = len(similarity)
+        index = torch.arange(anchors, device=similarity.device)
+        positive = index.roll(anchors // 2)
+        comparable = ~(empty[:, None] & empty[None, :])
+        counts = comparable[index, positive]
+        left_out = (~comparable | torch.eye(anchors, dtype=torch.bool, device=empty.device)) & counts[:, None]
+        logits = (similarity / self.temperature).masked_fill(left_out, float("-inf"))
+        loss = logits.logsumexp(1) - logits[index, positive]
+        return torch.where(counts, loss, 0).sum() / counts.sum().clamp(min=1)
+
+
+class _Gram(torch.autograd.Function):
+    """G = P P^T of P (N, V) with the gradient (dG + dG^T) P in one product; autograd would hold two of that size."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, p: Tensor) -> Tensor:
+        ctx.save_for_backward(p)
+        return p @ p.T
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        (p,) = ctx.saved_tensors
+        return (grad + grad.T) @ p
