@@ -1,0 +1,126 @@
+"""Cases whose modalities were cropped and resampled apart, presented to nnU-Net's data loader as one M-channel case."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+
+
+def common_frame(
+    properties: Sequence[dict],
+    shapes: Sequence[Sequence[int]],
+    transpose_forward: Sequence[int],
+    target_spacing: Sequence[float],
+) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Place the preprocessed arrays of one case's modalities in a frame that contains them all.
+
+    A crop [lo, hi) of the original grid became R voxels of the target grid. Its middle is put where it belongs, rounded
+    to whole voxels relative to the first modality. Without resampling that is exact. With it, the middles of two
+    modalities are at most half a voxel apart; towards the ends of the crops at most another half voxel is added, since
+    nnU-Net stretches each crop to a whole number of voxels.
+
+    Args:
+        properties: what nnU-Net's preprocessor stored with each modality.
+        shapes: spatial shape of each modality's preprocessed array.
+        transpose_forward: the plans' axis order, which arrays and bounding boxes are already in and spacings are not.
+        target_spacing: the configuration's spacing in mm, in transposed order; a 2d configuration has no first axis.
+
+    Returns:
+        The shape of the frame and the offset of each modality's array in it, in voxels.
+    """
+    original = np.array([properties[0]["spacing"][axis] for axis in transpose_forward], dtype=float)
+    target = np.array([*original[: len(original) - len(target_spacing)], *target_spacing])
+    sizes = np.array(shapes)  # (M, axes)
+    boxes = np.array([p["bbox_used_for_cropping"] for p in properties])  # (M, axes, 2)
+    starts = boxes.mean(axis=2) * (original / target) - sizes / 2
+    offsets = np.rint(starts - starts[0]).astype(int)
+    offsets -= offsets.min(axis=0)
+    frame = (offsets + sizes).max(axis=0)
+    return tuple(int(n) for n in frame), [tuple(int(n) for n in offset) for offset in offsets]
+
+
+class PairedArray:
+    """M arrays (1, *own shape) at their offsets in one frame, read as a single array (M, *frame).
+
+    Only what a slice covers is read and decompressed. Voxels outside of an array have the fill value.
+    """
+
+    def __init__(
+        self, arrays: Sequence, frame: tuple[int, ...], offsets: Sequence[tuple[int, ...]], fill: float, dtype: type
+    ):
+        self.arrays = arrays
+        self.offsets = offsets
+        self.shape = (len(arrays), *frame)
+        self.fill = fill
+        self.dtype = np.dtype(dtype)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        if index[0] != slice(None):
+            raise IndexError(f"all modalities are read at once, got {index[0]} for them.")
+        wanted = [range(n)[s] for s, n in zip(index[1:], self.shape[1:], strict=True)]
+        out = np.full((len(self.arrays), *map(len, wanted)), self.fill, self.dtype)
+        for channel, (array, offset) in enumerate(zip(self.arrays, self.offsets, strict=True)):
+            source, target = [], []
+            for axis, start, size in zip(wanted, offset, array.shape[1:], strict=True):
+                first, last = max(axis.start, start), min(axis.stop, start + size)
+                source.append(slice(first - start, last - start))
+                target.append(slice(first - axis.start, last - axis.start))
+            if all(s.start < s.stop for s in source):
+                out[(channel, *target)] = array[(slice(0, 1), *source)][0]
+        return out
+
+
+class PairedDataset:
+    """The cases of M modality datasets, each as one M-channel case. Stands in for nnU-Net's dataset in its data loader.
+
+    Channel m of a case's image and segmentation are modality m's own preprocessed files, voxel for voxel.
+
+    Args:
+        datasets: one preprocessed nnU-Net dataset per modality.
+        identifiers: the cases to serve; every dataset has them.
+        transpose_forward: see `common_frame`.
+        target_spacing: see `common_frame`.
+        labeled: whether the segmentations are labels. If not, they are mere masks of the nonzero region (0 inside, -1
+            outside) that nnU-Net's augmentation needs, and there are no foreground locations.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[nnUNetBaseDataset],
+        identifiers: Sequence[str],
+        transpose_forward: Sequence[int],
+        target_spacing: Sequence[float],
+        labeled: bool,
+    ):
+        self.datasets = datasets
+        self.identifiers = sorted(identifiers)
+        self.transpose_forward = transpose_forward
+        self.target_spacing = target_spacing
+        self.labeled = labeled
+
+    def load_case(self, identifier: str) -> tuple[PairedArray, PairedArray, None, dict]:
+        """Open a case.
+
+        Returns:
+            Image (M, *frame) in float32, segmentation (M, *frame) in int16, no previous stage, and properties with the
+            foreground locations in the frame (`class_locations` as nnU-Net has them).
+        """
+        images, segmentations, _, properties = zip(*(d.load_case(identifier) for d in self.datasets), strict=True)
+        shapes = [image.shape[1:] for image in images]
+        frame, offsets = common_frame(properties, shapes, self.transpose_forward, self.target_spacing)
+        return (
+            PairedArray(images, frame, offsets, 0, np.float32),
+            PairedArray(segmentations, frame, offsets, -1, np.int16),
+            None,
+            {"class_locations": _class_locations(properties, offsets) if self.labeled else {}},
+        )
+
+
+def _class_locations(properties: Sequence[dict], offsets: Sequence[tuple[int, ...]]) -> dict:
+    """Foreground locations, each class's from the first modality whose crop contains it, moved to the frame."""
+    found = {}
+    for own, offset in zip(properties, offsets, strict=True):
+        for label, locations in own["class_locations"].items():
+            if len(found.get(label, ())) == 0:
+                found[label] = locations + np.array([0, *offset]) if len(locations) else []
+    return found
