@@ -1,0 +1,12 @@
+"""The folder for nnU-Net's variable nnUNet_extTrainer; `nnUNetv2_semicml_trainers` prints it.
+
+nnU-Net imports every module that it finds there under a top-level name and forgets it again. So the folder holds one
+thin module that re-exports the trainers of the installed package, whose classes thereby keep one identity.
+"""
+
+from pathlib import Path
+
+
+def main() -> None:
+    """Print the folder: export nnUNet_extTrainer="$(nnUNetv2_semicml_trainers)"."""
+    print(Path(__file__).parent)

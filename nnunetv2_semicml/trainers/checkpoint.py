@@ -1,0 +1,96 @@
+"""Checkpoints that are whole or absent, readable without running code, and tied to what they were trained on."""
+
+import os
+import random
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+
+from nnunetv2_semicml.errors import UserError
+
+
+def save_atomically(checkpoint: dict, filename: str) -> None:
+    """Write a checkpoint beside its name and move it there, so that a crash or a full disk leaves the previous one.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    temporary = Path(f"{filename}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(filename)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            filename,
+            f"that the checkpoint cannot be written ({error})",
+            "enough space and the right to write there",
+            "The previous checkpoint is untouched: make room and continue with --c.",
+        ) from error
+
+
+def load_checkpoint(filename: str, device: torch.device, provenance: dict) -> dict:
+    """Read a checkpoint and refuse one of another run.
+
+    Args:
+        filename: the checkpoint.
+        device: where its tensors go.
+        provenance: what the checkpoint must have been trained on, as stored under "provenance".
+
+    Raises:
+        UserError: if the file is damaged or its provenance is another.
+    """
+    try:
+        checkpoint = torch.load(filename, map_location=device, weights_only=True)
+        found = checkpoint["provenance"]
+    except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            filename,
+            f"a file that cannot be read as a checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})",
+            "a checkpoint of this trainer",
+            "Move it away and continue from another checkpoint of the folder, or train anew without --c.",
+        ) from error
+    for key, expected in provenance.items():
+        if found.get(key) != expected:
+            raise UserError(
+                filename,
+                f"a checkpoint of {key} {found.get(key)}",
+                f"{key} {expected}",
+                "Put the checkpoint back where it belongs, or train anew without --c.",
+            )
+    return checkpoint
+
+
+def to_builtin(value: object) -> object:
+    """Turn NumPy scalars in nested dicts, lists and tuples into Python numbers, as `weights_only` loading needs."""
+    if isinstance(value, dict):
+        return {key: to_builtin(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_builtin(item) for item in value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def get_random_state() -> dict:
+    """State of the random generators of Python, NumPy and PyTorch (all CUDA devices included)."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict) -> None:
+    """Restore what `get_random_state` returned."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

@@ -1,0 +1,93 @@
+"""A stock nnU-Net trainer as one member of a group: it keeps its network and records, and is given its batches."""
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch._dynamo import OptimizedModule
+
+from nnunetv2_semicml.trainers.checkpoint import save_atomically, to_builtin
+
+
+class ModalityTrainerMixin:
+    """What a group changes in a stock trainer: no batches of its own, and checkpoints made for deployment.
+
+    Everything else (network, loss, optimizer, schedule, log, progress.png, validation, model folder) is inherited from
+    the stock trainer that the mixin is combined with by `make_modality_trainer_class`.
+    """
+
+    modality: str
+    stock_trainer: type[nnUNetTrainer]
+    provenance: dict
+    print_to_console = False  # the conductor reports the epochs of all modalities together
+
+    def get_dataloaders(self) -> tuple[None, None]:
+        """Draw nothing: the conductor does. Only the mirroring axes, which inference needs, are determined here."""
+        self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        return None, None
+
+    def print_to_log_file(self, *args: object, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+        """Write to this modality's log file and, during validation, to the console."""
+        also_print_to_console = also_print_to_console and self.print_to_console
+        super().print_to_log_file(
+            f"[{self.modality}]", *args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp
+        )
+
+    def unwrapped_network(self) -> torch.nn.Module:
+        """The network without torch.compile's wrapper, whose weight names are those of nnU-Net's checkpoints."""
+        return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+
+    def get_state(self) -> dict:
+        """What continues this modality's training, as part of the joint checkpoint."""
+        return {
+            "network_weights": self.unwrapped_network().state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "logging": to_builtin(self.logger.get_checkpoint()),
+            "_best_ema": to_builtin(self._best_ema),
+        }
+
+    def set_state(self, state: dict, current_epoch: int) -> None:
+        """Restore what `get_state` returned."""
+        self.unwrapped_network().load_state_dict(state["network_weights"])
+        self.optimizer.load_state_dict(state["optimizer_state"])
+        self.logger.load_checkpoint(state["logging"])
+        self._best_ema = state["_best_ema"]
+        self.current_epoch = current_epoch
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write what a stock nnU-Net predicts with: the weights, under the name of a trainer that it knows.
+
+        Optimizer and scaler state stand in the joint checkpoint alone; training continues from there.
+        """
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        checkpoint = {
+            "network_weights": self.unwrapped_network().state_dict(),
+            "logging": to_builtin(self.logger.get_checkpoint()),
+            "_best_ema": to_builtin(self._best_ema),
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": self.stock_trainer.__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            "provenance": self.provenance,
+        }
+        save_atomically(checkpoint, filename)
+
+    def load_network_weights(self, filename: str) -> None:
+        """Load the weights, and nothing else, of a checkpoint that `save_checkpoint` wrote."""
+        checkpoint = torch.load(filename, map_location=self.device, weights_only=True)
+        self.unwrapped_network().load_state_dict(checkpoint["network_weights"])
+
+
+def make_modality_trainer_class(
+    stock_trainer: type[nnUNetTrainer], name: str, modality: str, provenance: dict
+) -> type[nnUNetTrainer]:
+    """Combine the mixin with a stock trainer.
+
+    Args:
+        stock_trainer: the nnU-Net trainer of the networks; it must be part of nnU-Net, so that any nnU-Net can predict.
+        name: the class name, from which nnU-Net derives the result folder: that of the conductor.
+        modality: the modality's name, for logs.
+        provenance: stored in the checkpoints.
+    """
+    members = {"modality": modality, "stock_trainer": stock_trainer, "provenance": provenance}
+    return type(name, (ModalityTrainerMixin, stock_trainer), members)

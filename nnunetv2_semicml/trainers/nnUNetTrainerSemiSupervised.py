@@ -1,0 +1,515 @@
+"""The base of all trainers here: stock trainers, one per modality, and a conductor that adds an unsupervised loss.
+
+nnU-Net's command line instantiates the conductor for the multi-modal dataset and runs nnU-Net's own training loop on
+it. The conductor draws labeled and unlabeled batches of paired modalities, computes
+
+    sum_m L_sup(m, labeled) + sum_terms weight_term(epoch) * L_term(predictions of all modalities, unlabeled)
+
+and passes every other hook on to the modality trainers, which write complete stock model folders of their own.
+"""
+
+import os
+from os.path import basename, isfile, join
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.helpers import dummy_context
+from torch import Tensor, autocast
+from torch import distributed as dist
+
+from nnunetv2_semicml.data.modality_group import ModalityGroup, preprocessed_folder, unlabeled_identifier
+from nnunetv2_semicml.data.paired_dataset import PairedDataset
+from nnunetv2_semicml.data.streams import PairedTransform, SemiSupervisedDataLoader, UnlabeledDataLoader
+from nnunetv2_semicml.trainers.checkpoint import (
+    get_random_state,
+    load_checkpoint,
+    save_atomically,
+    set_random_state,
+    to_builtin,
+)
+from nnunetv2_semicml.trainers.modality_trainer import make_modality_trainer_class
+from nnunetv2_semicml.trainers.plot_terms import plot_terms
+
+# hyper-parameters of nnU-Net that a subclass sets on the conductor and every modality trainer then has
+_PASSED_ON = (
+    "initial_lr",
+    "weight_decay",
+    "oversample_foreground_percent",
+    "probabilistic_oversampling",
+    "num_iterations_per_epoch",
+    "num_val_iterations_per_epoch",
+    "num_epochs",
+    "current_epoch",
+    "enable_deep_supervision",
+    "save_every",
+    "disable_checkpointing",
+)
+
+
+class nnUNetTrainerSemiSupervised(nnUNetTrainer):
+    """Conductor of one stock trainer per modality. A method derives from it and defines its unsupervised terms.
+
+    Hooks of networks, losses, optimizers and augmentation are those of `network_trainer`, nnU-Net's own class, and not
+    of the conductor.
+
+    Attributes:
+        network_trainer: the nnU-Net trainer that every modality is trained and deployed with.
+        trainers: the modality trainers in channel order, from `initialize` on.
+        unlabeled_batch_size: unlabeled cases per step; None takes the plans' batch size.
+        two_pass: how a step is computed, see `train_step`; None takes two passes on a GPU, where memory is scarce, and
+            one pass elsewhere.
+    """
+
+    network_trainer: type[nnUNetTrainer] = nnUNetTrainer
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):
+        name = type(self).__name__
+        if dist.is_available() and dist.is_initialized():
+            raise NotImplementedError(f"{name} runs on one GPU: leave out -num_gpus.")
+        if os.environ.get("nnUNet_wandb_enabled", "0") not in ("0", "False", "false"):
+            raise NotImplementedError(f"{name} does not log to Weights & Biases: unset nnUNet_wandb_enabled.")
+        self.group = ModalityGroup.load(plans["dataset_name"])
+        if "previous_stage" in plans["configurations"].get(configuration, {}):
+            raise NotImplementedError(f"{name} does not support the cascade: train 3d_fullres or 3d_lowres instead.")
+        self.modality_plans = self.group.require_ready(plans, configuration)
+        self.continue_training = plans["continue_training"]
+        self._seed_everything()
+
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.network = _NoSingleNetwork(name)
+        self.trainers: list = []
+        self.unlabeled_batch_size: int | None = None
+        self.two_pass: bool | None = None
+        self._random_state: dict | None = None
+        self._validate_best = False
+
+    # what a method defines
+
+    def unsupervised_terms(self, predictions: list[Tensor]) -> dict[str, Tensor]:
+        """Compute the unsupervised loss terms on unlabeled cases.
+
+        Args:
+            predictions: foreground probabilities of each modality's network, (B, C, *patch) in float32.
+
+        Returns:
+            Scalar terms by name, unweighted.
+        """
+        raise NotImplementedError
+
+    def unsupervised_weights(self) -> dict[str, float]:
+        """Weight of every term of `unsupervised_terms` in the current epoch."""
+        raise NotImplementedError
+
+    # setting up
+
+    def initialize(self) -> None:
+        """Build the modality trainers and let them build their networks."""
+        if self.was_initialized:
+            raise RuntimeError("initialize was called twice.")
+        self._set_batch_size_and_oversample()
+        if self.two_pass is None:
+            self.two_pass = self.device.type == "cuda"
+            reason = "memory of one network at a time" if self.two_pass else "no GPU whose memory has to be spared"
+            self.print_to_log_file(f"Steps take {'two passes' if self.two_pass else 'one pass'}: {reason}.")
+        for modality, (plans, dataset_json) in zip(self.group.modalities, self.modality_plans, strict=True):
+            provenance = {**self.provenance, "modality": modality.name, "trainer": type(self).__name__}
+            trainer_class = make_modality_trainer_class(
+                self.network_trainer, type(self).__name__, modality.name, provenance
+            )
+            plans = {**plans, "continue_training": self.continue_training}
+            # the list of cases, with the paths of this machine, must not travel with a deployed model
+            dataset_json = {key: value for key, value in dataset_json.items() if key != "dataset"}
+            trainer = trainer_class(plans, self.configuration_name, self.fold, dataset_json, self.device)
+            for attribute in _PASSED_ON:
+                setattr(trainer, attribute, getattr(self, attribute))
+            trainer.initialize()
+            self.trainers.append(trainer)
+        for key in self._term_keys():
+            self.logger.local_logger.my_fantastic_logging.setdefault(key, [])
+        self.was_initialized = True
+
+    @property
+    def provenance(self) -> dict:
+        """What a checkpoint belongs to."""
+        return {
+            "dataset": self.plans_manager.dataset_name,
+            "modalities": [m.name for m in self.group.modalities],
+            "plans": self.plans_manager.plans_name,
+            "configuration": self.configuration_name,
+            "fold": self.fold,
+        }
+
+    def _seed_everything(self) -> None:
+        # nnU-Net offers no seed; with nnUNet_n_proc_DA=0 this one makes whole runs repeatable
+        seed = os.environ.get("nnUNet_semicml_seed")
+        if seed is not None:
+            torch.manual_seed(int(seed))
+            np.random.seed(int(seed))
+
+    def _term_keys(self) -> list[str]:
+        weights = self.unsupervised_weights()
+        return [f"unsupervised/{term}" for term in weights] + [f"weight/{term}" for term in weights]
+
+    # data
+
+    def get_dataloaders(self) -> tuple:
+        """Streams of paired modalities: labeled and unlabeled patches for training, labeled ones for validation."""
+        first = self.trainers[0]
+        scales = self._get_deep_supervision_scales()
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            first.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        patch_size = self.configuration_manager.patch_size
+        labels = {
+            "foreground_labels": self.label_manager.foreground_labels,
+            "regions": self.label_manager.foreground_regions if self.label_manager.has_regions else None,
+            "ignore_label": self.label_manager.ignore_label,
+        }
+
+        def training_transforms(deep_supervision_scales: list | None, **targets: object) -> PairedTransform:
+            return PairedTransform(
+                [
+                    t.get_training_transforms(
+                        patch_size,
+                        rotation,
+                        deep_supervision_scales,
+                        mirror_axes,
+                        dummy_2d,
+                        use_mask_for_norm=t.configuration_manager.use_mask_for_norm,
+                        **targets,
+                    )
+                    for t in self.trainers
+                ]
+            )
+
+        validation_transforms = PairedTransform([t.get_validation_transforms(scales, **labels) for t in self.trainers])
+        train_cases, validation_cases = first.do_split()
+        oversampling = {
+            "oversample_foreground_percent": self.oversample_foreground_percent,
+            "probabilistic_oversampling": self.probabilistic_oversampling,
+        }
+        train = SemiSupervisedDataLoader(
+            self._paired_dataset(train_cases, labeled=True),
+            self.batch_size,
+            initial_patch_size,
+            patch_size,
+            self.label_manager,
+            transforms=training_transforms(scales, **labels),
+            **oversampling,
+            unlabeled=UnlabeledDataLoader(
+                self._paired_dataset(self.group.unlabeled, labeled=False),
+                self.unlabeled_batch_size or self.batch_size,
+                initial_patch_size,
+                patch_size,
+                self.label_manager,
+                transforms=training_transforms(None),
+            ),
+        )
+        validation = nnUNetDataLoader(
+            self._paired_dataset(validation_cases, labeled=True),
+            self.batch_size,
+            patch_size,
+            patch_size,
+            self.label_manager,
+            transforms=validation_transforms,
+            **oversampling,
+        )
+        workers = get_allowed_n_proc_DA()
+        augmenters = (
+            self._augmenter(train, workers),
+            self._augmenter(validation, workers // 2 if workers > 1 else workers),
+        )
+        for augmenter in augmenters:
+            next(augmenter)  # as nnU-Net does: the workers start here, and what is wrong with the data shows now
+        return augmenters
+
+    def _paired_dataset(self, cases: list[str], labeled: bool) -> PairedDataset:
+        identifier = self.configuration_manager.data_identifier
+        folders = [
+            str(preprocessed_folder(m.dataset_name) / (identifier if labeled else unlabeled_identifier(identifier)))
+            for m in self.group.modalities
+        ]
+        return PairedDataset(
+            [infer_dataset_class(folder)(folder, list(cases)) for folder in folders],
+            cases,
+            self.plans_manager.transpose_forward,
+            self.configuration_manager.spacing,
+            labeled,
+        )
+
+    def _augmenter(self, loader: nnUNetDataLoader, workers: int) -> object:
+        if workers == 0:
+            return SingleThreadedAugmenter(loader, None)
+        return NonDetMultiThreadedAugmenter(
+            loader,
+            None,
+            num_processes=workers,
+            num_cached=max(3, workers // 2),
+            pin_memory=self.device.type == "cuda",
+            wait_time=0.002,
+        )
+
+    def _modality_batches(self, batch: dict) -> list[tuple[Tensor, Tensor | list[Tensor]]]:
+        """Split a paired batch on the device: (image (B, 1, *patch), target or list of targets) of each modality."""
+        data = batch["data"].to(self.device, non_blocking=True)
+        target = batch["target"]
+        scales = [t.to(self.device, non_blocking=True) for t in (target if isinstance(target, list) else [target])]
+        batches = []
+        for m in range(len(self.trainers)):
+            own = [scale.chunk(len(self.trainers), dim=1)[m] for scale in scales]
+            batches.append((data[:, m : m + 1], own if isinstance(target, list) else own[0]))
+        return batches
+
+    # training
+
+    def on_train_start(self) -> None:
+        """Let every modality trainer write its model folder, and open the streams."""
+        if not self.was_initialized:
+            self.initialize()
+        self._validate_best = False
+        for trainer in self.trainers:
+            trainer.on_train_start()
+        self.dataloader_train, self.dataloader_val = self.get_dataloaders()
+        if self._random_state is not None:  # only now: opening the streams draws random numbers
+            set_random_state(self._random_state)
+            self._random_state = None
+
+    def on_epoch_start(self) -> None:
+        """Start the epoch everywhere."""
+        super().on_epoch_start()
+        for trainer in self.trainers:
+            trainer.on_epoch_start()
+
+    def on_train_epoch_start(self) -> None:
+        """Set learning rates and training mode everywhere."""
+        self.print_to_log_file("")
+        self.print_to_log_file(f"Epoch {self.current_epoch}")
+        for trainer in self.trainers:
+            trainer.on_train_epoch_start()
+        self.logger.log("lrs", self.trainers[0].optimizer.param_groups[0]["lr"], self.current_epoch)
+
+    def train_step(self, batch: dict) -> dict:
+        """Make one coupled step of all networks.
+
+        In one pass, the activations of all networks on labeled and unlabeled cases are held until the backward pass. In
+        two passes, the predictions are first computed without a graph, then the unsupervised loss and its gradient on
+        them, and then each network alone is run again with that gradient: the same result with one network in memory.
+        """
+        labeled = self._modality_batches(batch)
+        unlabeled = batch["unlabeled"].to(self.device, non_blocking=True).split(1, dim=1)
+        for trainer in self.trainers:
+            trainer.optimizer.zero_grad(set_to_none=True)
+        step = self._two_pass_step if self.two_pass else self._one_pass_step
+        supervised, terms, total = step(labeled, unlabeled)
+        for trainer in self.trainers:
+            if self.grad_scaler is not None:
+                self.grad_scaler.unscale_(trainer.optimizer)
+            torch.nn.utils.clip_grad_norm_(trainer.network.parameters(), 12)
+            if self.grad_scaler is not None:
+                self.grad_scaler.step(trainer.optimizer)
+            else:
+                trainer.optimizer.step()
+        if self.grad_scaler is not None:
+            self.grad_scaler.update()
+        values = torch.stack([total, *supervised, *terms.values()]).cpu().numpy()  # the step's one synchronization
+        n = len(supervised) + 1
+        return {"loss": values[0], "supervised": values[1:n], "unsupervised": values[n:]}
+
+    def _one_pass_step(self, labeled: list, unlabeled: tuple[Tensor, ...]) -> tuple[list[Tensor], dict, Tensor]:
+        predictions = [self._predict(t, x) for t, x in zip(self.trainers, unlabeled, strict=True)]
+        supervised = [self._supervised_loss(t, *own) for t, own in zip(self.trainers, labeled, strict=True)]
+        terms, unsupervised = self._unsupervised_loss(predictions)
+        total = sum(supervised) + unsupervised
+        self._scale(total).backward()
+        return self._detach(supervised, terms, total)
+
+    def _two_pass_step(self, labeled: list, unlabeled: tuple[Tensor, ...]) -> tuple[list[Tensor], dict, Tensor]:
+        predictions, random_states = [], []
+        for trainer, image in zip(self.trainers, unlabeled, strict=True):
+            random_states.append(self._dropout_state())
+            with torch.no_grad():
+                predictions.append(self._predict(trainer, image))
+        for prediction in predictions:
+            prediction.requires_grad_()
+        terms, unsupervised = self._unsupervised_loss(predictions)
+        gradients = torch.autograd.grad(self._scale(unsupervised), predictions)
+
+        supervised = []
+        for trainer, own, image, state, gradient in zip(
+            self.trainers, labeled, unlabeled, random_states, gradients, strict=True
+        ):
+            loss = self._supervised_loss(trainer, *own)
+            self._scale(loss).backward()
+            supervised.append(loss.detach())
+            resume_state = self._dropout_state()
+            self._dropout_state(state)  # dropout must drop in the replay what it dropped before
+            self._predict(trainer, image).backward(gradient)
+            self._dropout_state(resume_state)
+        return self._detach(supervised, terms, sum(supervised) + unsupervised)
+
+    def _predict(self, trainer: nnUNetTrainer, image: Tensor) -> Tensor:
+        """Foreground probabilities (B, C, *patch) of one network, in float32, at full resolution."""
+        with self._autocast():
+            output = trainer.network(image)
+        logits = (output[0] if isinstance(output, (list, tuple)) else output).float()
+        return logits.sigmoid() if self.label_manager.has_regions else logits.softmax(1)[:, 1:]
+
+    def _supervised_loss(self, trainer: nnUNetTrainer, image: Tensor, target: Tensor | list[Tensor]) -> Tensor:
+        with self._autocast():
+            return trainer.loss(trainer.network(image), target)
+
+    def _unsupervised_loss(self, predictions: list[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        terms = self.unsupervised_terms(predictions)
+        weights = self.unsupervised_weights()
+        return terms, sum(weights[name] * term for name, term in terms.items())
+
+    def _autocast(self) -> object:
+        return autocast("cuda") if self.device.type == "cuda" else dummy_context()
+
+    def _scale(self, loss: Tensor) -> Tensor:
+        return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
+
+    def _dropout_state(self, restore: Tensor | None = None) -> Tensor | None:
+        """Get, or set, the state of the generator that dropout draws from."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_rng_state() if restore is None else torch.cuda.set_rng_state(restore)
+        return torch.get_rng_state() if restore is None else torch.set_rng_state(restore)
+
+    @staticmethod
+    def _detach(supervised: list[Tensor], terms: dict, total: Tensor) -> tuple[list[Tensor], dict, Tensor]:
+        return [s.detach() for s in supervised], {name: t.detach() for name, t in terms.items()}, total.detach()
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Log the total here, each supervised loss with its modality, and the mean of every unsupervised term."""
+        super().on_train_epoch_end([{"loss": o["loss"]} for o in train_outputs])
+        for m, trainer in enumerate(self.trainers):
+            trainer.on_train_epoch_end([{"loss": o["supervised"][m]} for o in train_outputs])
+        means = np.mean([o["unsupervised"] for o in train_outputs], axis=0)
+        weights = self.unsupervised_weights()
+        for (name, weight), mean in zip(weights.items(), means, strict=True):
+            self.logger.log(f"unsupervised/{name}", float(mean), self.current_epoch)
+            self.logger.log(f"weight/{name}", weight, self.current_epoch)
+
+    # validation during training
+
+    def on_validation_epoch_start(self) -> None:
+        """Set evaluation mode everywhere."""
+        for trainer in self.trainers:
+            trainer.on_validation_epoch_start()
+
+    def validation_step(self, batch: dict) -> list[dict]:
+        """Validate every modality trainer on its own channel of the batch."""
+        return [
+            trainer.validation_step({"data": data, "target": target})
+            for trainer, (data, target) in zip(self.trainers, self._modality_batches(batch), strict=True)
+        ]
+
+    def on_validation_epoch_end(self, val_outputs: list[list[dict]]) -> None:
+        """Log each modality's pseudo Dice with the modality, and their mean here."""
+        for m, trainer in enumerate(self.trainers):
+            trainer.on_validation_epoch_end([outputs[m] for outputs in val_outputs])
+        for key in ("mean_fg_dice", "dice_per_class_or_region", "val_losses"):
+            mean = np.mean([t.logger.get_value(key, step=-1) for t in self.trainers], axis=0)
+            self.logger.log(key, mean.tolist(), self.current_epoch)
+
+    def on_epoch_end(self) -> None:
+        """Report and save: each modality its best epoch for deployment, the conductor all that continues training."""
+        for trainer in self.trainers:
+            trainer.on_epoch_end()
+            latest = {key: trainer.logger.get_value(key, step=-1) for key in ("train_losses", "val_losses")}
+            dice = np.round(trainer.logger.get_value("dice_per_class_or_region", step=-1), 4).tolist()
+            losses = ", ".join(f"{key[:-2]} {value:.4f}" for key, value in latest.items())
+            self.print_to_log_file(f"{trainer.modality}: {losses}, pseudo Dice {dice}")
+        terms = [
+            f"{name} {self.logger.get_value(f'unsupervised/{name}', step=-1):.4f} (weight {weight:.4f})"
+            for name, weight in self.unsupervised_weights().items()
+        ]
+        self.print_to_log_file("unsupervised:", ", ".join(terms))
+        super().on_epoch_end()
+        plot_terms(self.logger.get_checkpoint(), join(self.output_folder, "unsupervised_terms.png"))
+
+    def on_train_end(self) -> None:
+        """Save the final model of every modality, then the joint one, and close the streams."""
+        for trainer in self.trainers:
+            trainer.on_train_end()
+        super().on_train_end()
+
+    # checkpoints
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write the joint state of all modalities, from which --c continues."""
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        checkpoint = {
+            "provenance": self.provenance,
+            "trainer_name": type(self).__name__,
+            "modalities": {trainer.modality: trainer.get_state() for trainer in self.trainers},
+            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+            "logging": to_builtin(self.logger.get_checkpoint()),
+            "_best_ema": to_builtin(self._best_ema),
+            "current_epoch": self.current_epoch + 1,
+            "random_state": get_random_state(),
+        }
+        save_atomically(checkpoint, filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """Continue from a joint checkpoint.
+
+        Raises:
+            UserError: if it is damaged or belongs to another dataset, other modalities, plans, configuration or fold.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        checkpoint = load_checkpoint(filename_or_checkpoint, self.device, self.provenance)
+        self.current_epoch = checkpoint["current_epoch"]
+        self._best_ema = checkpoint["_best_ema"]
+        self.logger.load_checkpoint(checkpoint["logging"])
+        for trainer in self.trainers:
+            trainer.set_state(checkpoint["modalities"][trainer.modality], self.current_epoch)
+        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+        self._random_state = checkpoint["random_state"]
+        self._validate_best = basename(filename_or_checkpoint) == "checkpoint_best.pth"
+
+    # validation after training
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Validate every modality alone, as it will be deployed.
+
+        After --val_best each modality has the weights of its own best epoch; the joint checkpoint_best is of the epoch
+        with the best mean over the modalities.
+        """
+        for trainer in self.trainers:
+            best = join(trainer.output_folder, "checkpoint_best.pth")
+            if self._validate_best and isfile(best):
+                trainer.load_network_weights(best)
+            trainer.print_to_console = True
+            trainer.perform_actual_validation(save_probabilities)
+            trainer.print_to_console = False
+
+
+class _NoSingleNetwork:
+    """Stands where nnU-Net expects the trainer's network, and says what cannot be done with several."""
+
+    def __init__(self, trainer_name: str):
+        self.trainer_name = trainer_name
+
+    def state_dict(self) -> dict:
+        """Refuse nnU-Net's -pretrained_weights, the one caller."""
+        raise NotImplementedError(
+            f"{self.trainer_name} trains one network per modality: leave out -pretrained_weights."
+        )
