@@ -1,0 +1,327 @@
+"""Turns a fully labeled nnU-Net dataset into a semi-supervised one (DESIGN 2): `nnUNetv2_semicml_withhold_labels`.
+
+The labels of the unlabeled cases do not exist in the new dataset, so that no code can use them by mistake. May import
+nnU-Net, `errors` and `raw_dataset`.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Collection
+from pathlib import Path
+
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, find_candidate_datasets
+
+from nnunetv2_semicml.errors import UserError, reports_user_errors
+from nnunetv2_semicml.planning.raw_dataset import RawDataset, read_raw_dataset, some_of
+
+
+def withhold_labels(
+    source_id: int,
+    output_id: int,
+    output_name: str | None = None,
+    *,
+    labeled_fraction: float | None = None,
+    num_labeled: int | None = None,
+    test_fraction: float | None = None,
+    test_cases: Path | None = None,
+    groups: Path | None = None,
+    stratify: Path | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a new raw dataset in which only some cases of a fully labeled one keep their label.
+
+    The draw depends on the seed and the names alone, and is nested: with the same seed, test set, groups and strata, a
+    smaller labeled set is a subset of a larger one. withheld_labels.json in the new dataset records it. A test set that
+    the source has (imagesTs and labelsTs) comes along; imagesTs without labelsTs stays behind.
+
+    Args:
+        source_id: the fully labeled dataset, which stays as it is.
+        output_id: the new dataset; must be free in nnUNet_raw, nnUNet_preprocessed and nnUNet_results.
+        output_name: name of the new dataset without "DatasetXXX_"; default: that of the source.
+        labeled_fraction: share of the patients outside the test set that keep their labels. Either this or
+        num_labeled: number of these patients. Without `groups`, every case is a patient.
+        test_fraction: share of all patients to move to the test set. Either this or
+        test_cases: file that names the cases to move there, one a line or, if it ends in .json, as a list.
+        groups: the patient of every case; all cases of a patient go the same way. A CSV file with the columns case and
+            group, or a JSON file {case: group}.
+        stratify: e.g. the hospital of every case, in the same form: test and labeled set hold each in proportion.
+        seed: another seed, another draw.
+
+    Returns:
+        The folder of the new dataset.
+
+    Raises:
+        UserError: the source is not a fully labeled dataset, the id is taken, an option or a file does not fit. Then
+            nothing has been written.
+    """
+    if (labeled_fraction is None) == (num_labeled is None):
+        raise UserError("--labeled_fraction, --num_labeled", "both or neither", "one of them", "Give exactly one.")
+    source = read_raw_dataset(source_id, require_unlabeled=False)
+    if source.unlabeled:
+        raise UserError(
+            source.folder / "imagesUn", "unlabeled cases", "a fully labeled dataset", "Choose another source dataset."
+        )
+    folder = source.folder.parent / _free_name(output_id, output_name or source.name[len("Dataset000_") :])
+
+    patient_of = _read_table(groups, source.labeled) if groups else {case: case for case in source.labeled}
+    stratum_of = _read_strata(stratify, patient_of) if stratify else dict.fromkeys(patient_of.values(), "")
+    own_test_set = _read_own_test_set(source)
+    if (test_fraction is not None) + (test_cases is not None) + bool(own_test_set) > 1:
+        raise UserError(
+            "--test_fraction, --test_cases",
+            "both" if not own_test_set else f"one of them beside {source.folder / 'labelsTs'}",
+            "one test set",
+            "Leave them out to keep the source's own test set, or give exactly one.",
+        )
+    if test_cases is not None:
+        test = _read_test_patients(test_cases, patient_of)
+    elif test_fraction is not None:
+        test = draw_order(stratum_of, seed)[: _number("--test_fraction", test_fraction, None, len(stratum_of))]
+    else:
+        test = []
+    order = draw_order({patient: stratum for patient, stratum in stratum_of.items() if patient not in test}, seed)
+    option = "--labeled_fraction" if num_labeled is None else "--num_labeled"
+    n = _number(option, labeled_fraction, num_labeled, len(order))
+    shares = {
+        name: {case: files for case, files in source.labeled.items() if patient_of[case] in patients}
+        for name, patients in (("labeled", order[:n]), ("unlabeled", order[n:]), ("test", test))
+    }
+    shares["test"] |= own_test_set
+    record = {
+        "source": source.name,
+        "seed": seed,
+        "options": {
+            "labeled_fraction": labeled_fraction,
+            "num_labeled": num_labeled,
+            "test_fraction": test_fraction,
+            "test_cases": test_cases and str(test_cases),
+            "groups": groups and str(groups),
+            "stratify": stratify and str(stratify),
+        },
+        **{name: sorted(cases) for name, cases in shares.items()},
+    }
+    _write(folder, source, shares, record)
+    return folder
+
+
+def draw_order(stratum_of: dict[str, str], seed: int) -> list[str]:
+    """A random order of patients of which every beginning holds each stratum in proportion.
+
+    Each patient has a random place within the stratum, and the strata are interleaved evenly. The first n patients are
+    therefore a stratified draw that is nested over n; rounding n for each stratum would not be.
+
+    Args:
+        stratum_of: patient -> stratum, in any order.
+        seed: another seed, another order.
+    """
+    # Hashes instead of a random number generator: neither a library's version nor the other patients of a stratum
+    # change who comes before whom.
+    shuffled = sorted(stratum_of, key=lambda patient: hashlib.sha256(f"{seed} {patient}".encode()).digest())
+    strata = defaultdict(list)
+    for patient in shuffled:
+        strata[stratum_of[patient]].append(patient)
+    place = {patient: (i + 0.5) / len(members) for members in strata.values() for i, patient in enumerate(members)}
+    return sorted(shuffled, key=place.__getitem__)
+
+
+def _number(option: str, fraction: float | None, number: int | None, total: int) -> int:
+    if fraction is not None and not 0 < fraction < 1:
+        raise UserError(option, str(fraction), "a number above 0 and below 1", "Give a fraction, e.g. 0.1.")
+    number = round(fraction * total) if number is None else number
+    if not 0 < number < total:
+        raise UserError(
+            option,
+            f"{number} of {total} patients",
+            "at least one patient in this share and one left",
+            "Change the share.",
+        )
+    return number
+
+
+def _free_name(dataset_id: int, name: str) -> str:
+    if not 1 <= dataset_id <= 999:
+        raise UserError("--output_id", str(dataset_id), "a number from 1 to 999", "Choose another id.")
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError("--output_name", repr(name), "letters, digits, _, - and . only", "Choose another name.")
+    if taken := list(find_candidate_datasets(dataset_id)):
+        raise UserError(
+            "--output_id",
+            f"{dataset_id}, the id of {', '.join(taken)}",
+            "an id that is free in nnUNet_raw, nnUNet_preprocessed and nnUNet_results",
+            "Choose another id, or remove the old dataset there.",
+        )
+    return f"Dataset{dataset_id:03d}_{name}"
+
+
+def _read_own_test_set(source: RawDataset) -> dict[str, dict]:
+    """The source's test cases with their labels, if it has a folder labelsTs."""
+    labels = source.folder / "labelsTs"
+    cases = {
+        case: {**files, "label": str(labels / (case + source.dataset_json["file_ending"]))}
+        for case, files in source.test.items()
+        if labels.is_dir()
+    }
+    for case, files in cases.items():
+        if not Path(files["label"]).is_file():
+            raise UserError(
+                files["label"], "no such file", f"the label of test case {case}", "Add it, or remove labelsTs."
+            )
+    return cases
+
+
+def _read(file: Path) -> str | dict | list:
+    """A text, or the content of a .json file."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # spreadsheets begin UTF-8 files with a byte order mark
+        return json.loads(text) if file.suffix == ".json" else text
+    except (OSError, ValueError) as error:
+        raise UserError(
+            file, f"an unreadable file ({error})", "UTF-8 text or JSON", "Correct the path or file."
+        ) from error
+
+
+def _read_table(file: Path, cases: Collection[str]) -> dict[str, str]:
+    """case -> group for all `cases`; the file may have more."""
+    expected = "a CSV file with the columns case and group, or a JSON file {case: group}"
+    content = _read(file)
+    if isinstance(content, str):
+        rows = csv.DictReader(content.splitlines())
+        if not {"case", "group"} <= set(rows.fieldnames or ()):
+            raise UserError(file, f"the columns {rows.fieldnames}", expected, "Name the columns so.")
+        pairs = [(row["case"], row["group"]) for row in rows]
+    elif isinstance(content, dict):
+        pairs = [(case, None if group is None else str(group)) for case, group in content.items()]
+    else:
+        raise UserError(file, "a JSON list", expected, "Write an object.")
+
+    table: dict[str, str | None] = {}
+    for case, group in pairs:
+        if table.setdefault(case, group) != group:
+            raise UserError(file, f"{case} in two groups", "every case once", "Remove one of its lines.")
+    if missing := [case for case in cases if not table.get(case)]:
+        raise UserError(file, f"no group for {some_of(missing)}", "a group for every labeled case", "Add them.")
+    return {case: table[case] for case in cases}
+
+
+def _read_strata(file: Path, patient_of: dict[str, str]) -> dict[str, str]:
+    """Patient -> stratum."""
+    stratum_of: dict[str, str] = {}
+    for case, stratum in _read_table(file, patient_of).items():
+        if stratum_of.setdefault(patient_of[case], stratum) != stratum:
+            raise UserError(
+                file, f"patient {patient_of[case]} in two strata", "one stratum per patient", "Correct the file."
+            )
+    return stratum_of
+
+
+def _read_test_patients(file: Path, patient_of: dict[str, str]) -> set[str]:
+    content = _read(file)
+    listed = set(map(str, content) if isinstance(content, list) else map(str.strip, str(content).splitlines())) - {""}
+    if not listed or (unknown := listed - patient_of.keys()):
+        raise UserError(
+            file,
+            f"cases that the source does not have: {some_of(sorted(unknown))}" if listed else "no case",
+            "labeled cases of the source, one a line or as a JSON list",
+            "Correct the names (no channel, no file ending).",
+        )
+    patients = {patient_of[case] for case in listed}
+    if left := [case for case, patient in patient_of.items() if patient in patients and case not in listed]:
+        raise UserError(
+            file,
+            f"some but not all cases of a patient; left out: {some_of(left)}",
+            "all cases of a patient or none",
+            "Add the cases that are left out, or correct the file of --groups.",
+        )
+    return patients
+
+
+def _write(folder: Path, source: RawDataset, shares: dict[str, dict[str, dict]], record: dict) -> None:
+    dataset_json = {key: value for key, value in source.dataset_json.items() if key != "dataset"}
+    dataset_json["numTraining"] = len(shares["labeled"])
+    file_ending = dataset_json["file_ending"]
+    # A temporary neighbour becomes the dataset at once: an interrupted run leaves nothing that looks like one.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".withhold_labels_") as temporary:
+        new = Path(temporary) / folder.name
+        _link_cases(shares["labeled"], new / "imagesTr", new / "labelsTr", file_ending)
+        _link_cases(shares["unlabeled"], new / "imagesUn", None, file_ending)
+        if shares["test"]:
+            _link_cases(shares["test"], new / "imagesTs", new / "labelsTs", file_ending)
+        for name, content in (("dataset.json", dataset_json), ("withheld_labels.json", record)):
+            (new / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+        new.rename(folder)
+
+
+def _link_cases(cases: dict[str, dict], images: Path, labels: Path | None, file_ending: str) -> None:
+    """Put the files of the cases into folders of nnU-Net's layout, without labels if `labels` is None."""
+    images.mkdir(parents=True)
+    if labels:
+        labels.mkdir()
+    for case, files in cases.items():
+        sidecars = [(files["images"][0].removesuffix(f"_0000{file_ending}"), images)]
+        for channel, image in enumerate(files["images"]):
+            _link(image, images / f"{case}_{channel:04d}{file_ending}")
+        if labels:
+            _link(files["label"], labels / f"{case}{file_ending}")
+            sidecars.append((files["label"].removesuffix(file_ending), labels))
+        for stem, folder in sidecars:
+            # nnU-Net reads the spacing of a TIFF from CASE.json beside it
+            if file_ending in Tiff3DIO.supported_file_endings and Path(f"{stem}.json").is_file():
+                _link(f"{stem}.json", folder / f"{case}.json")
+
+
+def _link(source: str, target: Path) -> None:
+    try:
+        # A hard link takes no space and, unlike a symbolic link, needs no privileges on Windows and survives when the
+        # source dataset is moved or deleted.
+        os.link(Path(source).resolve(), target)
+    except OSError:  # another drive, or a file system without hard links
+        shutil.copy2(source, target)
+
+
+def _dataset_id(name_or_id: str) -> int:
+    return convert_dataset_name_to_id(name_or_id) if name_or_id.startswith("Dataset") else int(name_or_id)
+
+
+@reports_user_errors
+def main() -> None:
+    """Command line of `withhold_labels`."""
+    parser = argparse.ArgumentParser(
+        description="Turn a fully labeled nnU-Net dataset into a semi-supervised one: a new raw dataset with a labeled "
+        "share in imagesTr and labelsTr, the other images without labels in imagesUn, and optionally a test set."
+    )
+    add = parser.add_argument
+    add("-d", type=_dataset_id, required=True, metavar="SOURCE", help="id or name of the fully labeled dataset")
+    add("--output_id", type=int, required=True, metavar="ID", help="free id for the new dataset")
+    add("--output_name", metavar="NAME", help="name of the new dataset without DatasetXXX_ (default: the source's)")
+    labeled = parser.add_mutually_exclusive_group(required=True)
+    labeled.add_argument(
+        "--labeled_fraction", type=float, metavar="F", help="share of the patients outside the test set"
+    )
+    labeled.add_argument("--num_labeled", type=int, metavar="N", help="number of patients (without --groups: cases)")
+    test = parser.add_mutually_exclusive_group()
+    test.add_argument("--test_fraction", type=float, metavar="F", help="share of all patients to use as test set")
+    test.add_argument(
+        "--test_cases", type=Path, metavar="FILE", help="cases of the test set: one a line, or a JSON list"
+    )
+    table = "CSV file with the columns case and group, or JSON file {case: group}"
+    add("--groups", type=Path, metavar="FILE", help=f"{table}: the patient of every case")
+    add("--stratify", type=Path, metavar="FILE", help=f"{table}: e.g. the hospital, to be drawn from in proportion")
+    add("--seed", type=int, default=0, help="another seed, another draw; a smaller draw is part of a larger one")
+    options = vars(parser.parse_args())
+
+    folder = withhold_labels(options.pop("d"), **options)
+    record = json.loads((folder / "withheld_labels.json").read_text(encoding="utf-8"))
+    print(f"{folder}: " + ", ".join(f"{len(record[share])} {share}" for share in ("labeled", "unlabeled", "test")))
+    print(f"Next: nnUNetv2_semicml_plan_and_preprocess -d {options['output_id']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,484 @@
+"""Withholding labels: the draw is seeded, nested, stratified and by patient; a refusal leaves nothing behind."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunetv2_semicml.errors import UserError
+from nnunetv2_semicml.planning.raw_dataset import check_images, read_raw_dataset
+from nnunetv2_semicml.planning.withhold_labels import draw_order, main, withhold_labels
+
+CASES = [f"P{patient}_{scan}" for patient in range(6) for scan in "xy"]  # 6 patients, 2 scans each
+PATIENTS = {case: case[:2] for case in CASES}
+
+
+@pytest.fixture
+def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """nnUNet_raw with the fully labeled Dataset500_Toy."""
+    for variable in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{variable}", str(tmp_path / variable))
+    source = tmp_path / "raw" / "Dataset500_Toy"
+    for i, case in enumerate(CASES):
+        for channel in range(2):
+            write(
+                source / "imagesTr" / f"{case}_000{channel}.nii.gz",
+                np.random.default_rng([i, channel]).normal(size=(2, 3, 4)),
+            )
+        write(source / "labelsTr" / f"{case}.nii.gz", np.ones((2, 3, 4), np.uint8))
+    content = {
+        "channel_names": {"0": "CT", "1": "PET"},
+        "labels": {"background": 0, "tumour": 1},
+        "numTraining": len(CASES),
+        "file_ending": ".nii.gz",
+        "licence": "none",
+    }
+    (source / "dataset.json").write_text(json.dumps(content))
+    return tmp_path / "raw"
+
+
+def write(file: Path, voxels: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.GetImageFromArray(voxels), str(file))
+
+
+def write_json(file: Path, content) -> Path:
+    file.write_text(json.dumps(content))
+    return file
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "withheld_labels.json").read_text())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+
+
+def image_names(cases: list[str]) -> list[str]:
+    return [f"{case}_000{channel}.nii.gz" for case in cases for channel in range(2)]
+
+
+def test_writes_the_semi_supervised_layout(raw: Path):
+    folder = withhold_labels(500, 7, num_labeled=3, test_fraction=0.25)
+    record = record_of(folder)
+    assert folder == raw / "Dataset007_Toy"
+    assert [len(record[share]) for share in ("labeled", "unlabeled", "test")] == [3, 6, 3]
+    assert sorted(record["labeled"] + record["unlabeled"] + record["test"]) == CASES
+    assert record["source"] == "Dataset500_Toy"
+    assert record["options"]["test_fraction"] == 0.25
+
+    for share, images in (("labeled", "imagesTr"), ("unlabeled", "imagesUn"), ("test", "imagesTs")):
+        assert names(folder / images) == image_names(record[share])
+    assert names(folder / "labelsTr") == [f"{case}.nii.gz" for case in record["labeled"]]
+    assert names(folder / "labelsTs") == [f"{case}.nii.gz" for case in record["test"]]
+    assert not [file for case in record["unlabeled"] for file in folder.rglob(f"{case}.*")]  # no label anywhere
+    assert names(raw) == ["Dataset007_Toy", "Dataset500_Toy"]
+
+    source = json.loads((raw / "Dataset500_Toy" / "dataset.json").read_text())
+    assert json.loads((folder / "dataset.json").read_text()) == source | {"numTraining": 3}
+    check_images(read_raw_dataset(7), 1, show_progress=False)
+
+
+def test_links_and_copies_where_links_are_impossible(raw: Path, monkeypatch: pytest.MonkeyPatch):
+    linked = withhold_labels(500, 501, num_labeled=3)
+
+    def refuse(*_):
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    copied = withhold_labels(500, 502, num_labeled=3)
+    for name in image_names(record_of(linked)["unlabeled"]):
+        original = raw / "Dataset500_Toy" / "imagesTr" / name
+        assert (linked / "imagesUn" / name).samefile(original)
+        assert not (copied / "imagesUn" / name).samefile(original)
+        assert (copied / "imagesUn" / name).read_bytes() == original.read_bytes()
+
+
+def test_a_link_in_the_source_becomes_a_file(raw: Path):
+    case = record_of(withhold_labels(500, 501, num_labeled=3))["unlabeled"][0]
+    image = raw / "Dataset500_Toy" / "imagesTr" / f"{case}_0000.nii.gz"
+    image.rename(raw / "elsewhere.nii.gz")
+    image.symlink_to("../../elsewhere.nii.gz")
+    target = withhold_labels(500, 502, num_labeled=3) / "imagesUn" / image.name
+    assert target.is_file()
+    assert not target.is_symlink()
+
+
+def test_cases_listed_in_dataset_json_get_nnunets_names(raw: Path):
+    source = raw / "Dataset500_Toy"
+    content = json.loads((source / "dataset.json").read_text())
+    content["dataset"] = {
+        f"new_{case}": {"images": [f"scans/{name}" for name in image_names([case])], "label": f"labelsTr/{case}.nii.gz"}
+        for case in CASES
+    }
+    write_json(source / "dataset.json", content)
+    (source / "imagesTr").rename(source / "scans")
+    folder = withhold_labels(500, 501, num_labeled=3)
+    assert "dataset" not in json.loads((folder / "dataset.json").read_text())
+    assert names(folder / "imagesTr") == image_names(record_of(folder)["labeled"])
+    assert read_raw_dataset(501).labeled.keys() == set(record_of(folder)["labeled"])
+
+
+def test_the_spacing_of_tiffs_comes_along(raw: Path):
+    source = raw / "Dataset500_Toy"
+    for file in [*source.rglob("*.nii.gz")]:  # what is in them does not matter here
+        file.rename(file.with_name(file.name.replace(".nii.gz", ".tif")))
+    for case in CASES:
+        write_json(source / "imagesTr" / f"{case}.json", {"spacing": [1, 2, 3]})
+        write_json(source / "labelsTr" / f"{case}.json", {"spacing": [1, 2, 3]})
+    write_json(source / "dataset.json", json.loads((source / "dataset.json").read_text()) | {"file_ending": ".tif"})
+    folder = withhold_labels(500, 501, num_labeled=3)
+    record = record_of(folder)
+    for share, subfolder in (("labeled", "imagesTr"), ("labeled", "labelsTr"), ("unlabeled", "imagesUn")):
+        assert [name for name in names(folder / subfolder) if name.endswith(".json")] == [
+            f"{case}.json" for case in record[share]
+        ]
+
+
+def test_same_seed_same_choice_and_another_seed_another_one(raw: Path):
+    records = [
+        record_of(withhold_labels(500, 501 + i, num_labeled=4, test_fraction=0.25, seed=seed))
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert records[0] == records[1]
+    assert records[0]["labeled"] != records[2]["labeled"]
+
+
+def test_a_smaller_labeled_set_is_part_of_a_larger_one(raw: Path, tmp_path: Path):
+    sites = write_json(tmp_path / "sites.json", {case: "AAAAAABBBBCC"[i] for i, case in enumerate(CASES)})
+    labeled: list[str] = []
+    for n in range(1, 9):
+        record = record_of(withhold_labels(500, 500 + n, num_labeled=n, test_fraction=0.25, stratify=sites))
+        assert set(labeled) < set(record["labeled"])
+        labeled = record["labeled"]
+
+
+def test_draw_order_is_fixed_and_does_not_depend_on_the_order_of_cases():
+    strata = dict.fromkeys("abcdef", "")
+    assert draw_order(strata, seed=0) == list("ebfacd")
+    assert draw_order(dict(reversed(strata.items())), seed=0) == draw_order(strata, seed=0)
+    # without one patient, the others keep their order
+    assert draw_order(dict.fromkeys("abdef", ""), seed=0) == [
+        case for case in draw_order(strata, seed=0) if case != "c"
+    ]
+
+
+def test_every_beginning_of_the_order_holds_the_strata_in_proportion():
+    sizes = {"A": 60, "B": 30, "C": 10}
+    stratum_of = {f"{stratum}{i}": stratum for stratum, size in sizes.items() for i in range(size)}
+    order = draw_order(stratum_of, seed=3)
+    for n in range(1, 101):
+        for stratum, size in sizes.items():
+            assert abs(sum(stratum_of[patient] == stratum for patient in order[:n]) - n * size / 100) <= 1
+
+
+def test_patients_and_strata(raw: Path, tmp_path: Path):
+    groups = tmp_path / "patients.csv"  # as spreadsheets write it, with another column and a patient who is not here
+    groups.write_text(
+        "\ufeffcase,age,group\r\n" + "".join(f"{c},50,{p}\r\n" for c, p in (PATIENTS | {"Q": "Q"}).items())
+    )
+    # two sites with three patients each
+    sites = write_json(tmp_path / "sites.json", {case: int(case[1]) % 2 for case in CASES})
+    folder = withhold_labels(500, 501, num_labeled=2, test_fraction=1 / 3, groups=groups, stratify=sites)
+    record = record_of(folder)
+    patients = {share: [PATIENTS[case] for case in record[share]] for share in ("labeled", "unlabeled", "test")}
+    for share in patients.values():
+        assert sorted(share) == sorted([*set(share), *set(share)])  # both scans of each
+        assert {int(patient[1]) % 2 for patient in share} == {0, 1}  # both sites
+    assert [len(set(share)) for share in patients.values()] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("content", ["P0_x\n\n  P3_y\n", '["P0_x", "P3_y"]'], ids=["text", "json"])
+def test_chosen_test_cases(raw: Path, tmp_path: Path, content: str):
+    file = tmp_path / ("test.json" if content.startswith("[") else "test.txt")
+    file.write_text(content)
+    record = record_of(withhold_labels(500, 501, labeled_fraction=0.3, test_cases=file))
+    assert record["test"] == ["P0_x", "P3_y"]
+    assert len(record["labeled"]) == 3  # of the other 10
+
+
+def test_the_sources_own_test_set_comes_along(raw: Path):
+    source = raw / "Dataset500_Toy"
+    for channel in range(2):
+        write(source / "imagesTs" / f"T_000{channel}.nii.gz", np.random.default_rng(channel).normal(size=(2, 3, 4)))
+    assert record_of(withhold_labels(500, 501, num_labeled=3))["test"] == []  # nobody could evaluate on it
+    write(source / "labelsTs" / "T.nii.gz", np.ones((2, 3, 4), np.uint8))
+    folder = withhold_labels(500, 502, num_labeled=3)
+    assert record_of(folder)["test"] == ["T"]
+    assert names(folder / "imagesTs") == image_names(["T"])
+    assert names(folder / "labelsTs") == ["T.nii.gz"]
+
+
+def occupy(variable: str):
+    return lambda raw: (raw.parent / variable / "Dataset501_Old").mkdir(parents=True)
+
+
+def write_file(content: str):
+    return lambda raw: (raw.parent / "file").write_text(content)
+
+
+def write_test_set(raw: Path) -> None:
+    for name in ("imagesTs/T_0000.nii.gz", "imagesTs/T_0001.nii.gz", "labelsTs/T.nii.gz"):
+        write(raw / "Dataset500_Toy" / name, np.ones((2, 3, 4), np.uint8))
+
+
+def write_test_images(raw: Path) -> None:
+    write_test_set(raw)
+    (raw / "Dataset500_Toy" / "labelsTs" / "T.nii.gz").unlink()
+
+
+def nothing(raw: Path) -> None:
+    pass
+
+
+TABLE = "case,group\n" + "".join(f"{case},{patient}\n" for case, patient in PATIENTS.items())
+FILE = Path("file")  # stands for the file that the row writes
+
+# preparation, options -> where, found, expected, remedy in the message
+REFUSALS = {
+    "no such source": (
+        nothing,
+        {"source_id": 499},
+        "raw",
+        "no raw dataset with the id 499",
+        "Dataset499_NAME",
+        "correct",
+    ),
+    "semi-supervised source": (
+        lambda raw: write(raw / "Dataset500_Toy" / "imagesUn" / "u_0000.nii.gz", np.ones((2, 3, 4))),
+        {},
+        "imagesUn/u_0001.nii.gz",
+        "no such file",
+        "one file for each",
+        "Add the missing image",
+    ),
+    "unlabeled cases": (
+        lambda raw: [
+            write(raw / "Dataset500_Toy" / "imagesUn" / f"u_000{channel}.nii.gz", np.ones((2, 3, 4)))
+            for channel in range(2)
+        ],
+        {},
+        "imagesUn",
+        "unlabeled cases",
+        "a fully labeled dataset",
+        "Choose another source",
+    ),
+    **{
+        f"id taken in {variable}": (
+            occupy(variable),
+            {},
+            "--output_id",
+            "501, the id of Dataset501_Old",
+            "free",
+            "Choose another id",
+        )
+        for variable in ("raw", "preprocessed", "results")
+    },
+    "id too large": (nothing, {"output_id": 1000}, "--output_id", "1000", "from 1 to 999", "Choose another id"),
+    "bad name": (nothing, {"output_name": "a/b"}, "--output_name", "'a/b'", "letters", "Choose another name"),
+    "two shares": (
+        nothing,
+        {"labeled_fraction": 0.5},
+        "--num_labeled",
+        "both or neither",
+        "one of them",
+        "exactly one",
+    ),
+    "no share": (nothing, {"num_labeled": None}, "--num_labeled", "both or neither", "one of them", "exactly one"),
+    **{
+        f"{option} {value}": (
+            nothing,
+            {"num_labeled": 3 if option == "test_fraction" else None, option: value},
+            f"--{option}",
+            str(value),
+            "above 0 and below 1",
+            "Give a fraction",
+        )
+        for option in ("labeled_fraction", "test_fraction")
+        for value in (0.0, 1.0, -0.1, float("nan"))
+    },
+    "nobody labeled": (
+        nothing,
+        {"num_labeled": None, "labeled_fraction": 0.01},
+        "--labeled_fraction",
+        "0 of 12 patients",
+        "at least one",
+        "Change the share",
+    ),
+    "nobody unlabeled": (nothing, {"num_labeled": 12}, "--num_labeled", "12 of 12", "one left", "Change the share"),
+    "negative number": (nothing, {"num_labeled": -1}, "--num_labeled", "-1 of 12", "at least one", "Change the share"),
+    "empty test set": (
+        nothing,
+        {"test_fraction": 0.01},
+        "--test_fraction",
+        "0 of 12",
+        "at least one",
+        "Change the share",
+    ),
+    "two test sets": (
+        write_file("P0_x"),
+        {"test_fraction": 0.2, "test_cases": FILE},
+        "--test_cases",
+        "both",
+        "one test set",
+        "exactly one",
+    ),
+    "test set of the source": (
+        write_test_set,
+        {"test_fraction": 0.2},
+        "--test_cases",
+        "labelsTs",
+        "one test set",
+        "keep the source's own",
+    ),
+    "test label missing": (
+        write_test_images,
+        {},
+        "labelsTs/T.nii.gz",
+        "no such file",
+        "the label of test case T",
+        "remove labelsTs",
+    ),
+    "unknown test case": (
+        write_file("P0_x\nP9_x"),
+        {"test_cases": FILE},
+        "file",
+        "does not have: P9_x",
+        "labeled cases of the source",
+        "Correct the names",
+    ),
+    "no test case": (write_file("\n"), {"test_cases": FILE}, "file", "no case", "labeled cases", "Correct the names"),
+    "torn patient": (
+        lambda raw: (write_file(TABLE)(raw), (raw.parent / "test.txt").write_text("P0_x")),
+        {"test_cases": Path("test.txt"), "groups": FILE},
+        "test.txt",
+        "left out: P0_y",
+        "all cases of a patient",
+        "Add the cases",
+    ),
+    "no file": (nothing, {"groups": FILE}, "file", "an unreadable file", "UTF-8", "Correct the path"),
+    "no header": (
+        write_file("P0_x,P0\n"),
+        {"groups": FILE},
+        "file",
+        "the columns",
+        "case and group",
+        "Name the columns",
+    ),
+    "case without group": (
+        write_file(TABLE.replace("P3_x,P3\n", "").replace("P4_y,P4", "P4_y,")),
+        {"groups": FILE},
+        "file",
+        "no group for P3_x, P4_y",
+        "every labeled case",
+        "Add them",
+    ),
+    "case in two groups": (
+        write_file(TABLE + "P0_x,P1\n"),
+        {"groups": FILE},
+        "file",
+        "P0_x in two groups",
+        "every case once",
+        "Remove one",
+    ),
+    "patient in two strata": (
+        lambda raw: (
+            write_file(TABLE)(raw),
+            write_json(raw.parent / "sites.json", {case: case[-1] for case in CASES}),
+        ),
+        {"groups": FILE, "stratify": Path("sites.json")},
+        "sites.json",
+        "patient P0 in two strata",
+        "one stratum per patient",
+        "Correct the file",
+    ),
+    "table is a list": (
+        lambda raw: write_json(raw.parent / "table.json", CASES),
+        {"stratify": Path("table.json")},
+        "table.json",
+        "a JSON list",
+        "case and group",
+        "Write an object",
+    ),
+    "damaged JSON": (
+        lambda raw: (raw.parent / "table.json").write_text("{"),
+        {"stratify": Path("table.json")},
+        "table.json",
+        "an unreadable file",
+        "JSON",
+        "Correct the path or file",
+    ),
+}
+
+
+def snapshot(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "where", "found", "expected", "remedy"), REFUSALS.values(), ids=REFUSALS
+)
+def test_refuses(raw: Path, prepare, options: dict, where: str, found: str, expected: str, remedy: str):
+    prepare(raw)
+    options = {"source_id": 500, "output_id": 501, "num_labeled": 3} | options
+    options = {key: raw.parent / value if isinstance(value, Path) else value for key, value in options.items()}
+    before = snapshot(raw.parent)
+    with pytest.raises(UserError) as error:
+        withhold_labels(**options)
+    place, rest = str(error.value).split(": found ", maxsplit=1)
+    found_there, expected_there = rest.split("; expected ")
+    assert place.endswith(where)
+    assert found in found_there
+    assert expected in expected_there
+    assert remedy in expected_there
+    assert snapshot(raw.parent) == before
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError], ids=["Ctrl-C", "full disk"])
+def test_an_interruption_leaves_nothing_behind(raw: Path, monkeypatch: pytest.MonkeyPatch, interruption):
+    before = snapshot(raw)
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) > 5:
+            raise interruption
+
+    monkeypatch.setattr(os, "link", interrupt)
+    monkeypatch.setattr(shutil, "copy2", interrupt)
+    with pytest.raises(interruption):
+        withhold_labels(500, 501, num_labeled=3)
+    assert len(calls) > 5
+    assert snapshot(raw) == before
+
+
+def test_command_line(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    command = "withhold_labels -d Dataset500_Toy --output_id 501 --output_name Small --labeled_fraction 0.25 --seed 3"
+    monkeypatch.setattr(sys, "argv", command.split())
+    main()
+    output = capsys.readouterr().out
+    assert "Dataset501_Small: 3 labeled, 9 unlabeled, 0 test" in output
+    assert "nnUNetv2_semicml_plan_and_preprocess -d 501" in output
+    assert record_of(raw / "Dataset501_Small")["seed"] == 3
+    assert not (raw / "Dataset501_Small" / "imagesTs").exists()
+
+    with pytest.raises(SystemExit):
+        main()
+    captured = capsys.readouterr()
+    assert captured.err.startswith("Error: --output_id: found 501")
+    assert "Traceback" not in captured.err
+
+
+def test_module_runs_without_warnings():
+    subprocess.run(
+        [sys.executable, "-W", "error", "-m", "nnunetv2_semicml.planning.withhold_labels", "--help"],
+        check=True,
+        capture_output=True,
+    )
