@@ -18,6 +18,11 @@ class UserError(RuntimeError):
 
     def __init__(self, where: str | PathLike, found: str, expected: str, remedy: str):
         super().__init__(f"{where}: found {found}; expected {expected}. {remedy}")
+        self.parts = (where, found, expected, remedy)
+
+    def __reduce__(self) -> tuple:
+        # an exception is pickled with its message alone; it may come out of another process
+        return type(self), self.parts
 
 
 def reports_user_errors(command: Callable[[], None]) -> Callable[[], None]:

@@ -1,0 +1,126 @@
+"""Tiny phantom datasets, planned and preprocessed once per test session, and trainers on them."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunetv2_semicml.data.modality_group import ModalityGroup
+from nnunetv2_semicml.demo.phantom import write_phantom_dataset
+from nnunetv2_semicml.planning.plan_and_preprocess import plan_and_preprocess
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
+
+LABELS, REGIONS = "Dataset500_Labels", "Dataset510_Regions"
+
+
+@pytest.fixture(scope="session")
+def nnunet_folders(tmp_path_factory):
+    """nnU-Net's three folders, and no more processes than this small data deserves."""
+    root = tmp_path_factory.mktemp("nnunet")
+    values = {name: str(root / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    values |= {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+            if name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+                Path(value).mkdir()
+        patch.delenv("nnUNet_extTrainer", raising=False)
+        yield root
+
+
+@pytest.fixture(scope="session")
+def labels_group(nnunet_folders):
+    """Two modalities, background and two classes, 2d and 3d_fullres."""
+    write_phantom_dataset(
+        nnunet_folders / "nnUNet_raw",
+        500,
+        "Labels",
+        num_labeled=5,
+        num_unlabeled=4,
+        num_test=2,
+        shape=(24, 24, 24),
+        num_classes=2,
+    )
+    group = plan_and_preprocess(500, ["2d", "3d_fullres"], num_processes=[1], num_processes_fingerprint=1)
+    shrink_networks(group)
+    return group
+
+
+@pytest.fixture(scope="session")
+def regions_group(nnunet_folders):
+    """Three modalities and region-based labels, 3d_fullres."""
+    write_phantom_dataset(
+        nnunet_folders / "nnUNet_raw",
+        510,
+        "Regions",
+        num_labeled=5,
+        num_unlabeled=3,
+        num_test=1,
+        shape=(24, 24, 24),
+        modalities=("FLAIR", "T1", "T2"),
+        num_classes=2,
+        regions=True,
+    )
+    group = plan_and_preprocess(510, ["3d_fullres"], num_processes=[1], num_processes_fingerprint=1)
+    shrink_networks(group)
+    return group
+
+
+def shrink_networks(group: ModalityGroup) -> None:
+    """Give all networks of a group a few features, alike in all plans: the tests are about training, not accuracy."""
+    preprocessed = Path(os.environ["nnUNet_preprocessed"])
+    for name in [group.dataset_name, *(m.dataset_name for m in group.modalities)]:
+        file = preprocessed / name / "nnUNetPlans.json"
+        plans = json.loads(file.read_text())
+        for configuration in plans["configurations"].values():
+            if "architecture" in configuration:
+                arch = configuration["architecture"]["arch_kwargs"]
+                arch["features_per_stage"] = [4] * arch["n_stages"]
+                arch["n_conv_per_stage"] = [1] * arch["n_stages"]
+                arch["n_conv_per_stage_decoder"] = [1] * (arch["n_stages"] - 1)
+        file.write_text(json.dumps(plans))
+
+
+def load_plans(dataset_name: str) -> tuple[dict, dict]:
+    """Plans as nnUNetv2_train passes them, and dataset.json."""
+    folder = Path(os.environ["nnUNet_preprocessed"]) / dataset_name
+    plans = json.loads((folder / "nnUNetPlans.json").read_text())
+    return {**plans, "continue_training": False}, json.loads((folder / "dataset.json").read_text())
+
+
+def make_trainer(
+    dataset_name: str,
+    configuration: str,
+    trainer_class: type[nnUNetTrainer] = nnUNetTrainerSemiCML,
+    fold: int | str = 0,
+    **attributes: object,
+) -> nnUNetTrainer:
+    """A trainer on the CPU whose epochs are short."""
+    plans, dataset_json = load_plans(dataset_name)
+    trainer = trainer_class(plans, configuration, fold, dataset_json, torch.device("cpu"))
+    short = {"num_epochs": 2, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
+    for name, value in {**short, **attributes}.items():
+        setattr(trainer, name, value)
+    return trainer
+
+
+def draw_batches(trainer: nnUNetTrainer, number: int, seed: int = 0) -> list[dict]:
+    """Training batches of an initialized trainer."""
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    loader, _ = trainer.get_dataloaders()
+    return [next(loader) for _ in range(number)]
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """An empty nnUNet_results, and data loading in this process, so that seeds hold."""
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    yield tmp_path
+    shutil.rmtree(tmp_path, ignore_errors=True)
