@@ -350,11 +350,6 @@ def changed(file: str, voxels: np.ndarray, **geometry):
     return lambda folder: write(folder / file, voxels, **geometry)
 
 
-def with_nibabel(change):
-    """SimpleITK itself replaces the NaN and infinite voxels of NIfTI files by zero; nibabel does not."""
-    return lambda folder: (change(folder), change_json(folder, overwrite_image_reader_writer="NibabelIO"))
-
-
 def with_voxel(value: float) -> np.ndarray:
     voxels = noise(9)
     voxels[0, 0, 0] = value
@@ -397,7 +392,10 @@ WRONG_IMAGES = {
         GRID,
     ),
     "affine": (
-        with_nibabel(changed("imagesTr/a_0001.nii.gz", noise(9), origin=(0, 1, 0))),
+        lambda folder: (
+            write(folder / "imagesTr" / "a_0001.nii.gz", noise(9), origin=(0, 1, 0)),
+            change_json(folder, overwrite_image_reader_writer="NibabelIO"),
+        ),
         "a_0001.nii.gz",
         "affine",
         "as in a_0000",
@@ -438,14 +436,14 @@ WRONG_IMAGES = {
         "in its own file",
     ),
     "NaN": (
-        with_nibabel(changed("imagesUn/u_0000.nii.gz", with_voxel(np.nan))),
+        changed("imagesUn/u_0000.nii.gz", with_voxel(np.nan)),
         "u_0000.nii.gz",
         "1 voxels that are NaN",
         "finite",
         "Replace",
     ),
     "infinite": (
-        with_nibabel(changed("imagesTs/t_0001.nii.gz", with_voxel(np.inf))),
+        changed("imagesTs/t_0001.nii.gz", with_voxel(np.inf)),
         "t_0001.nii.gz",
         "infinite",
         "finite",

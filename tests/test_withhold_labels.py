@@ -193,6 +193,9 @@ def test_patients_and_strata(raw: Path, tmp_path: Path):
         assert sorted(share) == sorted([*set(share), *set(share)])  # both scans of each
         assert {int(patient[1]) % 2 for patient in share} == {0, 1}  # both sites
     assert [len(set(share)) for share in patients.values()] == [2, 2, 2]
+    for fold in json.loads((folder / "splits_final.json").read_text()):  # no patient on both sides
+        assert sorted(fold["train"] + fold["val"]) == record["labeled"]
+        assert not {PATIENTS[case] for case in fold["train"]} & {PATIENTS[case] for case in fold["val"]}
 
 
 @pytest.mark.parametrize("content", ["P0_x\n\n  P3_y\n", '["P0_x", "P3_y"]'], ids=["text", "json"])

@@ -26,6 +26,7 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import (
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, find_candidate_datasets
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
@@ -89,6 +90,13 @@ def plan_and_preprocess(
         UserError: about whatever is wrong with the input, before anything is written.
     """
     environment_folder("nnUNet_preprocessed")
+    if get_allowed_n_proc_DA() < 1:
+        raise UserError(
+            "environment variable nnUNet_n_proc_DA",
+            "0",
+            "at least 1, since nnU-Net's planner takes it as a number of threads",
+            "Set it to 0 for training only.",
+        )
     processes = _processes(configurations, num_processes)
     planner_class = _find_planner(planner_name)
     raw = read_raw_dataset(dataset_id)

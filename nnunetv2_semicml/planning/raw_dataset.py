@@ -19,6 +19,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
+import nibabel
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -327,7 +328,7 @@ def _digest_channels(files: dict, reader: type[BaseReaderWriter], allowed_labels
     grid = None
     for file in files["images"]:
         image, grid = _read_on_grid(file, reader, files["images"][0], grid)
-        if not_finite := np.count_nonzero(~np.isfinite(image)):
+        if not_finite := _count_not_finite(file, image):
             raise _Problem(
                 file,
                 f"{not_finite} voxels that are NaN or infinite",
@@ -358,6 +359,15 @@ def _digest_channels(files: dict, reader: type[BaseReaderWriter], allowed_labels
                 "Correct the label, or the labels in dataset.json.",
             )
     return digests
+
+
+def _count_not_finite(file: str, voxels: np.ndarray) -> int:
+    """Number of NaN and infinite voxels in the file, which ITK turns into zeros when it reads a NIfTI."""
+    if file.endswith((".nii", ".nii.gz")):
+        stored = nibabel.load(file)
+        if stored.get_data_dtype().kind == "f":
+            voxels = np.asanyarray(stored.dataobj)
+    return np.count_nonzero(~np.isfinite(voxels))
 
 
 def _read_on_grid(

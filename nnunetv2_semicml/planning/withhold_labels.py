@@ -17,6 +17,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, find_candidate_datasets
 
 from nnunetv2_semicml.errors import UserError, reports_user_errors
@@ -50,8 +51,8 @@ def withhold_labels(
         num_labeled: number of these patients. Without `groups`, every case is a patient.
         test_fraction: share of all patients to move to the test set. Either this or
         test_cases: file that names the cases to move there, one a line or, if it ends in .json, as a list.
-        groups: the patient of every case; all cases of a patient go the same way. A CSV file with the columns case and
-            group, or a JSON file {case: group}.
+        groups: the patient of every case; all cases of a patient go the same way, also in the folds, which are then
+            written to splits_final.json. A CSV file with the columns case and group, or a JSON file {case: group}.
         stratify: e.g. the hospital of every case, in the same form: test and labeled set hold each in proportion.
         seed: another seed, another draw.
 
@@ -108,7 +109,8 @@ def withhold_labels(
         },
         **{name: sorted(cases) for name, cases in shares.items()},
     }
-    _write(folder, source, shares, record)
+    folds = _patient_folds(shares["labeled"], patient_of) if groups else None
+    _write(folder, source, shares, record, folds)
     return folder
 
 
@@ -243,7 +245,21 @@ def _read_test_patients(file: Path, patient_of: dict[str, str]) -> set[str]:
     return patients
 
 
-def _write(folder: Path, source: RawDataset, shares: dict[str, dict[str, dict]], record: dict) -> None:
+def _patient_folds(cases: Collection[str], patient_of: dict[str, str]) -> list[dict] | None:
+    """nnU-Net's folds drawn over patients, so that none is in training and validation at once; None for one patient."""
+    patients = sorted({patient_of[case] for case in cases})
+    if len(patients) < 2:
+        return None
+    folds = generate_crossval_split(patients, n_splits=min(5, len(patients)))
+    return [
+        {part: sorted(case for case in cases if patient_of[case] in set(members)) for part, members in fold.items()}
+        for fold in folds
+    ]
+
+
+def _write(
+    folder: Path, source: RawDataset, shares: dict[str, dict[str, dict]], record: dict, folds: list[dict] | None
+) -> None:
     dataset_json = {key: value for key, value in source.dataset_json.items() if key != "dataset"}
     dataset_json["numTraining"] = len(shares["labeled"])
     file_ending = dataset_json["file_ending"]
@@ -254,7 +270,10 @@ def _write(folder: Path, source: RawDataset, shares: dict[str, dict[str, dict]],
         _link_cases(shares["unlabeled"], new / "imagesUn", None, file_ending)
         if shares["test"]:
             _link_cases(shares["test"], new / "imagesTs", new / "labelsTs", file_ending)
-        for name, content in (("dataset.json", dataset_json), ("withheld_labels.json", record)):
+        contents = {"dataset.json": dataset_json, "withheld_labels.json": record}
+        if folds:
+            contents["splits_final.json"] = folds  # planning takes it from here
+        for name, content in contents.items():
             (new / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
         new.rename(folder)
 

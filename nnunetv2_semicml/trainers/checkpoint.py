@@ -51,7 +51,7 @@ def load_checkpoint(filename: str, device: torch.device, provenance: dict) -> di
     except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             filename,
-            f"a file that cannot be read as a checkpoint ({type(error).__name__}: {str(error).splitlines()[0]})",
+            f"a file that cannot be read as a checkpoint ({type(error).__name__} {str(error)[:100]})",
             "a checkpoint of this trainer",
             "Move it away and continue from another checkpoint of the folder, or train anew without --c.",
         ) from error
