@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semicml.data.modality_group import ModalityGroup
 from nnunetv2_semicml.demo.phantom import write_phantom_dataset
 from nnunetv2_semicml.planning.plan_and_preprocess import plan_and_preprocess
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
+
+torch.set_num_threads(1)  # the networks here are so small that threads would only wait for each other
 
 LABELS, REGIONS = "Dataset500_Labels", "Dataset510_Regions"
 
@@ -24,6 +27,7 @@ def nnunet_folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("nnunet")
     values = {name: str(root / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     values |= {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
+    values["OMP_WAIT_POLICY"] = "PASSIVE"  # in subprocesses; spinning threads are 30 times slower on a busy machine
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
             patch.setenv(name, value)
@@ -119,7 +123,8 @@ def draw_batches(trainer: nnUNetTrainer, number: int, seed: int = 0) -> list[dic
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """An empty nnUNet_results, and data loading in this process, so that seeds hold."""
+    """An empty nnUNet_results, data loading in this process, so that seeds hold, and no progress.png (seconds each)."""
+    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda self, folder: None)
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     yield tmp_path

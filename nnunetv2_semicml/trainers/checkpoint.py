@@ -7,6 +7,7 @@ from pickle import UnpicklingError
 
 import numpy as np
 import torch
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from nnunetv2_semicml.errors import UserError
 
@@ -66,13 +67,19 @@ def load_checkpoint(filename: str, device: torch.device, provenance: dict) -> di
     return checkpoint
 
 
-def to_builtin(value: object) -> object:
-    """Turn NumPy scalars in nested dicts, lists and tuples into Python numbers, as `weights_only` loading needs."""
-    if isinstance(value, dict):
-        return {key: to_builtin(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(to_builtin(item) for item in value)
-    return value.item() if isinstance(value, np.generic) else value
+def use_builtin_numbers(logger: MetaLogger) -> None:
+    """Turn the NumPy numbers of nnU-Net's log into Python's.
+
+    `weights_only` loading refuses the former. They are turned when logged, not when saved: a moving average of float32
+    values would otherwise go on in float64 after a resume.
+    """
+
+    def builtin(value: object) -> object:
+        if isinstance(value, list):
+            return [builtin(item) for item in value]
+        return value.item() if isinstance(value, np.generic) else value
+
+    logger.load_checkpoint({key: builtin(values) for key, values in logger.get_checkpoint().items()})
 
 
 def get_random_state() -> dict:

@@ -4,7 +4,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch._dynamo import OptimizedModule
 
-from nnunetv2_semicml.trainers.checkpoint import save_atomically, to_builtin
+from nnunetv2_semicml.trainers.checkpoint import save_atomically, use_builtin_numbers
 
 
 class ModalityTrainerMixin:
@@ -31,6 +31,11 @@ class ModalityTrainerMixin:
             f"[{self.modality}]", *args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp
         )
 
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """Log as nnU-Net does, in numbers that a checkpoint can hold."""
+        super().on_validation_epoch_end(val_outputs)
+        use_builtin_numbers(self.logger)
+
     def unwrapped_network(self) -> torch.nn.Module:
         """The network without torch.compile's wrapper, whose weight names are those of nnU-Net's checkpoints."""
         return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
@@ -40,8 +45,8 @@ class ModalityTrainerMixin:
         return {
             "network_weights": self.unwrapped_network().state_dict(),
             "optimizer_state": self.optimizer.state_dict(),
-            "logging": to_builtin(self.logger.get_checkpoint()),
-            "_best_ema": to_builtin(self._best_ema),
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
         }
 
     def set_state(self, state: dict, current_epoch: int) -> None:
@@ -62,8 +67,8 @@ class ModalityTrainerMixin:
             return
         checkpoint = {
             "network_weights": self.unwrapped_network().state_dict(),
-            "logging": to_builtin(self.logger.get_checkpoint()),
-            "_best_ema": to_builtin(self._best_ema),
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
             "current_epoch": self.current_epoch + 1,
             "init_args": self.my_init_kwargs,
             "trainer_name": self.stock_trainer.__name__,

@@ -23,7 +23,12 @@ from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, autocast
 from torch import distributed as dist
 
-from nnunetv2_semicml.data.modality_group import ModalityGroup, preprocessed_folder, unlabeled_identifier
+from nnunetv2_semicml.data.modality_group import (
+    ModalityGroup,
+    environment_folder,
+    preprocessed_folder,
+    unlabeled_identifier,
+)
 from nnunetv2_semicml.data.paired_dataset import PairedDataset
 from nnunetv2_semicml.data.streams import PairedTransform, SemiSupervisedDataLoader, UnlabeledDataLoader
 from nnunetv2_semicml.trainers.checkpoint import (
@@ -31,7 +36,7 @@ from nnunetv2_semicml.trainers.checkpoint import (
     load_checkpoint,
     save_atomically,
     set_random_state,
-    to_builtin,
+    use_builtin_numbers,
 )
 from nnunetv2_semicml.trainers.modality_trainer import make_modality_trainer_class
 from nnunetv2_semicml.trainers.plot_terms import plot_terms
@@ -61,7 +66,8 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
     Attributes:
         network_trainer: the nnU-Net trainer that every modality is trained and deployed with.
         trainers: the modality trainers in channel order, from `initialize` on.
-        unlabeled_batch_size: unlabeled cases per step; None takes the plans' batch size.
+        unlabeled_batch_size: unlabeled cases per step; None takes the plans' batch size, but at least the two cases
+            that a contrast needs.
         two_pass: how a step is computed, see `train_step`; None takes two passes on a GPU, where memory is scarce, and
             one pass elsewhere.
     """
@@ -81,6 +87,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             raise NotImplementedError(f"{name} runs on one GPU: leave out -num_gpus.")
         if os.environ.get("nnUNet_wandb_enabled", "0") not in ("0", "False", "false"):
             raise NotImplementedError(f"{name} does not log to Weights & Biases: unset nnUNet_wandb_enabled.")
+        environment_folder("nnUNet_results")
         self.group = ModalityGroup.load(plans["dataset_name"])
         if "previous_stage" in plans["configurations"].get(configuration, {}):
             raise NotImplementedError(f"{name} does not support the cascade: train 3d_fullres or 3d_lowres instead.")
@@ -211,7 +218,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             **oversampling,
             unlabeled=UnlabeledDataLoader(
                 self._paired_dataset(self.group.unlabeled, labeled=False),
-                self.unlabeled_batch_size or self.batch_size,
+                self.unlabeled_batch_size or max(2, self.batch_size),
                 initial_patch_size,
                 patch_size,
                 self.label_manager,
@@ -424,6 +431,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         for key in ("mean_fg_dice", "dice_per_class_or_region", "val_losses"):
             mean = np.mean([t.logger.get_value(key, step=-1) for t in self.trainers], axis=0)
             self.logger.log(key, mean.tolist(), self.current_epoch)
+        use_builtin_numbers(self.logger)
 
     def on_epoch_end(self) -> None:
         """Report and save: each modality its best epoch for deployment, the conductor all that continues training."""
@@ -459,8 +467,8 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             "trainer_name": type(self).__name__,
             "modalities": {trainer.modality: trainer.get_state() for trainer in self.trainers},
             "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
-            "logging": to_builtin(self.logger.get_checkpoint()),
-            "_best_ema": to_builtin(self._best_ema),
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
             "current_epoch": self.current_epoch + 1,
             "random_state": get_random_state(),
         }

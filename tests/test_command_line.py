@@ -1,0 +1,259 @@
+"""What users type, in subprocesses: train, resume, validate, and predict with an nnU-Net without this package."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import LABELS
+
+from nnunetv2_semicml.ext_trainers import main as print_trainers_folder
+
+TRAINER = "nnUNetTrainerSemiCML_test"
+MODEL = f"{TRAINER}__nnUNetPlans__2d"
+FLAIR, T1 = "Dataset501_Labels_FLAIR", "Dataset502_Labels_T1"
+BIN = Path(sys.executable).parent
+
+
+def run(program, *arguments, python=sys.executable, ok=True, **environment):
+    """Run one of the command lines installed beside this Python, with that or another interpreter."""
+    done = subprocess.run(
+        [str(python), str(BIN / program), *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert (done.returncode == 0) == ok, f"{program} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def train(*arguments, ok=True, **environment):
+    return run("nnUNetv2_train", 500, "2d", *arguments, "-tr", TRAINER, "-device", "cpu", ok=ok, **environment)
+
+
+@pytest.fixture(scope="module")
+def environment(labels_group, tmp_path_factory):
+    """The environment of a user, with results of its own."""
+    results = tmp_path_factory.mktemp("command_line") / "results"
+    results.mkdir()
+    folder = run("nnUNetv2_semicml_trainers").stdout.strip()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_results", str(results))
+        patch.setenv("nnUNet_extTrainer", os.pathsep.join([folder, str(Path(__file__).parent / "trainers")]))
+        yield results
+
+
+@pytest.fixture(scope="module")
+def five_folds(environment):
+    """Fold 0 by the command line, with probabilities; the others by the function behind it, in one process."""
+    train(0, "--npz")
+    script = environment.parent / "folds.py"
+    script.write_text(
+        "import torch\n"
+        "from nnunetv2.run.run_training import run_training\n"
+        "if __name__ == '__main__':\n"
+        "    for fold in (1, 2, 3, 4):\n"
+        f"        run_training('500', '2d', fold, '{TRAINER}', device=torch.device('cpu'))\n"
+    )
+    subprocess.run([sys.executable, str(script)], check=True, capture_output=True, timeout=600)
+    return environment
+
+
+@pytest.fixture(scope="module")
+def stock_python(tmp_path_factory):
+    """An interpreter with nnU-Net and everything else that is installed here, but without this package."""
+    venv = tmp_path_factory.mktemp("stock") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    (target,) = venv.glob("lib/python*/site-packages")
+    for entry in Path(torch.__file__).parents[1].iterdir():
+        if "semicml" not in entry.name and not (target / entry.name).exists():
+            (target / entry.name).symlink_to(entry)
+    python = venv / "bin" / "python"
+    absent = subprocess.run(
+        [str(python), "-c", "import nnunetv2; import nnunetv2_semicml"], capture_output=True, text=True
+    )
+    assert "No module named 'nnunetv2_semicml'" in absent.stderr
+    return python
+
+
+def single_modality_scans(folder, channel):
+    """The test scans of one modality, named as nnU-Net wants them."""
+    folder.mkdir(parents=True)
+    for file in (Path(os.environ["nnUNet_raw"]) / LABELS / "imagesTs").glob(f"*_{channel:04d}.nii.gz"):
+        shutil.copy(file, folder / file.name.replace(f"_{channel:04d}", "_0000"))
+    return folder
+
+
+def test_trainers_folder_is_printed(capsys):
+    print_trainers_folder()
+    folder = Path(capsys.readouterr().out.strip())
+    assert [f.name for f in sorted(folder.glob("*.py"))] == ["__init__.py", "semicml_trainers.py"]
+
+
+def test_training_writes_complete_model_folders(five_folds):
+    for dataset in (FLAIR, T1):
+        model = five_folds / dataset / MODEL
+        assert {"plans.json", "dataset.json", "dataset_fingerprint.json"} <= {f.name for f in model.iterdir()}
+        for fold in range(5):
+            files = {f.name for f in (model / f"fold_{fold}").iterdir()}
+            assert {"checkpoint_final.pth", "checkpoint_best.pth", "progress.png", "validation"} <= files
+            assert "checkpoint_latest.pth" not in files
+            assert (model / f"fold_{fold}" / "validation" / "summary.json").is_file()
+        assert list((model / "fold_0" / "validation").glob("*.npz"))
+        assert not list((model / "fold_1" / "validation").glob("*.npz"))
+    joint = {f.name for f in (five_folds / LABELS / MODEL / "fold_0").iterdir()}
+    assert {"checkpoint_final.pth", "checkpoint_best.pth", "progress.png", "unsupervised_terms.png"} <= joint
+
+
+@pytest.mark.parametrize(("dataset", "channel"), [(FLAIR, 0), (T1, 1)])
+def test_stock_nnunet_deploys_each_modality(five_folds, stock_python, tmp_path, monkeypatch, dataset, channel):
+    """Every command runs with an interpreter, and in an environment, that know nothing of this package."""
+    monkeypatch.delenv("nnUNet_extTrainer")
+    model = five_folds / dataset / MODEL
+    scans = single_modality_scans(tmp_path / "scans", channel)
+    device = ("-device", "cpu", "-npp", 1, "-nps", 1)
+
+    run("nnUNetv2_predict", "-d", dataset, "-i", scans, "-o", tmp_path / "a", "-c", "2d", "-f", 0, 1, "-tr", TRAINER,
+        *device, python=stock_python)  # fmt: skip
+    run("nnUNetv2_predict_from_modelfolder", "-m", model, "-i", scans, "-o", tmp_path / "b", "-f", 0, 1, *device,
+        python=stock_python)  # fmt: skip
+    archive = tmp_path / "model.zip"
+    run("nnUNetv2_export_model_to_zip", "-d", dataset, "-o", archive, "-c", "2d", "-tr", TRAINER, "-f", 0, 1,
+        python=stock_python)  # fmt: skip
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    hospital = {"nnUNet_results": str(elsewhere), "nnUNet_raw": "/nowhere", "nnUNet_preprocessed": "/nowhere"}
+    run("nnUNetv2_install_pretrained_model_from_zip", archive, python=stock_python, **hospital)
+    run("nnUNetv2_predict", "-d", dataset, "-i", scans, "-o", tmp_path / "c", "-c", "2d", "-f", 0, 1, "-tr", TRAINER,
+        *device, python=stock_python, **hospital)  # fmt: skip
+    for file in (elsewhere / dataset / MODEL).glob("d*.json"):
+        assert os.environ["nnUNet_raw"] not in file.read_text()
+
+    names = sorted(f.name for f in (tmp_path / "a").glob("*.nii.gz"))
+    assert names == sorted(f.name.replace("_0000", "") for f in scans.iterdir())
+    for name in names:
+        images = [sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / way / name))) for way in "abc"]
+        assert (images[0] == images[1]).all()
+        assert (images[0] == images[2]).all()
+
+    truth = Path(os.environ["nnUNet_raw"]) / LABELS / "labelsTs"
+    run("nnUNetv2_evaluate_folder", truth, tmp_path / "a", "-djfile", model / "dataset.json", "-pfile",
+        model / "plans.json", "-np", 1, python=stock_python)  # fmt: skip
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert len(summary["metric_per_case"]) == len(names)
+
+
+def test_stock_nnunet_collects_the_five_folds(five_folds, stock_python, tmp_path, monkeypatch):
+    monkeypatch.delenv("nnUNet_extTrainer")
+    found = run("nnUNetv2_find_best_configuration", 501, "-c", "2d", "-tr", TRAINER, "-np", 1, "--disable_ensembling",
+                python=stock_python)  # fmt: skip
+    assert f"-tr {TRAINER}" in found.stdout
+    run("nnUNetv2_accumulate_crossval_results", 502, "-c", "2d", "-tr", TRAINER, "-o", tmp_path / "cv",
+        python=stock_python)  # fmt: skip
+    summary = json.loads((tmp_path / "cv" / "summary.json").read_text())
+    assert len(summary["metric_per_case"]) == 5
+
+
+def test_killed_training_continues_from_its_last_checkpoint(environment, tmp_path):
+    own = {"nnUNet_results": str(tmp_path)}
+    command = [str(BIN / "nnUNetv2_train"), "500", "2d", "0", "-tr", TRAINER, "-device", "cpu"]
+    process = subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    fold = tmp_path / LABELS / MODEL / "fold_0"
+    deadline = time.monotonic() + 120
+    while not (fold / "checkpoint_latest.pth").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(random.uniform(0, 1.5))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    states = {f.stem: torch.load(f, weights_only=True) for f in fold.glob("checkpoint_*.pth")}  # all are whole
+    before = next(states[n] for n in ("checkpoint_final", "checkpoint_latest", "checkpoint_best") if n in states)
+
+    train(0, "--c", **own)
+    after = torch.load(fold / "checkpoint_final.pth", weights_only=True)
+    assert after["current_epoch"] == 2
+    for old, new in [(before, after), *((before["modalities"][m], after["modalities"][m]) for m in ("FLAIR", "T1"))]:
+        for key, values in old["logging"].items():
+            assert len(values) == before["current_epoch"]
+            assert new["logging"][key][: len(values)] == values
+            assert len(new["logging"][key]) == 2
+    for dataset in (FLAIR, T1):
+        assert (tmp_path / dataset / MODEL / "fold_0" / "validation" / "summary.json").is_file()
+
+
+def test_validation_only(five_folds):
+    summaries = [five_folds / dataset / MODEL / "fold_0" / "validation" / "summary.json" for dataset in (FLAIR, T1)]
+    before = [s.read_text() for s in summaries]
+    for s in summaries:
+        s.unlink()
+    train(0, "--val")
+    assert [s.read_text() for s in summaries] == before
+    best = train(0, "--val", "--val_best")
+    assert best.stdout.count("Mean Validation Dice") == 2
+    train(0, "--val")
+
+
+def test_fold_all_without_checkpoints(environment, tmp_path):
+    train("all", "--disable_checkpointing", nnUNet_results=str(tmp_path))
+    assert not list(tmp_path.rglob("*.pth"))
+    for dataset in (FLAIR, T1):
+        summary = tmp_path / dataset / MODEL / "fold_all" / "validation" / "summary.json"
+        assert len(json.loads(summary.read_text())["metric_per_case"]) == 5
+
+
+def test_full_disk_leaves_the_previous_checkpoint(five_folds, tmp_path):
+    """A limit on the size of files stands for the full disk; the write fails in the middle."""
+    code = (
+        "import resource, sys, torch\n"
+        "from nnunetv2_semicml.trainers.checkpoint import save_atomically\n"
+        "save_atomically({'epoch': 1, 'w': torch.zeros(10)}, sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "save_atomically({'epoch': 2, 'w': torch.zeros(10**6)}, sys.argv[1])\n"
+    )
+    file = tmp_path / "checkpoint_latest.pth"
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "UserError" in done.stderr
+    assert "The previous checkpoint is untouched" in done.stderr
+    assert torch.load(file, weights_only=True)["epoch"] == 1
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint_latest.pth"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("-num_gpus", 1, "-pretrained_weights", "CHECKPOINT"), "leave out -pretrained_weights"),
+        (("-p", "otherPlans"), "otherPlans"),
+    ],
+)
+def test_unsupported_flags_are_refused(five_folds, arguments, sentence):
+    checkpoint = five_folds / FLAIR / MODEL / "fold_0" / "checkpoint_final.pth"
+    arguments = [str(checkpoint) if a == "CHECKPOINT" else a for a in arguments]
+    done = train(1, *arguments, ok=False)
+    assert sentence in done.stderr.splitlines()[-1]
+
+
+def test_checkpoint_of_another_fold_is_refused(five_folds, tmp_path):
+    shutil.copytree(five_folds / LABELS / MODEL / "fold_0", tmp_path / LABELS / MODEL / "fold_1")
+    done = train(1, "--c", ok=False, nnUNet_results=str(tmp_path))
+    assert "found a checkpoint of fold 0; expected fold 1" in done.stderr.splitlines()[-1]
+
+
+def test_planning_reports_bad_input_in_one_sentence(labels_group, tmp_path):
+    for own, sentence in [
+        ({"nnUNet_raw": ""}, "nnUNet_raw"),
+        ({"nnUNet_raw": str(tmp_path)}, "no raw dataset with the id 500"),
+    ]:
+        done = run("nnUNetv2_semicml_plan_and_preprocess", "-d", 500, ok=False, **own)
+        assert done.returncode == 1
+        assert done.stderr.startswith("Error: ")
+        assert sentence in done.stderr
+        assert "Traceback" not in done.stderr

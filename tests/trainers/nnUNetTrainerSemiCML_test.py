@@ -1,0 +1,14 @@
+"""Found through nnUNet_extTrainer by the command-line tests: Semi-CML whose epochs take a second."""
+
+import torch
+
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
+
+
+class nnUNetTrainerSemiCML_test(nnUNetTrainerSemiCML):
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 2
+        self.num_iterations_per_epoch = 3
+        self.num_val_iterations_per_epoch = 1
+        self.save_every = 1
