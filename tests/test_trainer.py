@@ -399,6 +399,7 @@ def finished(labels_group, tmp_path_factory):
         ({"plans": "other"}, "found a checkpoint of plans other; expected plans nnUNetPlans"),
         ({"configuration": "3d_fullres"}, "found a checkpoint of configuration 3d_fullres; expected configuration 2d"),
         ({"fold": 3}, "found a checkpoint of fold 3; expected fold 0"),
+        ({"trainer": "Other"}, "found a checkpoint of trainer Other; expected trainer nnUNetTrainerSemiCML"),
     ],
 )
 def test_foreign_checkpoint_is_refused(finished, results, tmp_path, change, sentence):

@@ -132,7 +132,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             reason = "memory of one network at a time" if self.two_pass else "no GPU whose memory has to be spared"
             self.print_to_log_file(f"Steps take {'two passes' if self.two_pass else 'one pass'}: {reason}.")
         for modality, (plans, dataset_json) in zip(self.group.modalities, self.modality_plans, strict=True):
-            provenance = {**self.provenance, "modality": modality.name, "trainer": type(self).__name__}
+            provenance = {**self.provenance, "modality": modality.name}
             trainer_class = make_modality_trainer_class(
                 self.network_trainer, type(self).__name__, modality.name, provenance
             )
@@ -157,6 +157,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             "plans": self.plans_manager.plans_name,
             "configuration": self.configuration_name,
             "fold": self.fold,
+            "trainer": type(self).__name__,
         }
 
     def _seed_everything(self) -> None:

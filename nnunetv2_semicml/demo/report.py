@@ -1,0 +1,266 @@
+"""One self-contained HTML page that compares two methods on the test cases of every modality.
+
+It reads nnU-Net's `summary.json` files, the images and segmentations they name, and training logs as plain dicts; it
+knows nothing of trainers.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import SimpleITK as sitk
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nnunetv2_semicml.errors import UserError
+
+# Okabe and Ito's colours, which people with colour vision deficiencies can tell apart too.
+REFERENCE_COLOUR = "#f0e442"
+METHOD_COLOURS = ("#e69f00", "#56b4e9")
+TERM_COLOURS = ("#cc79a7", "#009e73", "#0072b2", "#d55e00")
+_THEMES = {"light": "#3a4250", "dark": "#c9d1dc"}
+
+
+@dataclass(frozen=True)
+class ModalityResults:
+    """What the page shows of one modality.
+
+    Attributes:
+        name: the modality.
+        images: folder of its test scans, CASE_0000.nii.gz.
+        summaries: for each of the two methods, reference method first, nnU-Net's summary.json of the test cases.
+        logs: for each method, the log of its training as nnU-Net keeps it (`checkpoint["logging"]`).
+    """
+
+    name: str
+    images: Path
+    summaries: Mapping[str, Path]
+    logs: Mapping[str, Mapping[str, Sequence]]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Dice of one test case by method, and the files to look at."""
+
+    name: str
+    dice: dict[str, float]
+    reference: Path
+    predictions: dict[str, Path]
+
+
+def write_report(
+    file: Path,
+    title: str,
+    facts: Mapping[str, str],
+    modalities: Sequence[ModalityResults],
+    joint_log: Mapping[str, Sequence[float]],
+    exports: Sequence[str],
+    commands: Sequence[tuple[str, float]],
+) -> Path:
+    """Write the page.
+
+    Args:
+        file: the HTML file.
+        title: its heading.
+        facts: what was run, name → value.
+        modalities: results of every modality; all have the same two methods and the same cases.
+        joint_log: log of the joint training; every list under a key "unsupervised/…" (mean loss term per epoch) and
+            "weight/…" (its weight) is plotted.
+        exports: shell lines that set the environment of the commands.
+        commands: the command lines that led here, with their seconds.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: the two summaries of a modality do not have the same cases.
+    """
+    first, second = modalities[0].summaries
+    cases = {modality.name: _read_cases(modality) for modality in modalities}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["signed"] = lambda value: f"{value:+.3f}".replace("-", "−")
+    page = environment.get_template("report.html.jinja").render(
+        title=title,
+        facts=facts,
+        methods=[first, second],
+        colours={first: METHOD_COLOURS[0], second: METHOD_COLOURS[1], "reference": REFERENCE_COLOUR},
+        rows=[_row(name, of_modality, first, second) for name, of_modality in cases.items()],
+        cases=cases,
+        paired=_themed(lambda figure: _plot_paired(figure, cases, first, second), (2.6 * len(cases) + 0.6, 3.6)),
+        curves={m.name: _themed(lambda figure, m=m: _plot_curves(figure, m), (8.4, 2.8)) for m in modalities},
+        terms=_themed(lambda figure: _plot_terms(figure, joint_log), (8.4, 2.8)),
+        overlays={m.name: _overlays(m, cases[m.name], second) for m in modalities},
+        exports=exports,
+        commands=commands,
+    )
+    file.write_text(page, encoding="utf-8")
+    return file
+
+
+def _read_cases(modality: ModalityResults) -> list[_Case]:
+    read: dict[str, dict[str, dict]] = {}
+    for method, file in modality.summaries.items():
+        for entry in json.loads(file.read_text())["metric_per_case"]:
+            read.setdefault(Path(entry["reference_file"]).name.split(".")[0], {})[method] = entry
+    for name, by_method in read.items():
+        if by_method.keys() != modality.summaries.keys():
+            raise UserError(
+                " and ".join(map(str, modality.summaries.values())),
+                f"case {name} only for {', '.join(by_method)}",
+                "the same cases for every method",
+                "Predict and evaluate the same test scans with both.",
+            )
+    return [
+        _Case(
+            name,
+            {method: _mean_dice(by_method[method]["metrics"]) for method in modality.summaries},
+            Path(next(iter(by_method.values()))["reference_file"]),
+            {method: Path(by_method[method]["prediction_file"]) for method in modality.summaries},
+        )
+        for name, by_method in sorted(read.items())
+    ]
+
+
+def _mean_dice(metrics: dict[str, dict[str, float]]) -> float:
+    """Mean over classes or regions; nnU-Net writes NaN for a class that neither has, which is left out."""
+    return float(np.nanmean([values["Dice"] for values in metrics.values()]))
+
+
+def _row(modality: str, cases: Sequence[_Case], first: str, second: str) -> dict:
+    dice = {method: np.array([case.dice[method] for case in cases]) for method in (first, second)}
+    difference = dice[second] - dice[first]
+    return {
+        "modality": modality,
+        **{method: (values.mean(), values.std(ddof=1)) for method, values in dice.items()},
+        "difference": (difference.mean(), difference.std(ddof=1)),
+        "better": int((difference > 0).sum()),
+        "cases": len(cases),
+    }
+
+
+def _png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, transparent=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _themed(plot: Callable[[Figure], None], size: tuple[float, float]) -> dict[str, str]:
+    """The same plot with ink for a light and for a dark page, as data URIs."""
+    images = {}
+    for theme, ink in _THEMES.items():
+        style = {
+            **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 10,
+            "font.size": 9,
+            "legend.frameon": False,
+            "figure.constrained_layout.use": True,
+        }
+        with rc_context(style):
+            figure = Figure(figsize=size)
+            plot(figure)
+            images[theme] = _png(figure)
+    return images
+
+
+def _plot_paired(figure: Figure, cases: Mapping[str, Sequence[_Case]], first: str, second: str) -> None:
+    axes = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
+    for axis, (modality, of_modality) in zip(axes, cases.items(), strict=True):
+        pairs = np.array([[case.dice[first], case.dice[second]] for case in of_modality])
+        axis.plot([0, 1], pairs.T, color="#8a94a3", linewidth=1, zorder=1)
+        for column, colour in enumerate(METHOD_COLOURS):
+            axis.scatter(np.full(len(pairs), column), pairs[:, column], color=colour, s=34, zorder=2)
+            side = -0.32 if column == 0 else 0.12
+            axis.plot([column + side, column + side + 0.2], [pairs[:, column].mean()] * 2, color=colour, linewidth=3)
+        axis.set(title=modality, xlim=(-0.5, 1.5), ylim=(-0.02, 1.0))
+        axis.set_xticks([0, 1], [first, second])
+        axis.grid(axis="y", alpha=0.25)
+    axes[0].set_ylabel("Dice per test case")
+
+
+def _plot_curves(figure: Figure, modality: ModalityResults) -> None:
+    panels = (("mean_fg_dice", "pseudo Dice (validation patches)"), ("train_losses", "supervised training loss"))
+    for axis, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        for (method, log), colour in zip(modality.logs.items(), METHOD_COLOURS, strict=True):
+            _plot_epochs(axis, log[key], color=colour, label=method)
+        axis.set(title=label)
+        if key == "mean_fg_dice":
+            axis.set_ylim(0, 1)
+            axis.legend()
+
+
+def _plot_terms(figure: Figure, log: Mapping[str, Sequence[float]]) -> None:
+    panels = (("unsupervised/", "unsupervised terms, unweighted, relative to their largest"), ("weight/", "weights"))
+    for axis, (prefix, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        terms = [key.removeprefix(prefix) for key in log if key.startswith(prefix)]
+        for number, term in enumerate(terms):
+            values = np.array(log[prefix + term])
+            label = term
+            if prefix == "unsupervised/":
+                # Terms differ by orders of magnitude: each is drawn relative to its own largest value, which is named.
+                largest = np.abs(values).max()
+                label = f"{term} (1 is {largest:.3g})"
+                values = values / largest if largest > 0 else values
+            _plot_epochs(axis, values, color=TERM_COLOURS[number % len(TERM_COLOURS)], label=label)
+        axis.set(title=title)
+        axis.set_ylim(bottom=0)
+        axis.legend()
+
+
+def _plot_epochs(axis: Axes, values: Sequence[float], color: str, label: str) -> None:
+    axis.plot(range(1, len(values) + 1), values, color=color, label=label, linewidth=2, marker="o", markersize=3)
+    axis.set_xlabel("epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.25)
+
+
+def _overlays(modality: ModalityResults, cases: Sequence[_Case], judged_by: str) -> list[dict]:
+    """Worst, median and best case by one method's Dice, each in the slice with the largest reference area."""
+    ranked = sorted(cases, key=lambda case: case.dice[judged_by])
+    chosen = {"worst": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "best": ranked[-1]}
+    overlays = []
+    for rank, case in chosen.items():
+        image = sitk.GetArrayFromImage(sitk.ReadImage(str(modality.images / f"{case.name}_0000.nii.gz")))
+        spacing = sitk.ReadImage(str(case.reference)).GetSpacing()
+        reference = sitk.GetArrayFromImage(sitk.ReadImage(str(case.reference)))
+        z = int((reference > 0).sum((1, 2)).argmax())
+        panels = {"scan": _overlay(image[z], None, None, "", spacing)}
+        for (method, file), colour in zip(case.predictions.items(), METHOD_COLOURS, strict=True):
+            prediction = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+            panels[method] = _overlay(image[z], reference[z], prediction[z], colour, spacing)
+        overlays.append({"rank": rank, "case": case.name, "slice": z + 1, "slices": len(image), "dice": case.dice} | {
+            "panels": panels
+        })  # fmt: skip
+    return overlays
+
+
+def _overlay(
+    image: np.ndarray, reference: np.ndarray | None, prediction: np.ndarray | None, colour: str, spacing: Sequence
+) -> str:
+    """One slice (y, x) as a data URI, cropped to the scanned field, with the outlines of reference and prediction."""
+    rows, columns = (np.flatnonzero((image != 0).any(axis)) for axis in (1, 0))
+    crop = slice(max(rows[0] - 1, 0), rows[-1] + 2), slice(max(columns[0] - 1, 0), columns[-1] + 2)
+    image = image[crop]
+    height, width = image.shape[0] * spacing[1], image.shape[1] * spacing[0]
+    figure = Figure(figsize=(2.2, 2.2), facecolor="black")
+    scale = max(height, width)
+    axis = figure.add_axes((0.5 - width / scale / 2, 0.5 - height / scale / 2, width / scale, height / scale))
+    axis.set_axis_off()
+    axis.imshow(
+        image, cmap="gray", vmin=0, vmax=np.percentile(image, 99.5), interpolation="bicubic", aspect="auto"
+    )  # the axes have the proportions of the voxels
+    for mask, line_colour, width_pt in ((reference, REFERENCE_COLOUR, 2.2), (prediction, colour, 1.6)):
+        if mask is not None and (mask[crop] > 0).any():
+            axis.contour(mask[crop] > 0, [0.5], colors=line_colour, linewidths=width_pt)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
