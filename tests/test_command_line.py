@@ -78,9 +78,8 @@ def stock_python(tmp_path_factory):
         if "semicml" not in entry.name and not (target / entry.name).exists():
             (target / entry.name).symlink_to(entry)
     python = venv / "bin" / "python"
-    absent = subprocess.run(
-        [str(python), "-c", "import nnunetv2; import nnunetv2_semicml"], capture_output=True, text=True
-    )
+    code = "import nnunetv2; import nnunetv2_semicml"
+    absent = subprocess.run([str(python), "-c", code], cwd=venv, capture_output=True, text=True)
     assert "No module named 'nnunetv2_semicml'" in absent.stderr
     return python
 

@@ -211,7 +211,7 @@ def write_splits(raw):
         ),
         (None, {"modality_ids": [777, 600]}, r"dataset id 777: found that Dataset777_Taken has it"),
         (keep_labeled(4), {}, r"labelsTr: found 4 labeled cases; expected at least 5, .* splits_final.json"),
-        (write_splits, {}, r"splits_final.json: found folds that lack phantom_tr_000; expected the 5 labeled cases"),
+        (write_splits, {}, r"splits_final.json: found folds that lack labels_tr_000; expected the 5 labeled cases"),
         (None, {"num_processes": [1, 2, 3]}, r"option -np: found 3 numbers for 2 configurations"),
         (None, {"planner_name": "NoPlanner"}, r"option -pl: found NoPlanner; expected an experiment planner"),
     ],

@@ -47,6 +47,7 @@ class ModalityTrainerMixin:
             "optimizer_state": self.optimizer.state_dict(),
             "logging": self.logger.get_checkpoint(),
             "_best_ema": self._best_ema,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
         }
 
     def set_state(self, state: dict, current_epoch: int) -> None:
@@ -55,6 +56,7 @@ class ModalityTrainerMixin:
         self.optimizer.load_state_dict(state["optimizer_state"])
         self.logger.load_checkpoint(state["logging"])
         self._best_ema = state["_best_ema"]
+        self.inference_allowed_mirroring_axes = state["inference_allowed_mirroring_axes"]
         self.current_epoch = current_epoch
 
     def save_checkpoint(self, filename: str) -> None:
