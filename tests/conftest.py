@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +59,7 @@ def labels_group(nnunet_folders):
 
 @pytest.fixture(scope="session")
 def regions_group(nnunet_folders):
-    """Three modalities and region-based labels, 3d_fullres."""
+    """Three modalities and region-based labels, 3d_fullres; planned by the command line."""
     write_phantom_dataset(
         nnunet_folders / "nnUNet_raw",
         510,
@@ -70,7 +72,10 @@ def regions_group(nnunet_folders):
         num_classes=2,
         regions=True,
     )
-    group = plan_and_preprocess(510, ["3d_fullres"], num_processes=[1], num_processes_fingerprint=1)
+    program = Path(sys.executable).with_name("nnUNetv2_semicml_plan_and_preprocess")
+    options = ["-c", "3d_fullres", "-np", "1", "-npfp", "1", "--modality_ids", "521", "522", "523"]
+    subprocess.run([program, "-d", "510", *options], check=True)
+    group = ModalityGroup.load(REGIONS)
     shrink_networks(group)
     return group
 

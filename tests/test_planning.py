@@ -76,18 +76,17 @@ def copy_of_labels(labels_group, tmp_path, monkeypatch):
 
 
 def test_planning_again_adds_and_replaces_but_never_mixes(copy_of_labels, monkeypatch):
-    """ResEnc plans beside the default ones; then a change of the labeled cases makes all that was done invalid."""
+    """ResEnc plans beside the default ones; then a change of the unlabeled cases makes all that was done invalid."""
     group = plan_and_preprocess(500, ["2d"], "nnUNetPlannerResEncM", num_processes=[1], num_processes_fingerprint=1)
-    assert set(group.preprocessed) == {
-        "nnUNetPlans_2d",
-        "nnUNetPlans_3d_fullres",
-        "nnUNetResEncUNetMPlans_2d",
-    }
+    # nnU-Net's ResEnc planners use the preprocessed data of the default plans
+    assert set(group.preprocessed) == {"nnUNetPlans_2d", "nnUNetPlans_3d_fullres"}
     plans, dataset_json = (
         json.loads((preprocessed(LABELS) / name).read_text())
         for name in ("nnUNetResEncUNetMPlans.json", "dataset.json")
     )
+    assert "ResidualEncoder" in plans["configurations"]["2d"]["architecture"]["network_class_name"]
     group.require_ready(plans, "2d")
+    group.require_ready(load_plans(LABELS)[0], "2d")
     group.require_ready(load_plans(LABELS)[0], "3d_fullres")
     assert dataset_json["numTraining"] == 5
 
@@ -210,7 +209,7 @@ def write_splits(raw):
             r"dataset id 500: found that Dataset500_Labels has it; expected a free id",
         ),
         (None, {"modality_ids": [777, 600]}, r"dataset id 777: found that Dataset777_Taken has it"),
-        (keep_labeled(4), {}, r"labelsTr: found 4 labeled cases; expected at least 5, .* splits_final.json"),
+        (keep_labeled(4), {}, r"labelsTr: found 4 labeled cases; expected at least 5, .*splits_final.json"),
         (write_splits, {}, r"splits_final.json: found folds that lack labels_tr_000; expected the 5 labeled cases"),
         (None, {"num_processes": [1, 2, 3]}, r"option -np: found 3 numbers for 2 configurations"),
         (None, {"planner_name": "NoPlanner"}, r"option -pl: found NoPlanner; expected an experiment planner"),

@@ -204,7 +204,7 @@ class Demo:
             "Patients": "{num_labeled} labeled, {num_unlabeled} unlabeled, {num_test} test".format(**CASES),
             "Modalities": " + ".join(MODALITIES) + f", synthetic, {' × '.join(map(str, SHAPE))} voxels",
             "Training": f"configuration {CONFIGURATION}, fold 0, {epochs} epochs per network",
-            "Seed": f"{self.seed} (patients; nnU-Net's training itself has no seed)",
+            "Seed": f"{self.seed} (of the patients and of Semi-CML; stock nnU-Net has no seed)",
             "Machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores{gpu}",
             "Software": ", ".join(f"{name} {number}" for name, number in versions.items()),
             "Date": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
