@@ -25,8 +25,8 @@ TISSUES = {
     "csf": (1.00, 4000.0, 1800.0),
     "grey matter": (0.82, 1000.0, 98.0),
     "white matter": (0.70, 630.0, 80.0),
-    "lesion": (0.84, 1200.0, 150.0),
-    "lesion core": (0.93, 1700.0, 260.0),
+    "lesion": (0.85, 1350.0, 170.0),
+    "lesion core": (0.93, 1900.0, 280.0),
 }
 AIR, SCALP, SKULL, CSF, GREY, WHITE, LESION, CORE = range(len(TISSUES))
 
@@ -71,7 +71,7 @@ def _without_end_slices(radius: np.ndarray, grid: np.ndarray, rng: np.random.Gen
 
 MODALITIES = {
     # The inversion time nulls cerebrospinal fluid: TI = T1·(ln 2 − ln(1 + exp(−TR/T1))).
-    "FLAIR": PulseSequence(_inversion_recovery(9000, 2350, 120), 0.040, _skull_stripped),
+    "FLAIR": PulseSequence(_inversion_recovery(9000, 2350, 120), 0.035, _skull_stripped),
     "T1": PulseSequence(_spin_echo(550, 14), 0.012, _shifted_ellipsoid),
     "T2": PulseSequence(_spin_echo(4500, 95), 0.022, _without_end_slices),
 }
@@ -174,7 +174,7 @@ def make_case(
         if name not in modalities:
             continue
         signal = ndimage.gaussian_filter(sequence.signal(density, t1, t2)[tissue] * texture, 0.5)  # partial volume
-        signal = signal * np.exp(own.uniform(0.08, 0.16) * _smooth_field(own, shape, 4))
+        signal = signal * np.exp(own.uniform(0.06, 0.12) * _smooth_field(own, shape, 4))
         real, imaginary = own.normal(0, sequence.noise, size=(2, *shape))
         magnitude = np.hypot(signal + real, imaginary)  # Rician, as in magnitude images
         kept = sequence.field_of_view(radius, grid, own)

@@ -17,11 +17,12 @@ import SimpleITK as sitk
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from nnunetv2_semicml.errors import UserError
 
 # Okabe and Ito's colours, which people with colour vision deficiencies can tell apart too.
-REFERENCE_COLOUR = "#f0e442"
+REFERENCE_COLOUR = "#ffffff"
 METHOD_COLOURS = ("#e69f00", "#56b4e9")
 TERM_COLOURS = ("#cc79a7", "#009e73", "#0072b2", "#d55e00")
 _THEMES = {"light": "#3a4250", "dark": "#c9d1dc"}
@@ -94,7 +95,7 @@ def write_report(
         colours={first: METHOD_COLOURS[0], second: METHOD_COLOURS[1], "reference": REFERENCE_COLOUR},
         rows=[_row(name, of_modality, first, second) for name, of_modality in cases.items()],
         cases=cases,
-        paired=_themed(lambda figure: _plot_paired(figure, cases, first, second), (2.6 * len(cases) + 0.6, 3.6)),
+        paired=_themed(lambda figure: _plot_paired(figure, cases, first, second), (3.2 * len(cases) + 0.6, 3.4)),
         curves={m.name: _themed(lambda figure, m=m: _plot_curves(figure, m), (8.4, 2.8)) for m in modalities},
         terms=_themed(lambda figure: _plot_terms(figure, joint_log), (8.4, 2.8)),
         overlays={m.name: _overlays(m, cases[m.name], second) for m in modalities},
@@ -146,15 +147,15 @@ def _row(modality: str, cases: Sequence[_Case], first: str, second: str) -> dict
     }
 
 
-def _png(figure: Figure) -> str:
+def _png(figure: Figure, **options: object) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, transparent=True)
+    figure.savefig(buffer, format="png", dpi=160, **options)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _themed(plot: Callable[[Figure], None], size: tuple[float, float]) -> dict[str, str]:
-    """The same plot with ink for a light and for a dark page, as data URIs."""
-    images = {}
+def _themed(plot: Callable[[Figure], None], size: tuple[float, float]) -> dict:
+    """The same plot with ink for a light and for a dark page as data URIs, and its width on the page in pixels."""
+    images: dict = {"width": round(100 * size[0])}
     for theme, ink in _THEMES.items():
         style = {
             **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink),
@@ -168,7 +169,7 @@ def _themed(plot: Callable[[Figure], None], size: tuple[float, float]) -> dict[s
         with rc_context(style):
             figure = Figure(figsize=size)
             plot(figure)
-            images[theme] = _png(figure)
+            images[theme] = _png(figure, transparent=True)
     return images
 
 
@@ -181,7 +182,7 @@ def _plot_paired(figure: Figure, cases: Mapping[str, Sequence[_Case]], first: st
             axis.scatter(np.full(len(pairs), column), pairs[:, column], color=colour, s=34, zorder=2)
             side = -0.32 if column == 0 else 0.12
             axis.plot([column + side, column + side + 0.2], [pairs[:, column].mean()] * 2, color=colour, linewidth=3)
-        axis.set(title=modality, xlim=(-0.5, 1.5), ylim=(-0.02, 1.0))
+        axis.set(title=modality, xlim=(-0.5, 1.5), ylim=(-0.02, 1.02))
         axis.set_xticks([0, 1], [first, second])
         axis.grid(axis="y", alpha=0.25)
     axes[0].set_ylabel("Dice per test case")
@@ -195,11 +196,11 @@ def _plot_curves(figure: Figure, modality: ModalityResults) -> None:
         axis.set(title=label)
         if key == "mean_fg_dice":
             axis.set_ylim(0, 1)
-            axis.legend()
+            axis.legend(loc="lower right")
 
 
 def _plot_terms(figure: Figure, log: Mapping[str, Sequence[float]]) -> None:
-    panels = (("unsupervised/", "unsupervised terms, unweighted, relative to their largest"), ("weight/", "weights"))
+    panels = (("unsupervised/", "unweighted terms ÷ their largest value"), ("weight/", "weights"))
     for axis, (prefix, title) in zip(figure.subplots(1, 2), panels, strict=True):
         terms = [key.removeprefix(prefix) for key in log if key.startswith(prefix)]
         for number, term in enumerate(terms):
@@ -237,9 +238,8 @@ def _overlays(modality: ModalityResults, cases: Sequence[_Case], judged_by: str)
         for (method, file), colour in zip(case.predictions.items(), METHOD_COLOURS, strict=True):
             prediction = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
             panels[method] = _overlay(image[z], reference[z], prediction[z], colour, spacing)
-        overlays.append({"rank": rank, "case": case.name, "slice": z + 1, "slices": len(image), "dice": case.dice} | {
-            "panels": panels
-        })  # fmt: skip
+        place = {"rank": rank, "case": case.name, "slice": z + 1, "slices": len(image)}
+        overlays.append({**place, "dice": case.dice, "panels": panels})
     return overlays
 
 
@@ -255,12 +255,10 @@ def _overlay(
     scale = max(height, width)
     axis = figure.add_axes((0.5 - width / scale / 2, 0.5 - height / scale / 2, width / scale, height / scale))
     axis.set_axis_off()
-    axis.imshow(
-        image, cmap="gray", vmin=0, vmax=np.percentile(image, 99.5), interpolation="bicubic", aspect="auto"
-    )  # the axes have the proportions of the voxels
-    for mask, line_colour, width_pt in ((reference, REFERENCE_COLOUR, 2.2), (prediction, colour, 1.6)):
+    # the axes already have the proportions of the slice in mm
+    axis.imshow(image, cmap="gray", vmin=0, vmax=np.percentile(image, 99.5), interpolation="bicubic", aspect="auto")
+    for mask, line_colour, line_width in ((reference, REFERENCE_COLOUR, 1.2), (prediction, colour, 1.8)):
         if mask is not None and (mask[crop] > 0).any():
-            axis.contour(mask[crop] > 0, [0.5], colors=line_colour, linewidths=width_pt)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+            outline = axis.contour(mask[crop] > 0, [0.5], colors=line_colour, linewidths=line_width)
+            outline.set_path_effects([withStroke(linewidth=line_width + 1.2, foreground="#000000a0")])
+    return _png(figure)

@@ -83,7 +83,7 @@ class Demo:
         self.step += 1
         print(f"\n[{self.step}/{NUM_STEPS}] {what}", flush=True)
 
-    def call(self, program: str, *arguments: object, show: bool = True) -> str:
+    def call(self, program: str, *arguments: object) -> str:
         """Run one of the command lines installed beside this Python and return its last line.
 
         Raises:
