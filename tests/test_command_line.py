@@ -58,9 +58,9 @@ def five_folds(environment):
     train(0, "--npz")
     script = environment.parent / "folds.py"
     script.write_text(
-        "import torch\n"
-        "from nnunetv2.run.run_training import run_training\n"
-        "if __name__ == '__main__':\n"
+        "if __name__ == '__main__':\n"  # all below it, so that nnU-Net's worker processes start faster
+        "    import torch\n"
+        "    from nnunetv2.run.run_training import run_training\n"
         "    for fold in (1, 2, 3, 4):\n"
         f"        run_training('500', '2d', fold, '{TRAINER}', device=torch.device('cpu'))\n"
     )
@@ -113,41 +113,39 @@ def test_training_writes_complete_model_folders(five_folds):
     assert {"checkpoint_final.pth", "checkpoint_best.pth", "progress.png", "unsupervised_terms.png"} <= joint
 
 
-@pytest.mark.parametrize(("dataset", "channel"), [(FLAIR, 0), (T1, 1)])
-def test_stock_nnunet_deploys_each_modality(five_folds, stock_python, tmp_path, monkeypatch, dataset, channel):
+def test_stock_nnunet_deploys_each_modality(five_folds, stock_python, tmp_path, monkeypatch):
     """Every command runs with an interpreter, and in an environment, that know nothing of this package."""
     monkeypatch.delenv("nnUNet_extTrainer")
-    model = five_folds / dataset / MODEL
-    scans = single_modality_scans(tmp_path / "scans", channel)
-    device = ("-device", "cpu", "-npp", 1, "-nps", 1)
+    flair, t1 = (five_folds / dataset / MODEL for dataset in (FLAIR, T1))
+    flair_scans, t1_scans = (single_modality_scans(tmp_path / name, c) for c, name in enumerate(("flair", "t1")))
+    options = ("-f", 0, 1, "-device", "cpu", "-npp", 1, "-nps", 1)
+    by_name = ("-d", T1, "-c", "2d", "-tr", TRAINER)
 
-    run("nnUNetv2_predict", "-d", dataset, "-i", scans, "-o", tmp_path / "a", "-c", "2d", "-f", 0, 1, "-tr", TRAINER,
-        *device, python=stock_python)  # fmt: skip
-    run("nnUNetv2_predict_from_modelfolder", "-m", model, "-i", scans, "-o", tmp_path / "b", "-f", 0, 1, *device,
-        python=stock_python)  # fmt: skip
-    archive = tmp_path / "model.zip"
-    run("nnUNetv2_export_model_to_zip", "-d", dataset, "-o", archive, "-c", "2d", "-tr", TRAINER, "-f", 0, 1,
-        python=stock_python)  # fmt: skip
-    elsewhere = tmp_path / "elsewhere"
+    def stock(program, *arguments, **environment):
+        run(program, *arguments, python=stock_python, **environment)
+
+    stock("nnUNetv2_predict_from_modelfolder", "-m", flair, "-i", flair_scans, "-o", tmp_path / "a", *options)
+    stock("nnUNetv2_predict", *by_name, "-i", t1_scans, "-o", tmp_path / "b", *options)
+    archive, elsewhere = tmp_path / "model.zip", tmp_path / "elsewhere"
     elsewhere.mkdir()
     hospital = {"nnUNet_results": str(elsewhere), "nnUNet_raw": "/nowhere", "nnUNet_preprocessed": "/nowhere"}
-    run("nnUNetv2_install_pretrained_model_from_zip", archive, python=stock_python, **hospital)
-    run("nnUNetv2_predict", "-d", dataset, "-i", scans, "-o", tmp_path / "c", "-c", "2d", "-f", 0, 1, "-tr", TRAINER,
-        *device, python=stock_python, **hospital)  # fmt: skip
-    for file in (elsewhere / dataset / MODEL).glob("d*.json"):
+    stock("nnUNetv2_export_model_to_zip", *by_name, "-f", 0, 1, "-o", archive)
+    stock("nnUNetv2_install_pretrained_model_from_zip", archive, **hospital)
+    stock("nnUNetv2_predict", *by_name, "-i", t1_scans, "-o", tmp_path / "c", *options, **hospital)
+    for file in (elsewhere / T1 / MODEL).glob("d*.json"):
         assert os.environ["nnUNet_raw"] not in file.read_text()
 
-    names = sorted(f.name for f in (tmp_path / "a").glob("*.nii.gz"))
-    assert names == sorted(f.name.replace("_0000", "") for f in scans.iterdir())
+    names = sorted(f.name.replace("_0000", "") for f in t1_scans.iterdir())
+    for folder in "abc":
+        assert sorted(f.name for f in (tmp_path / folder).glob("*.nii.gz")) == names
     for name in names:
-        images = [sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / way / name))) for way in "abc"]
-        assert (images[0] == images[1]).all()
-        assert (images[0] == images[2]).all()
+        first, second = (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / way / name))) for way in "bc")
+        assert (first == second).all()
 
     truth = Path(os.environ["nnUNet_raw"]) / LABELS / "labelsTs"
-    run("nnUNetv2_evaluate_folder", truth, tmp_path / "a", "-djfile", model / "dataset.json", "-pfile",
-        model / "plans.json", "-np", 1, python=stock_python)  # fmt: skip
-    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    files = ("-djfile", t1 / "dataset.json", "-pfile", t1 / "plans.json", "-np", 1)
+    stock("nnUNetv2_evaluate_folder", truth, tmp_path / "b", *files)
+    summary = json.loads((tmp_path / "b" / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == len(names)
 
 
@@ -176,7 +174,8 @@ def test_killed_training_continues_from_its_last_checkpoint(environment, tmp_pat
     states = {f.stem: torch.load(f, weights_only=True) for f in fold.glob("checkpoint_*.pth")}  # all are whole
     before = next(states[n] for n in ("checkpoint_final", "checkpoint_latest", "checkpoint_best") if n in states)
 
-    train(0, "--c", **own)
+    done = train(0, "--c", "--val_best", **own)
+    assert done.stdout.count("Mean Validation Dice") == 2
     after = torch.load(fold / "checkpoint_final.pth", weights_only=True)
     assert after["current_epoch"] == 2
     for old, new in [(before, after), *((before["modalities"][m], after["modalities"][m]) for m in ("FLAIR", "T1"))]:
@@ -195,9 +194,6 @@ def test_validation_only(five_folds):
         s.unlink()
     train(0, "--val")
     assert [s.read_text() for s in summaries] == before
-    best = train(0, "--val", "--val_best")
-    assert best.stdout.count("Mean Validation Dice") == 2
-    train(0, "--val")
 
 
 def test_fold_all_without_checkpoints(environment, tmp_path):
