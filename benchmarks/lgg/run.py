@@ -5,8 +5,9 @@
 Dataset700_LGG is a raw nnU-Net dataset of 70 patients (TCGA-LGG; FLAIR, T1 post-contrast; label: FLAIR abnormality).
 Three tenths of the patients, stratified by site, are for testing; a tenth of the others keeps its labels. The 2d
 configuration is planned at half the in-plane resolution and the networks have half of nnU-Net's features, so that a CPU
-bears it. Every network is trained for the same number of steps on all
-labeled cases (fold "all") and predicts the test scans of its modality alone. Dice is per patient, in 3D.
+bears it. Every network is trained for the same number of steps on all labeled cases (fold "all") and predicts the test
+scans of its modality alone. Dice is per patient, in 3D. The seed fixes the split and the initial weights of Semi-CML;
+stock nnU-Net has no seed, and the data loading of neither is seeded, so numbers vary from run to run.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder Dataset700_LGG")
     parser.add_argument("--work", type=Path, required=True, help="scratch folder")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and of the training")
+    parser.add_argument("--seed", type=int, default=0, help="of the split and of Semi-CML's initial weights")
     args = parser.parse_args()
     work = args.work.resolve() / f"seed_{args.seed}"
     (work / "nnUNet_raw").mkdir(parents=True)

@@ -29,7 +29,7 @@ class PairedTransform(BasicTransform):
         pipelines: one pipeline per modality; they differ in nothing but their masking.
 
     Raises:
-        NotImplementedError: for a transform of which nobody said whether it moves voxels.
+        NotImplementedError: for a transform that is not known to move voxels or to leave them in place.
     """
 
     def __init__(self, pipelines: Sequence[ComposeTransforms]):
