@@ -5,6 +5,7 @@ import torch
 
 from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
 from nnunetv2_semicml.losses.consistency import prediction_consistency, sigmoid_rampup
+from nnunetv2_semicml.losses.soft_pseudo_label import confidence, soft_cross_entropy, soft_dice_loss
 
 
 def slow_asc(predictions, temperature=1.0, eps=1e-6):
@@ -138,3 +139,146 @@ def test_rampup():
     assert sigmoid_rampup(0, 10) == pytest.approx(math.exp(-5))
     assert sigmoid_rampup(5, 10) == pytest.approx(math.exp(-5 * 0.25))
     assert sigmoid_rampup(10, 10) == sigmoid_rampup(11, 10) == sigmoid_rampup(0, 0) == 1.0
+
+
+# soft pseudo-labels
+
+
+def soft_target(regions, shape=(2, 3, 4, 5), dtype=torch.float64):
+    torch.manual_seed(1)
+    logits = 2 * torch.randn(shape, dtype=dtype)
+    return logits.sigmoid() if regions else logits.softmax(1)
+
+
+def logits_of(target, regions):
+    return target.logit() if regions else target.log()
+
+
+def slow_soft_losses(logits, target, regions, weight, batch_dice):
+    """Written from the formulas, one voxel at a time: (cross-entropy, Dice)."""
+    cases, channels = logits.shape[:2]
+    q = target.reshape(cases, channels, -1)
+    z = logits.reshape(cases, channels, -1)
+    w = weight.expand(cases, weight.shape[1], *logits.shape[2:]).reshape(cases, weight.shape[1], -1)
+    p = 1 / (1 + torch.exp(-z)) if regions else torch.exp(z) / torch.exp(z).sum(1, keepdim=True)
+    ce, norm = 0.0, 0.0
+    for b in range(cases):
+        for v in range(q.shape[2]):
+            if regions:
+                for r in range(channels):
+                    wr = w[b, min(r, w.shape[1] - 1), v]
+                    entropy = -q[b, r, v] * torch.log(p[b, r, v]) - (1 - q[b, r, v]) * torch.log(1 - p[b, r, v])
+                    ce, norm = ce + wr * entropy, norm + wr
+            else:
+                ce = ce - w[b, 0, v] * sum(q[b, k, v] * torch.log(p[b, k, v]) for k in range(channels))
+                norm = norm + w[b, 0, v]
+    dices = []
+    for case in [range(cases)] if batch_dice else [[b] for b in range(cases)]:
+        for k in range(0 if regions else 1, channels):
+            overlap = areas = 0.0
+            for b in case:
+                wk = w[b, min(k, w.shape[1] - 1)]
+                overlap = overlap + (wk * p[b, k] * q[b, k]).sum()
+                areas = areas + (wk * (p[b, k] ** 2 + q[b, k] ** 2)).sum()
+            dices.append((2 * overlap + 1) / (areas + 1))
+    return ce / norm, 1 - torch.stack(dices).mean()
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (3, 2, 3, 4, 2)])
+def test_soft_label_losses_equal_the_formulas(shape, regions, weighted, batch_dice):
+    target = soft_target(regions, shape)
+    torch.manual_seed(2)
+    logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight = confidence(target, regions) if weighted else None
+    p = logits.sigmoid() if regions else logits.softmax(1)
+    first = 0 if regions else 1
+    losses = (
+        soft_cross_entropy(logits, target, regions, weight),
+        soft_dice_loss(p[:, first:], target[:, first:], batch_dice, weight),
+    )
+    ones = torch.ones(shape[0], 1, *shape[2:], dtype=torch.float64)
+    expected = slow_soft_losses(logits, target, regions, weight if weighted else ones, batch_dice)
+    for loss, slow in zip(losses, expected, strict=True):
+        torch.testing.assert_close(loss, slow)
+        (own,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        torch.testing.assert_close(own, torch.autograd.grad(slow, logits, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("regions", [False, True])
+def test_soft_label_losses_are_smallest_at_the_pseudo_label(regions, weighted):
+    target = soft_target(regions)
+    weight = confidence(target, regions) if weighted else None
+
+    def losses(logits):
+        p = logits.sigmoid() if regions else logits.softmax(1)
+        return torch.stack(
+            [soft_cross_entropy(logits, target, regions, weight), soft_dice_loss(p, target, False, weight)]
+        )
+
+    best = logits_of(target, regions).requires_grad_()
+    lowest = losses(best)
+    for loss in lowest:
+        (gradient,) = torch.autograd.grad(loss, best, retain_graph=True)
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
+    torch.testing.assert_close(lowest[1], torch.zeros((), dtype=torch.float64))
+    if not weighted:
+        entropy = -(torch.xlogy(target, target) + (torch.xlogy(1 - target, 1 - target) if regions else 0))
+        torch.testing.assert_close(lowest[0], entropy.mean() if regions else entropy.sum(1).mean())
+    for _ in range(20):
+        assert (losses(best.detach() + 0.1 * torch.randn_like(best)) > lowest).all()
+    # the hard version of an uncertain pseudo-label is worse than the pseudo-label itself
+    assert (losses((best.detach() * 20).clamp(-30, 30)) > lowest).all()
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_soft_label_gradient_points_to_the_pseudo_label(regions):
+    """The gradient of the cross-entropy with respect to a logit is p - q, over the number of voxels."""
+    target = soft_target(regions)
+    logits = torch.zeros_like(target).requires_grad_()
+    (gradient,) = torch.autograd.grad(soft_cross_entropy(logits, target, regions), logits)
+    p = logits.sigmoid() if regions else logits.softmax(1)
+    number = target.numel() if regions else target.numel() / target.shape[1]
+    torch.testing.assert_close(gradient, (p - target).detach() / number)
+    foreground = (logits.sigmoid() if regions else logits.softmax(1))[:, 1:]
+    (of_dice,) = torch.autograd.grad(soft_dice_loss(foreground, target[:, 1:], False), foreground)
+    difference = (foreground - target[:, 1:]).detach()
+    assert (of_dice * difference).sum() > 0  # a step against the gradient goes towards the pseudo-label
+    assert torch.corrcoef(torch.stack([of_dice.flatten(), difference.flatten()]))[0, 1] > 0.9
+
+
+def test_soft_dice_of_nearly_empty_cases_is_gentle():
+    p = torch.full((1, 1, 64, 64), 1e-3, dtype=torch.float64, requires_grad=True)
+    loss = soft_dice_loss(p, torch.zeros_like(p), False)
+    assert loss.item() < 0.01
+    assert torch.autograd.grad(loss, p)[0].abs().max() < 0.01
+
+
+def test_confidence_closed_forms():
+    certain, undecided = torch.tensor([1.0, 0.0, 0.0]), torch.full((3,), 1 / 3)
+    target = torch.stack([certain, undecided]).T.reshape(1, 3, 1, 2)
+    torch.testing.assert_close(confidence(target, False), torch.tensor([[[[1.0, 0.0]]]]))
+    regions = torch.tensor([0.0, 0.5, 1.0]).reshape(1, 3, 1, 1)
+    torch.testing.assert_close(confidence(regions, True), torch.tensor([1.0, 0.0, 1.0]).reshape(1, 3, 1, 1))
+
+
+def test_soft_label_losses_without_any_confidence_are_zero_and_finite():
+    target = torch.full((2, 2, 4, 4), 0.5)
+    logits = torch.randn(2, 2, 4, 4, requires_grad=True)
+    weight = torch.zeros(2, 1, 4, 4)
+    loss = soft_cross_entropy(logits, target, False, weight) + soft_dice_loss(logits.softmax(1), target, False, weight)
+    assert loss.item() == 0
+    assert torch.autograd.grad(loss, logits)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_soft_label_losses_survive_extreme_logits(regions):
+    target = torch.zeros(1, 2, 2, 2)
+    target[:, 1] = 1
+    logits = torch.tensor([200.0, -200.0]).reshape(1, 2, 1, 1).repeat(1, 1, 2, 2).requires_grad_()
+    loss = soft_cross_entropy(logits, target, regions)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all()
