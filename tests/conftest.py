@@ -12,6 +12,7 @@ import pytest
 import torch
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_semicml.data.modality_group import ModalityGroup
 from nnunetv2_semicml.demo.phantom import write_phantom_dataset
@@ -134,3 +135,101 @@ def results(tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     yield tmp_path
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+SETTINGS = [(LABELS, "2d"), (LABELS, "3d_fullres"), (REGIONS, "3d_fullres")]
+
+
+@pytest.fixture
+def groups(labels_group, regions_group, results):
+    return {LABELS: labels_group, REGIONS: regions_group}
+
+
+def initialized(dataset, configuration, *args, **attributes):
+    torch.manual_seed(0)
+    trainer = make_trainer(dataset, configuration, *args, **attributes)
+    trainer.initialize()
+    return trainer
+
+
+def gradients(trainer):
+    # nnU-Net gives the lowest deep-supervision head the weight 0, and it no gradient
+    return [
+        [torch.zeros(()) if p.grad is None else p.grad.clone() for p in t.network.parameters()]
+        for t in trainer.trainers
+    ]
+
+
+def weights(trainer):
+    return [{k: v.clone() for k, v in t.network.state_dict().items()} for t in trainer.trainers]
+
+
+def assert_same_weights(first, second):
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def assert_identical(a, b):
+    """Compare nested checkpoints to the last bit."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_identical(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_identical(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b or (a != a and b != b)  # NaN is a Dice without foreground
+
+
+def unlabeled_images(trainer, batch):
+    return dict(zip([t.modality for t in trainer.trainers], batch["unlabeled"].split(1, dim=1), strict=True))
+
+
+class nnUNetTrainerWithDropout(nnUNetTrainer):
+    """Stands for a trainer whose plans have dropout."""
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+    ):
+        kwargs = configuration_manager.network_arch_init_kwargs
+        kind = "3d" if len(configuration_manager.patch_size) == 3 else "2d"
+        return get_network_from_plans(
+            configuration_manager.network_arch_class_name,
+            {**kwargs, "dropout_op": f"torch.nn.Dropout{kind}", "dropout_op_kwargs": {"p": 0.5}},
+            configuration_manager.network_arch_init_kwargs_req_import,
+            num_input_channels,
+            num_output_channels,
+            allow_init=True,
+            deep_supervision=enable_deep_supervision,
+        )
+
+
+class Killed(Exception):
+    """In the place of a power failure."""
+
+
+class KilledMixin:
+    """Dies at the beginning of an epoch."""
+
+    kill_at = 2
+
+    def on_epoch_start(self):
+        if self.current_epoch == self.kill_at:
+            raise Killed
+        super().on_epoch_start()
+
+
+def final_checkpoint(trainer):
+    """The joint checkpoint_final without times of day, read without running code."""
+    checkpoint = torch.load(Path(trainer.output_folder) / "checkpoint_final.pth", weights_only=True)
+    for logging in (checkpoint["logging"], *(m["logging"] for m in checkpoint["modalities"].values())):
+        for key in ("epoch_start_timestamps", "epoch_end_timestamps"):
+            del logging[key]
+    return checkpoint

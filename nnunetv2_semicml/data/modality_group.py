@@ -123,6 +123,12 @@ class ModalityGroup:
         content = [settings, self.labeled, self.unlabeled]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    def training_digest(self, plans: dict, configuration: str) -> str:
+        """Short fingerprint of what makes trained weights fit: preprocessed cases and architecture."""
+        resolved = PlansManager(plans).get_configuration(configuration).configuration
+        content = [self.preprocessed[resolved["data_identifier"]], resolved["architecture"]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
     def require_ready(self, plans: dict, configuration: str) -> list[tuple[dict, dict]]:
         """Check that a configuration can be trained.
 

@@ -35,13 +35,19 @@ def save_atomically(checkpoint: dict, filename: str) -> None:
         ) from error
 
 
-def load_checkpoint(filename: str, device: torch.device, provenance: dict) -> dict:
+def load_checkpoint(
+    filename: str,
+    device: torch.device,
+    provenance: dict,
+    remedy: str = "Put the checkpoint back where it belongs, or train anew without --c.",
+) -> dict:
     """Read a checkpoint and refuse one of another run.
 
     Args:
         filename: the checkpoint.
         device: where its tensors go.
         provenance: what the checkpoint must have been trained on, as stored under "provenance".
+        remedy: what to do about a checkpoint of another run.
 
     Raises:
         UserError: if the file is damaged or its provenance is another.
@@ -62,7 +68,7 @@ def load_checkpoint(filename: str, device: torch.device, provenance: dict) -> di
                 filename,
                 f"a checkpoint of {key} {found.get(key)}",
                 f"{key} {expected}",
-                "Put the checkpoint back where it belongs, or train anew without --c.",
+                remedy,
             )
     return checkpoint
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
 from nnunetv2_semicml.losses.consistency import prediction_consistency, sigmoid_rampup
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
+from nnunetv2_semicml.trainers.teacher import BestModelPool, Teacher
 
 
 class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
@@ -36,8 +37,27 @@ class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
         # still wrong teach nothing, and T is a share of the training so that every schedule reaches the full weights.
         self.rampup_fraction = 0.4
 
-    def unsupervised_terms(self, predictions: list[Tensor]) -> dict[str, Tensor]:
+        # Published: the 6 best validation epochs from epoch 10 on, of 50 in this stage. A shorter schedule starts after
+        # the same fifth of its epochs.
+        self.bma_pool_size = 6
+        self.bma_start_epoch = 10
+        # "bma" (published), or "ema" for an exponential moving average over the steps, to compare with
+        self.teacher_averaging = "bma"
+        self.ema_decay = 0.99
+        self.teachers: dict[str, Teacher] = {}
+        self.pools: dict[str, BestModelPool] = {}
+
+    def initialize(self) -> None:
+        """Build the networks and a teacher of each; training does not use the teachers, the next stage does."""
+        if self.teacher_averaging not in ("bma", "ema"):
+            raise ValueError(f'teacher_averaging must be "bma" or "ema", got {self.teacher_averaging!r}.')
+        super().initialize()
+        self.teachers = {t.modality: Teacher(t.unwrapped_network()) for t in self.trainers}
+        self.pools = {t.modality: BestModelPool(self.bma_pool_size) for t in self.trainers}
+
+    def unsupervised_terms(self, logits: dict[str, Tensor], images: dict[str, Tensor]) -> dict[str, Tensor]:
         """Mean squared difference between the modalities, and their area-similarity contrast."""
+        predictions = [self.foreground(self.probabilities(of_modality)) for of_modality in logits.values()]
         asc_loss = AreaSimilarityContrastiveLoss(self.asc_temperature)
         return {"mse": prediction_consistency(predictions), "asc": asc_loss(predictions)}
 
@@ -45,6 +65,37 @@ class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
         """Both weights, ramped over the first epochs."""
         ramp = sigmoid_rampup(self.current_epoch, self.rampup_fraction * self.num_epochs)
         return {"mse": ramp * self.mse_weight, "asc": ramp * self.asc_weight}
+
+    def train_step(self, batch: dict) -> dict:
+        """Make a step; the teachers follow if they average over steps."""
+        losses = super().train_step(batch)
+        if self.teacher_averaging == "ema":
+            for trainer in self.trainers:
+                self.teachers[trainer.modality].average(trainer.unwrapped_network(), self.ema_decay)
+        return losses
+
+    def on_validation_epoch_end(self, val_outputs: list[list[dict]]) -> None:
+        """Log, and offer every network with its validation Dice to its pool of best models."""
+        super().on_validation_epoch_end(val_outputs)
+        started = self.current_epoch >= min(self.bma_start_epoch, self.num_epochs // 5)
+        for trainer in self.trainers:
+            dice = trainer.logger.get_value("mean_fg_dice", step=-1)
+            keep = self.pools[trainer.modality].update(dice) if started else 0.0
+            if self.teacher_averaging == "bma":
+                self.teachers[trainer.modality].average(trainer.unwrapped_network(), keep)
+
+    def get_method_state(self) -> dict:
+        """Teachers and the validation Dice of their pools."""
+        return {
+            name: {"teacher_weights": teacher.network.state_dict(), "best_dice": self.pools[name].values}
+            for name, teacher in self.teachers.items()
+        }
+
+    def set_method_state(self, state: dict) -> None:
+        """Restore teachers and pools."""
+        for name, of_modality in state.items():
+            self.teachers[name].network.load_state_dict(of_modality["teacher_weights"])
+            self.pools[name] = BestModelPool(self.bma_pool_size, of_modality["best_dice"])
 
 
 class nnUNetTrainerSemiCML_5epochs(nnUNetTrainerSemiCML):

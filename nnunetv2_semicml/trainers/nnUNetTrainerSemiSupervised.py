@@ -3,7 +3,7 @@
 nnU-Net's command line instantiates the conductor for the multi-modal dataset and runs nnU-Net's own training loop on
 it. The conductor draws labeled and unlabeled batches of paired modalities, computes
 
-    sum_m L_sup(m, labeled) + sum_terms weight_term(epoch) * L_term(predictions of all modalities, unlabeled)
+    supervised_weight * sum_m L_sup(m, labeled) + sum_terms weight_term(epoch) * L_term(all modalities, unlabeled)
 
 and passes every other hook on to the modality trainers, which write complete stock model folders of their own.
 """
@@ -20,7 +20,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import dummy_context
-from torch import Tensor, autocast
+from torch import Tensor, autocast, nn
 from torch import distributed as dist
 
 from nnunetv2_semicml.data.modality_group import (
@@ -68,6 +68,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         trainers: the modality trainers in channel order, from `initialize` on.
         unlabeled_batch_size: unlabeled cases per step; None takes the plans' batch size, but at least the two cases
             that a contrast needs.
+        supervised_weight: weight of nnU-Net's loss on labeled cases; 0 leaves these out.
         two_pass: how a step is computed, see `train_step`; None takes two passes on a GPU, where memory is scarce, and
             one pass elsewhere.
     """
@@ -99,17 +100,20 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         self.network = _NoSingleNetwork(name)
         self.trainers: list = []
         self.unlabeled_batch_size: int | None = None
+        self.supervised_weight = 1.0
         self.two_pass: bool | None = None
         self._random_state: dict | None = None
         self._validate_best = False
 
     # what a method defines
 
-    def unsupervised_terms(self, predictions: list[Tensor]) -> dict[str, Tensor]:
+    def unsupervised_terms(self, logits: dict[str, Tensor], images: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the unsupervised loss terms on unlabeled cases.
 
         Args:
-            predictions: foreground probabilities of each modality's network, (B, C, *patch) in float32.
+            logits: output (B, heads, *patch) of every network of `learners` by modality, in float32 at full resolution;
+                see `probabilities` and `foreground`.
+            images: the augmented patch (B, 1, *patch) of every modality that they were computed from, for teachers.
 
         Returns:
             Scalar terms by name, unweighted.
@@ -117,8 +121,19 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         raise NotImplementedError
 
     def unsupervised_weights(self) -> dict[str, float]:
-        """Weight of every term of `unsupervised_terms` in the current epoch."""
+        """Weight in the current epoch of every term that `unsupervised_terms` may return; the names never change."""
         raise NotImplementedError
+
+    def learners(self) -> list[nnUNetTrainer]:
+        """The modality trainers whose networks learn in the current epoch; the others rest."""
+        return self.trainers
+
+    def get_method_state(self) -> dict:
+        """What the method adds to the joint checkpoint, e.g. teachers; readable with weights_only."""
+        return {}
+
+    def set_method_state(self, state: dict) -> None:
+        """Restore what `get_method_state` returned."""
 
     # setting up
 
@@ -157,6 +172,9 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             "plans": self.plans_manager.plans_name,
             "configuration": self.configuration_name,
             "fold": self.fold,
+            "digest of cases and architecture": self.group.training_digest(
+                self.plans_manager.plans, self.configuration_name
+            ),
             "trainer": type(self).__name__,
         }
 
@@ -316,13 +334,15 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         two passes, the predictions are first computed without a graph, then the unsupervised loss and its gradient on
         them, and then each network alone is run again with that gradient: the same result with one network in memory.
         """
-        labeled = self._modality_batches(batch)
-        unlabeled = batch["unlabeled"].to(self.device, non_blocking=True).split(1, dim=1)
-        for trainer in self.trainers:
+        names = [trainer.modality for trainer in self.trainers]
+        labeled = dict(zip(names, self._modality_batches(batch), strict=True))
+        images = dict(zip(names, batch["unlabeled"].to(self.device, non_blocking=True).split(1, dim=1), strict=True))
+        learners = self.learners()
+        for trainer in learners:
             trainer.optimizer.zero_grad(set_to_none=True)
         step = self._two_pass_step if self.two_pass else self._one_pass_step
-        supervised, terms, total = step(labeled, unlabeled)
-        for trainer in self.trainers:
+        supervised, terms, total = step(learners, labeled, images)
+        for trainer in learners:
             if self.grad_scaler is not None:
                 self.grad_scaler.unscale_(trainer.optimizer)
             torch.nn.utils.clip_grad_norm_(trainer.network.parameters(), 12)
@@ -332,55 +352,67 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
                 trainer.optimizer.step()
         if self.grad_scaler is not None:
             self.grad_scaler.update()
-        values = torch.stack([total, *supervised, *terms.values()]).cpu().numpy()  # the step's one synchronization
+        losses = [total, *supervised.values(), *terms.values()]
+        values = torch.stack([loss.detach() for loss in losses]).cpu().numpy()  # the step's one synchronization
         n = len(supervised) + 1
-        return {"loss": values[0], "supervised": values[1:n], "unsupervised": values[n:]}
+        return {
+            "loss": values[0],
+            "supervised": dict(zip(supervised, values[1:n], strict=True)),
+            "unsupervised": dict(zip(terms, values[n:], strict=True)),
+        }
 
-    def _one_pass_step(self, labeled: list, unlabeled: tuple[Tensor, ...]) -> tuple[list[Tensor], dict, Tensor]:
-        predictions = [self._predict(t, x) for t, x in zip(self.trainers, unlabeled, strict=True)]
-        supervised = [self._supervised_loss(t, *own) for t, own in zip(self.trainers, labeled, strict=True)]
-        terms, unsupervised = self._unsupervised_loss(predictions)
-        total = sum(supervised) + unsupervised
+    def _one_pass_step(self, learners: list, labeled: dict, images: dict) -> tuple[dict, dict, Tensor]:
+        logits = {t.modality: self._logits(t.network, images[t.modality]) for t in learners}
+        terms, unsupervised = self._unsupervised_loss(logits, images)
+        supervised = {}
+        if self.supervised_weight:
+            supervised = {t.modality: self._supervised_loss(t, *labeled[t.modality]) for t in learners}
+        total = self.supervised_weight * sum(supervised.values()) + unsupervised
         self._scale(total).backward()
-        return self._detach(supervised, terms, total)
+        return supervised, terms, total
 
-    def _two_pass_step(self, labeled: list, unlabeled: tuple[Tensor, ...]) -> tuple[list[Tensor], dict, Tensor]:
-        predictions, random_states = [], []
-        for trainer, image in zip(self.trainers, unlabeled, strict=True):
-            random_states.append(self._dropout_state())
+    def _two_pass_step(self, learners: list, labeled: dict, images: dict) -> tuple[dict, dict, Tensor]:
+        logits, dropout_states = {}, {}
+        for trainer in learners:
+            dropout_states[trainer.modality] = self._dropout_state()
             with torch.no_grad():
-                predictions.append(self._predict(trainer, image))
-        for prediction in predictions:
-            prediction.requires_grad_()
-        terms, unsupervised = self._unsupervised_loss(predictions)
-        gradients = torch.autograd.grad(self._scale(unsupervised), predictions)
+                logits[trainer.modality] = self._logits(trainer.network, images[trainer.modality]).requires_grad_()
+        terms, unsupervised = self._unsupervised_loss(logits, images)
+        gradients = torch.autograd.grad(self._scale(unsupervised), list(logits.values()))
 
-        supervised = []
-        for trainer, own, image, state, gradient in zip(
-            self.trainers, labeled, unlabeled, random_states, gradients, strict=True
-        ):
-            loss = self._supervised_loss(trainer, *own)
-            self._scale(loss).backward()
-            supervised.append(loss.detach())
+        supervised = {}
+        for trainer, gradient in zip(learners, gradients, strict=True):
+            name = trainer.modality
+            if self.supervised_weight:
+                loss = self._supervised_loss(trainer, *labeled[name])
+                self._scale(self.supervised_weight * loss).backward()
+                supervised[name] = loss.detach()
             resume_state = self._dropout_state()
-            self._dropout_state(state)  # dropout must drop in the replay what it dropped before
-            self._predict(trainer, image).backward(gradient)
+            self._dropout_state(dropout_states[name])  # dropout must drop in the replay what it dropped before
+            self._logits(trainer.network, images[name]).backward(gradient)
             self._dropout_state(resume_state)
-        return self._detach(supervised, terms, sum(supervised) + unsupervised)
+        return supervised, terms, self.supervised_weight * sum(supervised.values()) + unsupervised
 
-    def _predict(self, trainer: nnUNetTrainer, image: Tensor) -> Tensor:
-        """Foreground probabilities (B, C, *patch) of one network, in float32, at full resolution."""
+    def _logits(self, network: nn.Module, image: Tensor) -> Tensor:
+        """Output (B, heads, *patch) of a network in float32, at full resolution."""
         with self._autocast():
-            output = trainer.network(image)
-        logits = (output[0] if isinstance(output, (list, tuple)) else output).float()
-        return logits.sigmoid() if self.label_manager.has_regions else logits.softmax(1)[:, 1:]
+            output = network(image)
+        return (output[0] if isinstance(output, (list, tuple)) else output).float()
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Sigmoid of every region, or softmax with the background as class 0; (B, heads, *patch) as the logits."""
+        return logits.sigmoid() if self.label_manager.has_regions else logits.softmax(1)
+
+    def foreground(self, probabilities: Tensor) -> Tensor:
+        """Probabilities (B, C, *patch) of the C foreground classes or regions."""
+        return probabilities if self.label_manager.has_regions else probabilities[:, 1:]
 
     def _supervised_loss(self, trainer: nnUNetTrainer, image: Tensor, target: Tensor | list[Tensor]) -> Tensor:
         with self._autocast():
             return trainer.loss(trainer.network(image), target)
 
-    def _unsupervised_loss(self, predictions: list[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        terms = self.unsupervised_terms(predictions)
+    def _unsupervised_loss(self, logits: dict, images: dict) -> tuple[dict[str, Tensor], Tensor]:
+        terms = self.unsupervised_terms(logits, images)
         weights = self.unsupervised_weights()
         return terms, sum(weights[name] * term for name, term in terms.items())
 
@@ -396,19 +428,20 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             return torch.cuda.get_rng_state() if restore is None else torch.cuda.set_rng_state(restore)
         return torch.get_rng_state() if restore is None else torch.set_rng_state(restore)
 
-    @staticmethod
-    def _detach(supervised: list[Tensor], terms: dict, total: Tensor) -> tuple[list[Tensor], dict, Tensor]:
-        return [s.detach() for s in supervised], {name: t.detach() for name, t in terms.items()}, total.detach()
-
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """Log the total here, each supervised loss with its modality, and the mean of every unsupervised term."""
-        super().on_train_epoch_end([{"loss": o["loss"]} for o in train_outputs])
-        for m, trainer in enumerate(self.trainers):
-            trainer.on_train_epoch_end([{"loss": o["supervised"][m]} for o in train_outputs])
-        means = np.mean([o["unsupervised"] for o in train_outputs], axis=0)
-        weights = self.unsupervised_weights()
-        for (name, weight), mean in zip(weights.items(), means, strict=True):
-            self.logger.log(f"unsupervised/{name}", float(mean), self.current_epoch)
+        """Log the total here, each supervised loss with its modality, and the mean of every unsupervised term.
+
+        What was not computed in this epoch, e.g. of a network that rests, is NaN.
+        """
+
+        def mean(part: str, name: str) -> float:
+            return float(np.mean([outputs[part].get(name, np.nan) for outputs in train_outputs]))
+
+        super().on_train_epoch_end([{"loss": outputs["loss"]} for outputs in train_outputs])
+        for trainer in self.trainers:
+            trainer.on_train_epoch_end([{"loss": mean("supervised", trainer.modality)}])
+        for name, weight in self.unsupervised_weights().items():
+            self.logger.log(f"unsupervised/{name}", mean("unsupervised", name), self.current_epoch)
             self.logger.log(f"weight/{name}", weight, self.current_epoch)
 
     # validation during training
@@ -467,6 +500,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             "provenance": self.provenance,
             "trainer_name": type(self).__name__,
             "modalities": {trainer.modality: trainer.get_state() for trainer in self.trainers},
+            "method": self.get_method_state(),
             "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
             "logging": self.logger.get_checkpoint(),
             "_best_ema": self._best_ema,
@@ -489,6 +523,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         self.logger.load_checkpoint(checkpoint["logging"])
         for trainer in self.trainers:
             trainer.set_state(checkpoint["modalities"][trainer.modality], self.current_epoch)
+        self.set_method_state(checkpoint["method"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         self._random_state = checkpoint["random_state"]

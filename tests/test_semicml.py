@@ -8,9 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, REGIONS, draw_batches, load_plans, make_trainer
+from conftest import (
+    LABELS,
+    SETTINGS,
+    Killed,
+    KilledMixin,
+    assert_identical,
+    assert_same_weights,
+    draw_batches,
+    final_checkpoint,
+    gradients,
+    initialized,
+    load_plans,
+    make_trainer,
+    nnUNetTrainerWithDropout,
+    unlabeled_images,
+    weights,
+)
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import (
@@ -20,78 +35,9 @@ from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import (
     nnUNetTrainerSemiCML_250epochs,
 )
 
-SETTINGS = [(LABELS, "2d"), (LABELS, "3d_fullres"), (REGIONS, "3d_fullres")]
-
-
-class nnUNetTrainerWithDropout(nnUNetTrainer):
-    """Stands for a trainer whose plans have dropout."""
-
-    @staticmethod
-    def build_network_architecture(
-        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
-    ):
-        kwargs = configuration_manager.network_arch_init_kwargs
-        kind = "3d" if len(configuration_manager.patch_size) == 3 else "2d"
-        return get_network_from_plans(
-            configuration_manager.network_arch_class_name,
-            {**kwargs, "dropout_op": f"torch.nn.Dropout{kind}", "dropout_op_kwargs": {"p": 0.5}},
-            configuration_manager.network_arch_init_kwargs_req_import,
-            num_input_channels,
-            num_output_channels,
-            allow_init=True,
-            deep_supervision=enable_deep_supervision,
-        )
-
 
 class nnUNetTrainerSemiCMLWithDropout(nnUNetTrainerSemiCML):
     network_trainer = nnUNetTrainerWithDropout
-
-
-@pytest.fixture
-def groups(labels_group, regions_group, results):
-    return {LABELS: labels_group, REGIONS: regions_group}
-
-
-def initialized(dataset, configuration, *args, **attributes):
-    torch.manual_seed(0)
-    trainer = make_trainer(dataset, configuration, *args, **attributes)
-    trainer.initialize()
-    return trainer
-
-
-def gradients(trainer):
-    # nnU-Net gives the lowest deep-supervision head the weight 0, and it no gradient
-    return [
-        [torch.zeros(()) if p.grad is None else p.grad.clone() for p in t.network.parameters()]
-        for t in trainer.trainers
-    ]
-
-
-def weights(trainer):
-    return [{k: v.clone() for k, v in t.network.state_dict().items()} for t in trainer.trainers]
-
-
-def assert_same_weights(first, second):
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def assert_identical(a, b):
-    """Compare nested checkpoints to the last bit."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_identical(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_identical(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b or (a != a and b != b)  # NaN is a Dice without foreground
 
 
 # proof 1
@@ -102,10 +48,9 @@ def assert_identical(a, b):
 def test_unsupervised_gradient_reaches_every_weight_of_every_network(groups, dataset, configuration, term):
     trainer = initialized(dataset, configuration)
     (batch,) = draw_batches(trainer, 1)
-    predictions = [
-        trainer._predict(t, x) for t, x in zip(trainer.trainers, batch["unlabeled"].split(1, 1), strict=True)
-    ]
-    trainer.unsupervised_terms(predictions)[term].backward()
+    images = unlabeled_images(trainer, batch)
+    logits = {t.modality: trainer._logits(t.network, images[t.modality]) for t in trainer.trainers}
+    trainer.unsupervised_terms(logits, images)[term].backward()
     for t in trainer.trainers:
         # the lower deep-supervision heads do not see unlabeled cases
         untouched = [n for n, p in t.network.named_parameters() if p.grad is None or not p.grad.any()]
@@ -131,7 +76,7 @@ def test_without_unsupervised_weight_every_step_is_that_of_the_stock_trainer(gro
     for batch in draw_batches(trainer, 3):
         separate = trainer._modality_batches(batch)
         losses = trainer.train_step(batch)["supervised"]
-        for reference, (data, target), loss in zip(stock, separate, losses, strict=True):
+        for reference, (data, target), loss in zip(stock, separate, losses.values(), strict=True):
             assert reference.train_step({"data": data, "target": target})["loss"] == loss
     assert_same_weights(weights(trainer), [t.network.state_dict() for t in stock])
 
@@ -163,17 +108,8 @@ def test_weights_are_ramped(groups):
 # proof 4
 
 
-class Killed(Exception):
-    """In the place of a power failure."""
-
-
-class nnUNetTrainerSemiCMLKilled(nnUNetTrainerSemiCML):
-    kill_at = 2
-
-    def on_epoch_start(self):
-        if self.current_epoch == self.kill_at:
-            raise Killed
-        super().on_epoch_start()
+class nnUNetTrainerSemiCMLKilled(KilledMixin, nnUNetTrainerSemiCML):
+    pass
 
 
 def test_resumed_training_equals_uninterrupted_training(groups, tmp_path, monkeypatch):
@@ -195,14 +131,7 @@ def test_resumed_training_equals_uninterrupted_training(groups, tmp_path, monkey
     resumed.run_training()
 
     assert_same_weights(weights(whole), weights(resumed))
-    final = [
-        torch.load(Path(t.output_folder) / "checkpoint_final.pth", weights_only=True)  # readable without running code
-        for t in (whole, resumed)
-    ]
-    for checkpoint in final:
-        for logging in (checkpoint["logging"], *(m["logging"] for m in checkpoint["modalities"].values())):
-            for key in ("epoch_start_timestamps", "epoch_end_timestamps"):
-                del logging[key]
+    final = [final_checkpoint(trainer) for trainer in (whole, resumed)]
     assert len(final[0]["logging"]["unsupervised/asc"]) == 4
     assert_identical(*final)
 
@@ -274,7 +203,8 @@ def test_two_passes_give_the_gradients_of_one(groups, dataset, configuration, tr
         torch.manual_seed(1)
         for t in trainer.trainers:
             t.optimizer.zero_grad()
-        losses = step(trainer._modality_batches(batch), batch["unlabeled"].split(1, dim=1))
+        labeled = dict(zip([t.modality for t in trainer.trainers], trainer._modality_batches(batch), strict=True))
+        losses = step(trainer.learners(), labeled, unlabeled_images(trainer, batch))
         results.append((losses, gradients(trainer)))
     (one_losses, one), (two_losses, two) = results
     torch.testing.assert_close(one_losses, two_losses)
