@@ -18,6 +18,7 @@ from conftest import LABELS
 from nnunetv2_semicml.ext_trainers import main as print_trainers_folder
 
 TRAINER = "nnUNetTrainerSemiCML_test"
+SECOND = "nnUNetTrainerSemiCMLPReL_test"
 MODEL = f"{TRAINER}__nnUNetPlans__2d"
 FLAIR, T1 = "Dataset501_Labels_FLAIR", "Dataset502_Labels_T1"
 BIN = Path(sys.executable).parent
@@ -36,8 +37,8 @@ def run(program, *arguments, python=sys.executable, ok=True, **environment):
     return done
 
 
-def train(*arguments, ok=True, **environment):
-    return run("nnUNetv2_train", 500, "2d", *arguments, "-tr", TRAINER, "-device", "cpu", ok=ok, **environment)
+def train(*arguments, ok=True, trainer=TRAINER, **environment):
+    return run("nnUNetv2_train", 500, "2d", *arguments, "-tr", trainer, "-device", "cpu", ok=ok, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,30 @@ def test_stock_nnunet_collects_the_five_folds(five_folds, stock_python, tmp_path
         python=stock_python)  # fmt: skip
     summary = json.loads((tmp_path / "cv" / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == 5
+
+
+def test_second_stage_goes_on_from_the_first_and_is_deployed_by_stock_nnunet(five_folds, stock_python, tmp_path):
+    second = f"{SECOND}__nnUNetPlans__2d"
+    done = train(0, trainer=SECOND)
+    assert "The better modality is " in done.stdout
+    train(0, "--val", trainer=SECOND)  # reads what it needs from its own checkpoint
+    method = torch.load(five_folds / LABELS / second / "fold_0" / "checkpoint_final.pth", weights_only=True)["method"]
+    assert method["better_modality"] in ("FLAIR", "T1")
+    for dataset in (FLAIR, T1):
+        model = five_folds / dataset / second
+        assert {"plans.json", "dataset.json", "dataset_fingerprint.json"} <= {f.name for f in model.iterdir()}
+        assert (model / "fold_0" / "validation" / "summary.json").is_file()
+        assert (model / "fold_0" / "progress.png").is_file()
+    scans = single_modality_scans(tmp_path / "t1", 1)
+    run("nnUNetv2_predict", "-d", T1, "-c", "2d", "-f", 0, "-tr", SECOND, "-i", scans, "-o", tmp_path / "out",
+        "-device", "cpu", "-npp", 1, "-nps", 1, python=stock_python, nnUNet_extTrainer="/nowhere")  # fmt: skip
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == len(list(scans.iterdir()))
+
+
+def test_second_stage_without_the_first_names_the_command_to_run(environment, tmp_path):
+    done = train(0, ok=False, trainer=SECOND, nnUNet_results=str(tmp_path))
+    assert f"Run first: nnUNetv2_train 500 2d 0 -tr {TRAINER} -p nnUNetPlans" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_killed_training_continues_from_its_last_checkpoint(environment, tmp_path):

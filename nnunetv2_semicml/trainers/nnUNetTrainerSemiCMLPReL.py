@@ -1,0 +1,250 @@
+"""PReL: pseudo-label re-learning, the second stage of Semi-CML, and its schedules.
+
+Source: Zhang et al., Multi-modal contrastive mutual learning and pseudo-label re-learning for semi-supervised medical
+image segmentation, Med. Image Anal. 83:102656, 2023.
+"""
+
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
+from torch import Tensor
+
+from nnunetv2_semicml.data.modality_group import environment_folder
+from nnunetv2_semicml.errors import UserError
+from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
+from nnunetv2_semicml.losses.soft_pseudo_label import confidence, soft_cross_entropy, soft_dice_loss
+from nnunetv2_semicml.trainers.checkpoint import load_checkpoint
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import (
+    nnUNetTrainerSemiCML,
+    nnUNetTrainerSemiCML_5epochs,
+    nnUNetTrainerSemiCML_50epochs,
+    nnUNetTrainerSemiCML_250epochs,
+)
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
+from nnunetv2_semicml.trainers.teacher import Teacher, add_noise
+
+
+class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
+    """The teacher of the better modality labels the unlabeled cases softly, and the networks learn from that.
+
+    The networks and the teachers (best-model averages) are those of a finished run of `first_stage` with the same
+    dataset, plans, configuration and fold. The better modality is the one whose best validation Dice values in that
+    run, those of its pool, have the highest mean. The other networks learn during the whole stage; that of the better
+    modality rests, and joins for the end.
+
+    Attributes:
+        first_stage: the trainer whose checkpoint_final is the beginning.
+        better_modality: name of the teacher's modality, known once training has started.
+    """
+
+    first_stage: type[nnUNetTrainerSemiCML] = nnUNetTrainerSemiCML
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):
+        # before nnU-Net makes folders: is there anything to start, to continue or to validate?
+        if not any(_fold_folder(type(self), plans, configuration, fold).glob("checkpoint_*.pth")):
+            _first_stage_checkpoint(self.first_stage, plans, configuration, fold)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        # Published: 31 epochs after 50 of Semi-CML, the same share of nnU-Net's 1000 here.
+        self.num_epochs = 600
+        # A finished network is refined: a tenth of nnU-Net's rate, with nnU-Net's decay.
+        self.initial_lr = 1e-3
+        self.supervised_weight = 1.0
+        self.pseudo_label_weight = 1.0
+        # Published: shares of the ASC loss in that on pseudo-labels of 0.01 to 0.1, and of 0.1 to 0.2 for the better
+        # modality.
+        self.asc_share = 0.1
+        self.asc_share_better = 0.2
+        self.asc_temperature = 1.0
+        self.join_fraction = 0.2  # published: the better modality learns in the last fifth
+        # Published: four passes, noise N(0, 0.1^2) clamped to [0, 0.2]; here in standard deviations of the image.
+        self.teacher_passes = 4
+        self.noise_std = 0.1
+        self.noise_bounds = (0.0, 0.2)
+        self.confidence_weighting = False  # not published: weights voxels by the certainty of their pseudo-label
+        self.teacher: Teacher | None = None
+        self.better_modality: str | None = None
+        self.validation_dice: dict[str, float] = {}
+
+    # the stage before
+
+    def on_train_start(self) -> None:
+        """Take networks and teacher from the first stage, unless this stage is being continued."""
+        if not self.was_initialized:
+            self.initialize()
+        if self.teacher is None:
+            self._start_from_first_stage()
+        dice = ", ".join(f"{name} {value:.4f}" for name, value in self.validation_dice.items())
+        self.print_to_log_file(
+            f"The better modality is {self.better_modality} (mean of the best validation Dice values of "
+            f"{self.first_stage.__name__}: {dice}); its teacher makes the pseudo-labels."
+        )
+        super().on_train_start()
+
+    def _start_from_first_stage(self) -> None:
+        file = _first_stage_checkpoint(self.first_stage, self.plans_manager.plans, self.configuration_name, self.fold)
+        checkpoint = load_checkpoint(
+            str(file),
+            self.device,
+            {**self.provenance, "trainer": self.first_stage.__name__},
+            remedy=f"Train {self.first_stage.__name__} anew for this dataset, plans, configuration and fold.",
+        )
+        for trainer in self.trainers:
+            trainer.unwrapped_network().load_state_dict(checkpoint["modalities"][trainer.modality]["network_weights"])
+        pools = {name: state["best_dice"] for name, state in checkpoint["method"].items()}
+        # no value at all: nnU-Net never saw foreground in validation patches
+        self.validation_dice = {name: fmean(dice) if dice else 0.0 for name, dice in pools.items()}
+        better = max(self.validation_dice, key=self.validation_dice.get)
+        self._set_teacher(better, checkpoint["method"][better]["teacher_weights"])
+
+    def _set_teacher(self, modality: str, weights: dict) -> None:
+        (student,) = (t for t in self.trainers if t.modality == modality)
+        self.better_modality = modality
+        self.teacher = Teacher(student.unwrapped_network())
+        self.teacher.network.load_state_dict(weights)
+
+    # the method
+
+    def learners(self) -> list[nnUNetTrainer]:
+        """The weaker modalities, and for the end of the stage all."""
+        if self.current_epoch >= (1 - self.join_fraction) * self.num_epochs:
+            return self.trainers
+        return [t for t in self.trainers if t.modality != self.better_modality]
+
+    def unsupervised_terms(self, logits: dict[str, Tensor], images: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Area-similarity contrast, cross-entropy and Dice of every learner with the pseudo-labels."""
+        pseudo_label = self.soft_pseudo_labels(images[self.better_modality])
+        regions, batch_dice = self.label_manager.has_regions, self.configuration_manager.batch_dice
+        weight = confidence(pseudo_label, regions) if self.confidence_weighting else None
+        foreground = self.foreground(pseudo_label)
+        asc_loss = AreaSimilarityContrastiveLoss(self.asc_temperature)
+        terms = {}
+        for name, of_modality in logits.items():
+            prediction = self.foreground(self.probabilities(of_modality))
+            terms[f"{name} asc"] = asc_loss([foreground, prediction])
+            terms[f"{name} ce"] = soft_cross_entropy(of_modality, pseudo_label, regions, weight)
+            terms[f"{name} dice"] = soft_dice_loss(prediction, foreground, batch_dice, weight)
+        return terms
+
+    def unsupervised_weights(self) -> dict[str, float]:
+        """Share of the contrast and of the two pseudo-label losses for every learner, 0 for a network that rests."""
+        learning = [t.modality for t in self.learners()]
+        weights = {}
+        for name in (m.name for m in self.group.modalities):
+            total = self.pseudo_label_weight if name in learning else 0.0
+            share = self.asc_share_better if name == self.better_modality else self.asc_share
+            weights[f"{name} asc"] = total * share
+            weights[f"{name} ce"] = weights[f"{name} dice"] = total * (1 - share)
+        return weights
+
+    def soft_pseudo_labels(self, image: Tensor) -> Tensor:
+        """Mean probabilities of several passes of the teacher over noisy copies of an image.
+
+        Args:
+            image: augmented patches (B, 1, *patch) of the better modality, the same that its network sees.
+
+        Returns:
+            Probabilities (B, heads, *patch) without gradient: softmax with the background, or sigmoid for regions.
+        """
+        mean = 0
+        with torch.no_grad():
+            for _ in range(self.teacher_passes):
+                noisy = add_noise(image, self.noise_std, self.noise_bounds)
+                mean = mean + self.probabilities(self._logits(self.teacher.network, noisy)) / self.teacher_passes
+        return mean
+
+    # checkpoints
+
+    def get_method_state(self) -> dict:
+        """The teacher, whose it is, and the validation Dice that decided so."""
+        return {
+            "better_modality": self.better_modality,
+            "validation_dice": self.validation_dice,
+            "teacher_weights": self.teacher.network.state_dict(),
+        }
+
+    def set_method_state(self, state: dict) -> None:
+        """Restore the teacher."""
+        self.validation_dice = state["validation_dice"]
+        self._set_teacher(state["better_modality"], state["teacher_weights"])
+
+
+def _fold_folder(trainer: type[nnUNetTrainer], plans: dict, configuration: str, fold: int | str) -> Path:
+    model = f"{trainer.__name__}__{plans['plans_name']}__{configuration}"
+    return environment_folder("nnUNet_results") / plans["dataset_name"] / model / f"fold_{fold}"
+
+
+def _first_stage_checkpoint(trainer: type[nnUNetTrainer], plans: dict, configuration: str, fold: int | str) -> Path:
+    folder = _fold_folder(trainer, plans, configuration, fold)
+    file = folder / "checkpoint_final.pth"
+    if not file.is_file():
+        dataset = convert_dataset_name_to_id(plans["dataset_name"])
+        command = f"nnUNetv2_train {dataset} {configuration} {fold} -tr {trainer.__name__} -p {plans['plans_name']}"
+        begun = any(folder.glob("checkpoint_*.pth"))
+        raise UserError(
+            file,
+            "an unfinished training" if begun else "no such file",
+            f"the finished {trainer.__name__} from which this stage starts",
+            f"Run first: {command}{' --c' if begun else ''}",
+        )
+    return file
+
+
+class nnUNetTrainerSemiCMLPReL_5epochs(nnUNetTrainerSemiCMLPReL):
+    """For trying things out, after nnUNetTrainerSemiCML_5epochs."""
+
+    first_stage = nnUNetTrainerSemiCML_5epochs
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 5
+
+
+class nnUNetTrainerSemiCMLPReL_50epochs(nnUNetTrainerSemiCMLPReL):
+    """After nnUNetTrainerSemiCML_50epochs."""
+
+    first_stage = nnUNetTrainerSemiCML_50epochs
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 50
+
+
+class nnUNetTrainerSemiCMLPReL_250epochs(nnUNetTrainerSemiCMLPReL):
+    """After nnUNetTrainerSemiCML_250epochs."""
+
+    first_stage = nnUNetTrainerSemiCML_250epochs
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = 250

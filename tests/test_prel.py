@@ -1,0 +1,472 @@
+"""The proofs of DESIGN 8 for PReL, and what it takes from Semi-CML, in this process. Averaging: test_teacher."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    LABELS,
+    SETTINGS,
+    Killed,
+    KilledMixin,
+    assert_identical,
+    assert_same_weights,
+    draw_batches,
+    final_checkpoint,
+    gradients,
+    initialized,
+    load_plans,
+    make_trainer,
+    nnUNetTrainerWithDropout,
+    unlabeled_images,
+    weights,
+)
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import (
+    nnUNetTrainerSemiCMLPReL,
+    nnUNetTrainerSemiCMLPReL_5epochs,
+    nnUNetTrainerSemiCMLPReL_50epochs,
+    nnUNetTrainerSemiCMLPReL_250epochs,
+)
+
+FIRST_STAGE = "nnUNetTrainerSemiCML__nnUNetPlans__{}/fold_0/checkpoint_final.pth"
+BEST_DICE = {"FLAIR": [0.4, 0.5], "T1": [0.6, 0.5], "T2": []}  # T1 is made the better one
+
+
+class nnUNetTrainerSemiCMLPReLWithDropout(nnUNetTrainerSemiCMLPReL):
+    network_trainer = nnUNetTrainerWithDropout
+
+
+@pytest.fixture(scope="module")
+def finished(labels_group, regions_group, tmp_path_factory):
+    """Finished runs of Semi-CML whose pools say that T1 is the better modality."""
+    results = tmp_path_factory.mktemp("first_stage")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_results", str(results))
+        patch.setenv("nnUNet_n_proc_DA", "0")
+        patch.setattr(MetaLogger, "plot_progress_png", lambda self, folder: None)
+        for dataset, configuration in SETTINGS:
+            trainer = initialized(dataset, configuration, num_epochs=1)
+            trainer.run_training()
+            file = Path(trainer.output_folder) / "checkpoint_final.pth"
+            checkpoint = torch.load(file, weights_only=True)
+            for name, state in checkpoint["method"].items():
+                state["best_dice"] = BEST_DICE[name]
+            torch.save(checkpoint, file)
+    return results
+
+
+@pytest.fixture
+def first_stage(finished, results):
+    """The same, in this test's own nnUNet_results."""
+    shutil.copytree(finished, results, dirs_exist_ok=True)
+    return results
+
+
+def started(dataset, configuration, trainer_class=nnUNetTrainerSemiCMLPReL, **attributes):
+    trainer = initialized(dataset, configuration, trainer_class, **attributes)
+    if trainer_class.network_trainer is nnUNetTrainer:
+        trainer._start_from_first_stage()
+    else:  # dropout layers change no weights but their names
+        trainer._set_teacher("T1", trainer.trainers[1].network.state_dict())
+    return trainer
+
+
+def students_and_teacher(trainer):
+    return [t.network for t in trainer.trainers], trainer.teacher.network
+
+
+# what the stage starts from
+
+
+def test_networks_and_teacher_are_those_of_semicml(first_stage):
+    trainer = started(LABELS, "2d")
+    joint = torch.load(first_stage / LABELS / FIRST_STAGE.format("2d"), weights_only=True)
+    assert trainer.better_modality == "T1"
+    assert trainer.validation_dice == pytest.approx({"FLAIR": 0.45, "T1": 0.55})
+    assert_same_weights(weights(trainer), [m["network_weights"] for m in joint["modalities"].values()])
+    assert_same_weights([trainer.teacher.network.state_dict()], [joint["method"]["T1"]["teacher_weights"]])
+    assert not any(t.optimizer.state for t in trainer.trainers)
+
+
+def test_choice_is_logged_and_readable_from_the_checkpoint(first_stage):
+    trainer = make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL, num_epochs=1)
+    trainer.run_training()
+    method = torch.load(Path(trainer.output_folder) / "checkpoint_final.pth", weights_only=True)["method"]
+    assert method["better_modality"] == "T1"
+    assert method["validation_dice"] == pytest.approx({"FLAIR": 0.45, "T1": 0.55})
+    log = Path(trainer.log_file).read_text()
+    assert "The better modality is T1 (mean of the best validation Dice values of nnUNetTrainerSemiCML: FLAIR" in log
+
+
+def test_modality_never_measured_is_not_the_better_one(first_stage):
+    assert started(*SETTINGS[2]).validation_dice == pytest.approx({"FLAIR": 0.45, "T1": 0.55, "T2": 0.0})
+
+
+# proof 1
+
+
+@pytest.mark.parametrize("term", ["asc", "ce", "dice"])
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(("dataset", "configuration"), SETTINGS)
+def test_gradient_reaches_every_weight_of_every_learner_alone(first_stage, dataset, configuration, joined, term):
+    trainer = started(dataset, configuration, num_epochs=5)
+    trainer.current_epoch = 4 if joined else 3
+    (batch,) = draw_batches(trainer, 1)
+    images = unlabeled_images(trainer, batch)
+    logits = {t.modality: trainer._logits(t.network, images[t.modality]) for t in trainer.learners()}
+    expected = [t.modality for t in trainer.trainers if joined or t.modality != "T1"]
+    assert list(logits) == expected
+    terms = trainer.unsupervised_terms(logits, images)
+    assert set(terms) == {f"{m} {t}" for m in expected for t in ("asc", "ce", "dice")}
+    sum(terms[f"{m} {term}"] for m in expected).backward()
+    for t in trainer.trainers:
+        untouched = [n for n, p in t.network.named_parameters() if p.grad is None or not p.grad.any()]
+        if t.modality in expected:
+            assert all(".seg_layers." in name for name in untouched)
+            assert len(untouched) == 2 * (len(t.network.decoder.seg_layers) - 1)
+        else:
+            assert len(untouched) == len(list(t.network.parameters()))
+    assert not any(p.requires_grad or p.grad is not None for p in trainer.teacher.network.parameters())
+
+
+@pytest.mark.parametrize("two_pass", [False, True])
+def test_better_network_rests_until_it_joins_and_the_teacher_always(first_stage, two_pass):
+    trainer = started(LABELS, "2d", num_epochs=5, two_pass=two_pass)
+    teacher = {k: v.clone() for k, v in trainer.teacher.network.state_dict().items()}
+    batches = draw_batches(trainer, 2)
+    for trainer.current_epoch, batch, moves in ((3, batches[0], [True, False]), (4, batches[1], [True, True])):
+        before = weights(trainer)
+        outputs = trainer.train_step(batch)
+        moved = [any(not torch.equal(a[k], b[k]) for k in a) for a, b in zip(before, weights(trainer), strict=True)]
+        assert moved == moves
+        assert list(outputs["supervised"]) == [m for m, move in zip(("FLAIR", "T1"), moves, strict=True) if move]
+    assert_same_weights([teacher], [trainer.teacher.network.state_dict()])
+
+
+def test_weights_of_the_terms(first_stage):
+    trainer = started(LABELS, "2d", num_epochs=10, pseudo_label_weight=2.0)
+    trainer.current_epoch = 7
+    resting = trainer.unsupervised_weights()
+    trainer.current_epoch = 8
+    joined = trainer.unsupervised_weights()
+    weaker = {"FLAIR asc": 0.2, "FLAIR ce": 1.8, "FLAIR dice": 1.8}
+    assert resting == pytest.approx({**weaker, "T1 asc": 0, "T1 ce": 0, "T1 dice": 0})
+    assert joined == pytest.approx({**weaker, "T1 asc": 0.4, "T1 ce": 1.6, "T1 dice": 1.6})
+
+
+# soft pseudo-labels
+
+
+@pytest.mark.parametrize(("dataset", "configuration"), SETTINGS)
+def test_pseudo_labels_are_mean_probabilities_of_noisy_passes(first_stage, dataset, configuration):
+    trainer = started(dataset, configuration, teacher_passes=3)
+    (batch,) = draw_batches(trainer, 1)
+    image = unlabeled_images(trainer, batch)["T1"]
+    torch.manual_seed(5)
+    found = trainer.soft_pseudo_labels(image)
+    torch.manual_seed(5)
+    passes = []
+    for _ in range(3):
+        noise = (0.1 * torch.randn_like(image)).clamp(0.0, 0.2)
+        scale = torch.stack([case.std() for case in image]).reshape(-1, *[1] * (image.ndim - 1))
+        with torch.no_grad():
+            logits = trainer.teacher.network(image + scale * noise)
+        passes.append(logits.sigmoid() if trainer.label_manager.has_regions else logits.softmax(1))
+    torch.testing.assert_close(found, torch.stack(passes).mean(0))
+    assert not torch.equal(passes[0], passes[1])
+    assert ((found > 0) & (found < 1)).any()  # never argmax
+    assert not found.requires_grad
+    if not trainer.label_manager.has_regions:
+        torch.testing.assert_close(found.sum(1), torch.ones_like(found[:, 0]))
+
+
+def test_pseudo_labels_see_the_patch_of_the_student(first_stage, monkeypatch):
+    """They come from the better modality's channel of the very batch, after augmentation."""
+    trainer = started(LABELS, "2d", num_epochs=5)
+    (batch,) = draw_batches(trainer, 1)
+    seen = []
+    original = trainer.soft_pseudo_labels
+    monkeypatch.setattr(trainer, "soft_pseudo_labels", lambda image: seen.append(image) or original(image))
+    trainer.train_step(batch)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], batch["unlabeled"][:, 1:2])
+
+
+@pytest.mark.parametrize("confidence_weighting", [False, True])
+@pytest.mark.parametrize(("dataset", "configuration"), SETTINGS)
+def test_terms_equal_the_formulas(first_stage, monkeypatch, dataset, configuration, confidence_weighting):
+    """Proof 7 for the sum that is minimized; the losses by themselves are in test_losses."""
+    trainer = started(dataset, configuration, num_epochs=5, confidence_weighting=confidence_weighting)
+    trainer.current_epoch = 4
+    (batch,) = draw_batches(trainer, 1)
+    images = unlabeled_images(trainer, batch)
+    with torch.no_grad():
+        q = trainer.soft_pseudo_labels(images["T1"])
+        logits = {t.modality: trainer._logits(t.network, images[t.modality]) for t in trainer.trainers}
+        monkeypatch.setattr(trainer, "soft_pseudo_labels", lambda image: q)
+        _, total = trainer._unsupervised_loss(logits, images)
+        expected = 0
+        regions = trainer.label_manager.has_regions
+        log = torch.log
+        if regions:
+            w = 1 + (q * log(q) + (1 - q) * log(1 - q)) / np.log(2)
+        else:
+            w = 1 + (q * log(q)).sum(1, keepdim=True) / np.log(q.shape[1])
+        w = w if confidence_weighting else torch.ones_like(w)
+        for name, z in logits.items():
+            p = torch.sigmoid(z) if regions else torch.softmax(z, 1)
+            entropy = -(q * log(p) + (1 - q) * log(1 - p)) if regions else -(q * log(p)).sum(1, keepdim=True)
+            ce = (w * entropy).sum() / w.sum()
+            p, fq = (p, q) if regions else (p[:, 1:], q[:, 1:])
+            axes = (0, *range(2, q.ndim)) if configuration == "2d" else tuple(range(2, q.ndim))
+            overlap, areas = (w * p * fq).sum(axes), (w * (p**2 + fq**2)).sum(axes)
+            dice = 1 - ((2 * overlap + 1) / (areas + 1)).mean()
+            share = 0.2 if name == "T1" else 0.1
+            expected += share * AreaSimilarityContrastiveLoss()([fq, p]) + (1 - share) * (ce + dice)
+    torch.testing.assert_close(total, expected)
+
+
+# proof 3
+
+
+@pytest.mark.parametrize("two_pass", [False, True])
+@pytest.mark.parametrize(("dataset", "configuration"), SETTINGS)
+def test_without_pseudo_labels_every_step_is_that_of_the_stock_trainer(first_stage, dataset, configuration, two_pass):
+    trainer = started(dataset, configuration, num_epochs=5, pseudo_label_weight=0.0, two_pass=two_pass)
+    stock = {}
+    for modality, own in zip(trainer.group.modalities, trainer.trainers, strict=True):
+        plans, dataset_json = load_plans(modality.dataset_name)
+        reference = nnUNetTrainer(plans, configuration, 0, dataset_json, torch.device("cpu"))
+        reference.initial_lr, reference.num_epochs = trainer.initial_lr, trainer.num_epochs
+        reference.initialize()
+        reference.network.load_state_dict(own.network.state_dict())
+        stock[modality.name] = reference
+    batches = draw_batches(trainer, 2)
+    for trainer.current_epoch, batch in enumerate(batches, start=3):
+        separate = dict(zip(stock, trainer._modality_batches(batch), strict=True))
+        for name, loss in trainer.train_step(batch)["supervised"].items():
+            data, target = separate[name]
+            assert stock[name].train_step({"data": data, "target": target})["loss"] == loss
+    assert_same_weights(weights(trainer), [t.network.state_dict() for t in stock.values()])
+
+
+def test_published_form_has_no_labeled_loss(first_stage):
+    """supervised_weight 0: other labels, the same step; with the default, another one."""
+    for weight, same in ((0.0, True), (1.0, False)):
+        trainers = [started(LABELS, "2d", supervised_weight=weight, num_epochs=5) for _ in range(2)]
+        (batch,) = draw_batches(trainers[0], 1)
+        other = {**batch, "target": [torch.ones_like(t) for t in batch["target"]]}
+        outputs = []
+        for trainer, b in zip(trainers, (batch, other), strict=True):
+            torch.manual_seed(0)
+            outputs.append(trainer.train_step(b))
+        assert bool(outputs[0]["supervised"]) != same
+        a, b = (weights(t)[0] for t in trainers)
+        assert all(torch.equal(a[k], b[k]) for k in a) == same
+
+
+# proof 4
+
+
+class nnUNetTrainerSemiCMLPReLKilled(KilledMixin, nnUNetTrainerSemiCMLPReL):
+    pass
+
+
+def test_resumed_training_equals_uninterrupted_training(finished, results, tmp_path, monkeypatch):
+    schedule = {"num_epochs": 4, "save_every": 2, "join_fraction": 0.25}
+    for name in ("whole", "parts"):
+        shutil.copytree(finished, tmp_path / name)
+    monkeypatch.setenv("nnUNet_semicml_seed", "3")
+
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "whole"))
+    whole = make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReLKilled, **schedule, kill_at=-1)
+    whole.run_training()
+
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "parts"))
+    killed = make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReLKilled, **schedule)
+    with pytest.raises(Killed):
+        killed.run_training()
+    shutil.rmtree(tmp_path / "parts" / LABELS / Path(FIRST_STAGE.format("2d")).parents[1])  # not needed any more
+    monkeypatch.setenv("nnUNet_semicml_seed", "4")  # must not matter any more
+    resumed = make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReLKilled, **schedule, kill_at=-1)
+    resumed.load_checkpoint(str(Path(killed.output_folder) / "checkpoint_latest.pth"))
+    assert resumed.current_epoch == 2
+    resumed.run_training()
+
+    assert_same_weights(weights(whole), weights(resumed))
+    final = [final_checkpoint(trainer) for trainer in (whole, resumed)]
+    log = final[0]["logging"]
+    assert log["weight/T1 ce"] == [0.0, 0.0, 0.0, 0.8]
+    assert np.isnan(log["unsupervised/T1 ce"]).tolist() == [True, True, True, False]
+    assert np.isfinite(log["unsupervised/FLAIR ce"]).all()
+    assert_identical(*final)
+
+
+# proof 5
+
+
+@pytest.mark.parametrize("two_pass", [False, True])
+@pytest.mark.parametrize(("dataset", "configuration"), SETTINGS)
+def test_whole_training_runs_and_learns(first_stage, dataset, configuration, two_pass):
+    trainer = started(dataset, configuration, two_pass=two_pass, join_fraction=0.5)
+    before = weights(trainer)
+    trainer.run_training()
+    for old, new in zip(before, weights(trainer), strict=True):
+        assert not all(torch.equal(old[k], new[k]) for k in old)
+    log = trainer.logger.get_checkpoint()
+    for m in trainer.group.modalities:
+        for term in ("asc", "ce", "dice"):
+            values = np.array(log[f"unsupervised/{m.name} {term}"])
+            assert np.isnan(values).tolist() == [m.name == "T1", False]
+            assert (values[~np.isnan(values)] > 0).all()
+    for t in trainer.trainers:
+        assert np.isnan(t.logger.get_checkpoint()["train_losses"]).tolist() == [t.modality == "T1", False]
+        checkpoint = torch.load(Path(t.output_folder) / "checkpoint_final.pth", weights_only=True)
+        assert checkpoint["trainer_name"] == "nnUNetTrainer"
+        assert checkpoint["provenance"]["trainer"] == "nnUNetTrainerSemiCMLPReL"
+        assert "teacher" not in str(checkpoint.keys())
+        files = {f.name for f in Path(t.output_folder_base).iterdir()}
+        assert {"plans.json", "dataset.json", "dataset_fingerprint.json"} <= files
+    assert (Path(trainer.output_folder) / "unsupervised_terms.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "first", "epochs"),
+    [
+        (nnUNetTrainerSemiCMLPReL, "nnUNetTrainerSemiCML", 600),
+        (nnUNetTrainerSemiCMLPReL_5epochs, "nnUNetTrainerSemiCML_5epochs", 5),
+        (nnUNetTrainerSemiCMLPReL_50epochs, "nnUNetTrainerSemiCML_50epochs", 50),
+        (nnUNetTrainerSemiCMLPReL_250epochs, "nnUNetTrainerSemiCML_250epochs", 250),
+    ],
+)
+def test_schedules_reach_the_modality_trainers(first_stage, trainer_class, first, epochs):
+    folder = first_stage / LABELS / FIRST_STAGE.format("2d").split("/")[0]
+    if folder.name.split("__")[0] != first:
+        folder.rename(folder.with_name(folder.name.replace("nnUNetTrainerSemiCML", first)))
+    plans, dataset_json = load_plans(LABELS)
+    trainer = trainer_class(plans, "2d", 0, dataset_json, torch.device("cpu"))
+    trainer.initialize()
+    assert trainer.first_stage.__name__ == first
+    assert [t.num_epochs for t in trainer.trainers] == [epochs] * 2
+    assert [t.lr_scheduler.max_steps for t in trainer.trainers] == [epochs] * 2
+    assert [t.optimizer.param_groups[0]["lr"] for t in trainer.trainers] == [trainer.initial_lr] * 2
+
+
+# proof 6
+
+
+def test_labels_of_unlabeled_cases_change_nothing(first_stage, labels_group):
+    """With a file of that name in labelsTr, or without, a step is the same."""
+    labels = Path(os.environ["nnUNet_raw"]) / LABELS / "labelsTr"
+    outputs, files = [], [labels / f"{case}.nii.gz" for case in labels_group.unlabeled]
+    assert not any(f.exists() for f in files)
+    for content in (None, b"a label"):
+        try:
+            for file in files:
+                if content is not None:
+                    file.write_bytes(content)
+            trainer = started(LABELS, "2d", num_epochs=5)
+            (batch,) = draw_batches(trainer, 1)
+            outputs.append((trainer.train_step(batch), weights(trainer)))
+        finally:
+            for file in files:
+                file.unlink(missing_ok=True)
+    assert_identical(*outputs)
+
+
+# proof 8
+
+
+@pytest.mark.parametrize("trainer_class", [nnUNetTrainerSemiCMLPReL, nnUNetTrainerSemiCMLPReLWithDropout])
+@pytest.mark.parametrize(("dataset", "configuration"), SETTINGS)
+@pytest.mark.parametrize("supervised_weight", [0.0, 1.0])
+def test_two_passes_give_the_gradients_of_one(first_stage, dataset, configuration, trainer_class, supervised_weight):
+    trainer = started(dataset, configuration, trainer_class, num_epochs=5, supervised_weight=supervised_weight)
+    trainer.current_epoch = 4
+    (batch,) = draw_batches(trainer, 1)
+    results = []
+    for step in (trainer._one_pass_step, trainer._two_pass_step):
+        torch.manual_seed(1)
+        for t in trainer.trainers:
+            t.optimizer.zero_grad()
+        labeled = dict(zip([t.modality for t in trainer.trainers], trainer._modality_batches(batch), strict=True))
+        losses = step(trainer.learners(), labeled, unlabeled_images(trainer, batch))
+        results.append((losses, gradients(trainer)))
+    (one_losses, one), (two_losses, two) = results
+    torch.testing.assert_close(one_losses, two_losses)
+    for a, b in zip(one, two, strict=True):
+        scale = max(g.abs().max() for g in a)
+        assert scale > 0
+        for x, y in zip(a, b, strict=True):
+            assert (x - y).abs().max() <= 1e-5 * scale
+
+
+# what is refused
+
+
+def test_missing_first_stage_is_named_with_the_command_to_run(labels_group, results):
+    command = r"nnUNetv2_train 500 2d 0 -tr nnUNetTrainerSemiCML -p nnUNetPlans"
+    with pytest.raises(RuntimeError, match=rf"checkpoint_final.pth: found no such file; .*Run first: {command}\.?$"):
+        make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL)
+    assert not list(results.iterdir())
+    folder = (results / LABELS / FIRST_STAGE.format("2d")).parent
+    folder.mkdir(parents=True)
+    (folder / "checkpoint_latest.pth").touch()
+    with pytest.raises(RuntimeError, match=rf"found an unfinished training; .*Run first: {command} --c\.?$"):
+        make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL)
+
+
+def test_first_stage_lost_after_a_checkpoint_is_named(first_stage):
+    """A new start in a folder that an earlier run has left."""
+    trainer = make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL, num_epochs=1)
+    trainer.run_training()
+    (first_stage / LABELS / FIRST_STAGE.format("2d")).unlink()
+    with pytest.raises(RuntimeError, match="Run first: nnUNetv2_train 500 2d 0 -tr nnUNetTrainerSemiCML"):
+        make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL).run_training()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("dataset", "Dataset007_Other", "dataset Dataset500_Labels"),
+        ("modalities", ["T1", "FLAIR"], "modalities"),
+        ("plans", "other", "plans nnUNetPlans"),
+        ("configuration", "3d_fullres", "configuration 2d"),
+        ("fold", 3, "fold 0"),
+        ("digest of cases and architecture", "0123", "digest of cases and architecture [0-9a-f]{12}"),
+        ("trainer", "nnUNetTrainerSemiCML_5epochs", "trainer nnUNetTrainerSemiCML"),
+    ],
+)
+def test_first_stage_of_another_run_is_refused(first_stage, key, value, expected):
+    file = first_stage / LABELS / FIRST_STAGE.format("2d")
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["provenance"][key] = value
+    torch.save(checkpoint, file)
+    sentence = rf"found a checkpoint of {key} .*; expected {expected}.* Train nnUNetTrainerSemiCML anew"
+    with pytest.raises(RuntimeError, match=sentence):
+        make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL).run_training()
+
+
+def test_digest_knows_cases_and_architecture(labels_group, results):
+    plans, _ = load_plans(LABELS)
+    digest = labels_group.training_digest(plans, "2d")
+    assert digest == labels_group.training_digest(json.loads(json.dumps(plans)), "2d")
+    assert digest != labels_group.training_digest(plans, "3d_fullres")
+    plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["features_per_stage"][0] += 1
+    assert digest != labels_group.training_digest(plans, "2d")
+
+
+def test_semicml_checkpoint_does_not_continue_prel(first_stage):
+    file = first_stage / LABELS / FIRST_STAGE.format("2d")
+    trainer = make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL)
+    sentence = "found a checkpoint of trainer nnUNetTrainerSemiCML; expected trainer nnUNetTrainerSemiCMLPReL"
+    with pytest.raises(RuntimeError, match=sentence):
+        trainer.load_checkpoint(str(file))
