@@ -1,4 +1,4 @@
-"""One self-contained HTML page that compares two methods on the test cases of every modality.
+"""One self-contained HTML page that compares methods, each with the one before it, on the test cases of every modality.
 
 It reads nnU-Net's `summary.json` files, the images and segmentations they name, and training logs as plain dicts; it
 knows nothing of trainers.
@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import jinja2
@@ -23,8 +24,8 @@ from nnunetv2_semicml.errors import UserError
 
 # Okabe and Ito's colours, which people with colour vision deficiencies can tell apart too.
 REFERENCE_COLOUR = "#ffffff"
-METHOD_COLOURS = ("#e69f00", "#56b4e9")
-TERM_COLOURS = ("#cc79a7", "#009e73", "#0072b2", "#d55e00")
+METHOD_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7")
+TERM_COLOURS = ("#cc79a7", "#009e73", "#0072b2", "#d55e00", "#8a6d00", "#7a7a7a")
 _THEMES = {"light": "#3a4250", "dark": "#c9d1dc"}
 
 
@@ -35,14 +36,16 @@ class ModalityResults:
     Attributes:
         name: the modality.
         images: folder of its test scans, CASE_0000.nii.gz.
-        summaries: for each of the two methods, reference method first, nnU-Net's summary.json of the test cases.
+        summaries: for each method, nnU-Net's summary.json of the test cases; at most four methods.
         logs: for each method, the log of its training as nnU-Net keeps it (`checkpoint["logging"]`).
+        epochs_before: for a method that goes on from another's networks, the epochs of that one.
     """
 
     name: str
     images: Path
     summaries: Mapping[str, Path]
     logs: Mapping[str, Mapping[str, Sequence]]
+    epochs_before: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ def write_report(
     title: str,
     facts: Mapping[str, str],
     modalities: Sequence[ModalityResults],
-    joint_log: Mapping[str, Sequence[float]],
+    explanation: str,
+    joint_logs: Mapping[str, tuple[str, Mapping[str, Sequence[float]]]],
     exports: Sequence[str],
     commands: Sequence[tuple[str, float]],
 ) -> Path:
@@ -70,9 +74,10 @@ def write_report(
         file: the HTML file.
         title: its heading.
         facts: what was run, name → value.
-        modalities: results of every modality; all have the same two methods and the same cases.
-        joint_log: log of the joint training; every list under a key "unsupervised/…" (mean loss term per epoch) and
-            "weight/…" (its weight) is plotted.
+        modalities: results of every modality; all have the same methods and the same cases.
+        explanation: what the methods have in common and what not.
+        joint_logs: for each method that has one, what to see in the log of the joint training, and that log; every list
+            under a key "unsupervised/…" (mean loss term per epoch) and "weight/…" (its weight) is plotted.
         exports: shell lines that set the environment of the commands.
         commands: the command lines that led here, with their seconds.
 
@@ -80,9 +85,9 @@ def write_report(
         The file.
 
     Raises:
-        UserError: the two summaries of a modality do not have the same cases.
+        UserError: the summaries of a modality do not have the same cases.
     """
-    first, second = modalities[0].summaries
+    methods = list(modalities[0].summaries)
     cases = {modality.name: _read_cases(modality) for modality in modalities}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
@@ -91,14 +96,19 @@ def write_report(
     page = environment.get_template("report.html.jinja").render(
         title=title,
         facts=facts,
-        methods=[first, second],
-        colours={first: METHOD_COLOURS[0], second: METHOD_COLOURS[1], "reference": REFERENCE_COLOUR},
-        rows=[_row(name, of_modality, first, second) for name, of_modality in cases.items()],
+        methods=methods,
+        steps=list(pairwise(methods)),
+        colours={**dict(zip(methods, METHOD_COLOURS, strict=False)), "reference": REFERENCE_COLOUR},
+        rows=[_row(name, of_modality, methods) for name, of_modality in cases.items()],
         cases=cases,
-        paired=_themed(lambda figure: _plot_paired(figure, cases, first, second), (3.2 * len(cases) + 0.6, 3.4)),
+        paired=_themed(lambda figure: _plot_paired(figure, cases, methods), (4.2 * len(cases) + 0.6, 3.4)),
         curves={m.name: _themed(lambda figure, m=m: _plot_curves(figure, m), (8.4, 2.8)) for m in modalities},
-        terms=_themed(lambda figure: _plot_terms(figure, joint_log), (8.4, 2.8)),
-        overlays={m.name: _overlays(m, cases[m.name], second) for m in modalities},
+        explanation=explanation,
+        terms={
+            method: (note, _themed(lambda figure, log=log: _plot_terms(figure, log), (8.4, 2.8)))
+            for method, (note, log) in joint_logs.items()
+        },
+        overlays={m.name: _overlays(m, cases[m.name], methods[-1]) for m in modalities},
         exports=exports,
         commands=commands,
     )
@@ -135,14 +145,13 @@ def _mean_dice(metrics: dict[str, dict[str, float]]) -> float:
     return float(np.nanmean([values["Dice"] for values in metrics.values()]))
 
 
-def _row(modality: str, cases: Sequence[_Case], first: str, second: str) -> dict:
-    dice = {method: np.array([case.dice[method] for case in cases]) for method in (first, second)}
-    difference = dice[second] - dice[first]
+def _row(modality: str, cases: Sequence[_Case], methods: Sequence[str]) -> dict:
+    dice = {method: np.array([case.dice[method] for case in cases]) for method in methods}
+    differences = {(first, second): dice[second] - dice[first] for first, second in pairwise(methods)}
     return {
         "modality": modality,
-        **{method: (values.mean(), values.std(ddof=1)) for method, values in dice.items()},
-        "difference": (difference.mean(), difference.std(ddof=1)),
-        "better": int((difference > 0).sum()),
+        "dice": {method: (values.mean(), values.std(ddof=1)) for method, values in dice.items()},
+        "differences": {step: (d.mean(), d.std(ddof=1), int((d > 0).sum())) for step, d in differences.items()},
         "cases": len(cases),
     }
 
@@ -173,17 +182,17 @@ def _themed(plot: Callable[[Figure], None], size: tuple[float, float]) -> dict:
     return images
 
 
-def _plot_paired(figure: Figure, cases: Mapping[str, Sequence[_Case]], first: str, second: str) -> None:
+def _plot_paired(figure: Figure, cases: Mapping[str, Sequence[_Case]], methods: Sequence[str]) -> None:
     axes = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
+    columns = np.arange(len(methods))
     for axis, (modality, of_modality) in zip(axes, cases.items(), strict=True):
-        pairs = np.array([[case.dice[first], case.dice[second]] for case in of_modality])
-        axis.plot([0, 1], pairs.T, color="#8a94a3", linewidth=1, zorder=1)
-        for column, colour in enumerate(METHOD_COLOURS):
-            axis.scatter(np.full(len(pairs), column), pairs[:, column], color=colour, s=34, zorder=2)
-            side = -0.32 if column == 0 else 0.12
-            axis.plot([column + side, column + side + 0.2], [pairs[:, column].mean()] * 2, color=colour, linewidth=3)
-        axis.set(title=modality, xlim=(-0.5, 1.5), ylim=(-0.02, 1.02))
-        axis.set_xticks([0, 1], [first, second])
+        dice = np.array([[case.dice[method] for method in methods] for case in of_modality])
+        axis.plot(columns, dice.T, color="#8a94a3", linewidth=1, zorder=1)
+        for column, colour in zip(columns, METHOD_COLOURS, strict=False):
+            axis.scatter(np.full(len(dice), column), dice[:, column], color=colour, s=34, zorder=2)
+            axis.plot([column - 0.22, column + 0.22], [dice[:, column].mean()] * 2, color=colour, linewidth=3)
+        axis.set(title=modality, xlim=(-0.5, columns[-1] + 0.5), ylim=(-0.02, 1.02))
+        axis.set_xticks(columns, methods)
         axis.grid(axis="y", alpha=0.25)
     axes[0].set_ylabel("Dice per test case")
 
@@ -191,8 +200,9 @@ def _plot_paired(figure: Figure, cases: Mapping[str, Sequence[_Case]], first: st
 def _plot_curves(figure: Figure, modality: ModalityResults) -> None:
     panels = (("mean_fg_dice", "pseudo Dice (validation patches)"), ("train_losses", "supervised training loss"))
     for axis, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
-        for (method, log), colour in zip(modality.logs.items(), METHOD_COLOURS, strict=True):
-            _plot_epochs(axis, log[key], color=colour, label=method)
+        for (method, log), colour in zip(modality.logs.items(), METHOD_COLOURS, strict=False):
+            before = modality.epochs_before.get(method, 0)
+            _plot_epochs(axis, log[key], color=colour, label=method, before=before)
         axis.set(title=label)
         if key == "mean_fg_dice":
             axis.set_ylim(0, 1)
@@ -208,17 +218,25 @@ def _plot_terms(figure: Figure, log: Mapping[str, Sequence[float]]) -> None:
             label = term
             if prefix == "unsupervised/":
                 # Terms differ by orders of magnitude: each is drawn relative to its own largest value, which is named.
-                largest = np.abs(values).max()
+                largest = np.nanmax(np.abs(values), initial=0)
                 label = f"{term} (1 is {largest:.3g})"
                 values = values / largest if largest > 0 else values
             _plot_epochs(axis, values, color=TERM_COLOURS[number % len(TERM_COLOURS)], label=label)
         axis.set(title=title)
         axis.set_ylim(bottom=0)
-        axis.legend()
+        axis.legend(fontsize=7)
 
 
-def _plot_epochs(axis: Axes, values: Sequence[float], color: str, label: str) -> None:
-    axis.plot(range(1, len(values) + 1), values, color=color, label=label, linewidth=2, marker="o", markersize=3)
+def _plot_epochs(axis: Axes, values: Sequence[float], color: str, label: str, before: int = 0) -> None:
+    axis.plot(
+        range(before + 1, before + len(values) + 1),
+        values,
+        color=color,
+        label=label,
+        linewidth=2,
+        marker="o",
+        markersize=3,
+    )
     axis.set_xlabel("epoch")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.25)
@@ -235,7 +253,7 @@ def _overlays(modality: ModalityResults, cases: Sequence[_Case], judged_by: str)
         reference = sitk.GetArrayFromImage(sitk.ReadImage(str(case.reference)))
         z = int((reference > 0).sum((1, 2)).argmax())
         panels = {"scan": _overlay(image[z], None, None, "", spacing)}
-        for (method, file), colour in zip(case.predictions.items(), METHOD_COLOURS, strict=True):
+        for (method, file), colour in zip(case.predictions.items(), METHOD_COLOURS, strict=False):
             prediction = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
             panels[method] = _overlay(image[z], reference[z], prediction[z], colour, spacing)
         place = {"rank": rank, "case": case.name, "slice": z + 1, "slices": len(image)}

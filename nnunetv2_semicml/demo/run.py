@@ -1,7 +1,8 @@
 """The whole journey on synthetic patients, through the command lines that a user types.
 
-Phantom → plan and preprocess → supervised-only reference → Semi-CML → single-modality prediction with stock nnU-Net →
-evaluation → report. Everything lies below one folder; every command is printed before it runs and can be repeated.
+Phantom → plan and preprocess → supervised-only reference → Semi-CML → PReL → single-modality prediction with stock
+nnU-Net → evaluation → report. Everything lies below one folder; every command is printed before it runs and can be
+repeated.
 """
 
 import argparse
@@ -28,10 +29,14 @@ CASES = {"num_labeled": 6, "num_unlabeled": 14, "num_test": 6}
 SHAPE, SPACING = (32, 40, 40), (5.0, 4.5, 4.5)
 # 2D, since a processor without GPU then takes ten steps in the time of one in 3D.
 CONFIGURATION = "2d"
-TRAINERS = {"supervised only": "nnUNetTrainer_demo", "Semi-CML": "nnUNetTrainerSemiCML_demo"}
+TRAINERS = {
+    "supervised only": "nnUNetTrainer_demo",
+    "Semi-CML": "nnUNetTrainerSemiCML_demo",
+    "PReL": "nnUNetTrainerSemiCMLPReL_demo",
+}
 MARKER = "made_by_nnUNetv2_semicml_demo.txt"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "test_scans", "predictions", "logs")
-NUM_STEPS = 8
+NUM_STEPS = 9
 
 
 class Demo:
@@ -145,6 +150,8 @@ class Demo:
             self._train(dataset, "supervised only")
         self.begin("Train Semi-CML: both networks, labeled and unlabeled cases")
         self._train(500, "Semi-CML")
+        self.begin("Train PReL: from there on, with soft pseudo-labels of the better modality's teacher")
+        self._train(500, "PReL")
 
         self.begin("Segment the test scans of one modality at a time with stock nnU-Net")
         for modality, dataset in MODALITIES.items():
@@ -181,39 +188,54 @@ class Demo:
     def _predictions(self, method: str, modality: str) -> Path:
         return self.out / "predictions" / method.replace(" ", "_") / modality
 
-    def _log(self, dataset: str, method: str) -> dict:
+    def _checkpoint(self, dataset: str, method: str) -> dict:
         model = f"{TRAINERS[method]}__nnUNetPlans__{CONFIGURATION}"
         checkpoint = self.out / "nnUNet_results" / dataset / model / "fold_0" / "checkpoint_final.pth"
         # nnU-Net's checkpoints hold NumPy numbers, which weights_only refuses; these were written a minute ago
-        return torch.load(checkpoint, map_location="cpu", weights_only=False)["logging"]
+        return torch.load(checkpoint, map_location="cpu", weights_only=False)
 
     def _report(self) -> Path:
+        joint = {method: self._checkpoint("Dataset500_Phantom", method) for method in ("Semi-CML", "PReL")}
+        epochs = {method: checkpoint["current_epoch"] for method, checkpoint in joint.items()}
         results = [
             ModalityResults(
                 modality,
                 self.out / "test_scans" / modality,
                 {method: self._predictions(method, modality) / "summary.json" for method in TRAINERS},
-                {method: self._log(f"Dataset{dataset}_Phantom_{modality}", method) for method in TRAINERS},
+                {m: self._checkpoint(f"Dataset{dataset}_Phantom_{modality}", m)["logging"] for m in TRAINERS},
+                {"PReL": epochs["Semi-CML"]},
             )
             for modality, dataset in MODALITIES.items()
         ]
-        epochs = len(results[0].logs["Semi-CML"]["train_losses"])
+        choice = joint["PReL"]["method"]
+        dice = ", ".join(f"{name} {value:.3f}" for name, value in choice["validation_dice"].items())
         versions = {name: version(name) for name in ("nnunetv2-semicml", "nnunetv2", "torch", "numpy")}
         gpu = f", {torch.cuda.get_device_name()}" if self.device == "cuda" else ""
         facts = {
             "Patients": "{num_labeled} labeled, {num_unlabeled} unlabeled, {num_test} test".format(**CASES),
             "Modalities": " + ".join(MODALITIES) + f", synthetic, {' × '.join(map(str, SHAPE))} voxels",
-            "Training": f"configuration {CONFIGURATION}, fold 0, {epochs} epochs per network",
-            "Seed": f"{self.seed} (of the patients and of Semi-CML; stock nnU-Net has no seed)",
+            "Training": f"configuration {CONFIGURATION}, fold 0; epochs: {epochs['Semi-CML']} of Semi-CML, "
+            f"{epochs['PReL']} of PReL, {len(results[0].logs['supervised only']['train_losses'])} supervised only",
+            "Teacher of PReL": f"{choice['better_modality']} (best validation Dice, mean: {dice})",
+            "Seed": f"{self.seed} (of the patients and of both stages; stock nnU-Net has no seed)",
             "Machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores{gpu}",
             "Software": ", ".join(f"{name} {number}" for name, number in versions.items()),
             "Date": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
             "Time": f"{sum(seconds for _, seconds in self.commands) / 60:.1f} minutes",
         }
         title = "Semi-supervised, multi-modal nnU-Net on a synthetic phantom"
-        joint = self._log("Dataset500_Phantom", "Semi-CML")
+        explanation = (
+            "PReL goes on from the networks of Semi-CML; supervised only takes as many steps as both together. All see "
+            "the same outlined cases, Semi-CML and PReL also unlabeled ones."
+        )
+        notes = {
+            "Semi-CML": "A term that falls to zero at once, or Dice that falls as the weights rise, shows a collapse.",
+            "PReL": f"The network of {choice['better_modality']} rests until the last fifth.",
+        }
+        logs = {method: (notes[method], checkpoint["logging"]) for method, checkpoint in joint.items()}
         exports = [f"export {name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return write_report(self.out / "report.html", title, facts, results, joint, exports, self.commands)
+        file = self.out / "report.html"
+        return write_report(file, title, facts, results, explanation, logs, exports, self.commands)
 
 
 def _show_status(line: str) -> None:

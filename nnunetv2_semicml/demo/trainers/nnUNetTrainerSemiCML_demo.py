@@ -1,4 +1,4 @@
-"""Semi-CML on the same schedule of minutes as nnUNetTrainer_demo."""
+"""Semi-CML on a schedule of minutes."""
 
 import torch
 
