@@ -1,0 +1,88 @@
+"""The demo's page, from files as nnU-Net writes them."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from nnunetv2_semicml.demo.phantom import write_phantom_dataset
+from nnunetv2_semicml.demo.report import ModalityResults, write_report
+
+NAN = float("nan")
+METHODS = {"supervised only": 0.5, "Semi-CML": 0.625, "PReL": 0.6}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two modalities, three methods, two cases: the reference segmentations stand for the predictions."""
+    raw = write_phantom_dataset(tmp_path, 500, "Report", num_labeled=1, num_unlabeled=1, num_test=2, shape=(16, 16, 16))
+    labels = sorted((raw / "labelsTs").glob("*.nii.gz"))
+    modalities = []
+    for channel, modality in enumerate(("FLAIR", "T1")):
+        scans = tmp_path / modality
+        scans.mkdir()
+        for file in (raw / "imagesTs").glob(f"*_{channel:04d}.nii.gz"):
+            file.rename(scans / file.name.replace(f"_{channel:04d}", "_0000"))
+        summaries = {}
+        for method, dice in METHODS.items():
+            cases = [
+                {"reference_file": str(f), "prediction_file": str(f), "metrics": {"1": {"Dice": dice + 0.25 * i}}}
+                for i, f in enumerate(labels)
+            ]
+            summaries[method] = tmp_path / f"{modality} {method}.json"
+            summaries[method].write_text(json.dumps({"metric_per_case": cases}))
+        resting = {"mean_fg_dice": [0.5, 0.6], "train_losses": [NAN, -0.5]}
+        logs = dict.fromkeys(METHODS, resting)
+        modalities.append(ModalityResults(modality, scans, summaries, logs, {"PReL": 2}))
+    return modalities
+
+
+def write(results, file):
+    log = {"unsupervised/T1 ce": [0.5, 0.4], "weight/T1 ce": [0.9, 0.9]}
+    log |= {"unsupervised/FLAIR ce": [NAN, NAN], "weight/FLAIR ce": [0.0, 0.0], "lrs": [0.1, 0.1]}
+    joint = {"PReL": ("A note.", log)}
+    commands = [("nnUNetv2_train 500", 12.3)]
+    write_report(file, "A title", {"Seed": "7"}, results, "Explained.", joint, ["export a=b"], commands)
+    return file.read_text(encoding="utf-8")
+
+
+def test_page_shows_every_method_and_each_step_between_them(results, tmp_path):
+    page = write(results, tmp_path / "report.html")
+    text = " ".join(re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL).split())
+    for expected in (
+        "0.625 ± 0.177",  # 0.5 and 0.75
+        "0.750 ± 0.177",
+        "Semi-CML − supervised only",
+        "PReL − Semi-CML",
+        "+0.125 ± 0.000 better in 2 of 2",
+        "−0.025 ± 0.000 better in 0 of 2",
+        "PReL: loss terms on unlabeled cases A note.",
+        "Explained.",
+        "nnUNetv2_train 500 # 12 s",
+    ):
+        assert expected in text
+    assert "nan" not in text.lower()
+
+
+def test_page_needs_no_other_file(results, tmp_path):
+    sources = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            sources.extend(value for name, value in attrs if name in ("src", "srcset", "href"))
+
+    Parser().feed(write(results, tmp_path / "report.html"))
+    # light and dark: paired, curves of two modalities, terms; three cases of scan + three methods for each modality
+    assert len(sources) == 2 * (1 + 2 + 1) + 2 * 3 * 4
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+
+
+def test_methods_with_other_cases_are_refused(results, tmp_path):
+    file = results[0].summaries["PReL"]
+    content = json.loads(file.read_text())
+    content["metric_per_case"].pop()
+    file.write_text(json.dumps(content))
+    with pytest.raises(RuntimeError, match=r"PReL.json: found case \w+ only for supervised only, Semi-CML; expected"):
+        write(results, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
