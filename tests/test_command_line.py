@@ -119,13 +119,14 @@ def test_stock_nnunet_deploys_each_modality(five_folds, stock_python, tmp_path, 
     monkeypatch.delenv("nnUNet_extTrainer")
     flair, t1 = (five_folds / dataset / MODEL for dataset in (FLAIR, T1))
     flair_scans, t1_scans = (single_modality_scans(tmp_path / name, c) for c, name in enumerate(("flair", "t1")))
-    options = ("-f", 0, 1, "-device", "cpu", "-npp", 1, "-nps", 1)
+    options = ("-f", 0, 1, "-device", "cpu", "-npp", 0, "-nps", 0)  # no processes, which take longer than the scans
+    in_parallel = ("-f", 0, 1, "-device", "cpu", "-npp", 1, "-nps", 1)
     by_name = ("-d", T1, "-c", "2d", "-tr", TRAINER)
 
     def stock(program, *arguments, **environment):
         run(program, *arguments, python=stock_python, **environment)
 
-    stock("nnUNetv2_predict_from_modelfolder", "-m", flair, "-i", flair_scans, "-o", tmp_path / "a", *options)
+    stock("nnUNetv2_predict_from_modelfolder", "-m", flair, "-i", flair_scans, "-o", tmp_path / "a", *in_parallel)
     stock("nnUNetv2_predict", *by_name, "-i", t1_scans, "-o", tmp_path / "b", *options)
     archive, elsewhere = tmp_path / "model.zip", tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -175,7 +176,7 @@ def test_second_stage_goes_on_from_the_first_and_is_deployed_by_stock_nnunet(fiv
         assert (model / "fold_0" / "progress.png").is_file()
     scans = single_modality_scans(tmp_path / "t1", 1)
     run("nnUNetv2_predict", "-d", T1, "-c", "2d", "-f", 0, "-tr", SECOND, "-i", scans, "-o", tmp_path / "out",
-        "-device", "cpu", "-npp", 1, "-nps", 1, python=stock_python, nnUNet_extTrainer="/nowhere")  # fmt: skip
+        "-device", "cpu", "-npp", 0, "-nps", 0, python=stock_python, nnUNet_extTrainer="/nowhere")  # fmt: skip
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == len(list(scans.iterdir()))
 
 

@@ -29,6 +29,7 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import (
     nnUNetTrainerSemiCMLPReL,
     nnUNetTrainerSemiCMLPReL_5epochs,
@@ -41,7 +42,7 @@ BEST_DICE = {"FLAIR": [0.4, 0.5], "T1": [0.6, 0.5], "T2": []}  # T1 is made the 
 
 
 class nnUNetTrainerSemiCMLPReLWithDropout(nnUNetTrainerSemiCMLPReL):
-    network_trainer = nnUNetTrainerWithDropout
+    first_stage = type("nnUNetTrainerSemiCML", (nnUNetTrainerSemiCML,), {"network_trainer": nnUNetTrainerWithDropout})
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def first_stage(finished, results):
 
 def started(dataset, configuration, trainer_class=nnUNetTrainerSemiCMLPReL, **attributes):
     trainer = initialized(dataset, configuration, trainer_class, **attributes)
-    if trainer_class.network_trainer is nnUNetTrainer:
+    if trainer.network_trainer is nnUNetTrainer:
         trainer._start_from_first_stage()
     else:  # dropout layers change no weights but their names
         trainer._set_teacher("T1", trainer.trainers[1].network.state_dict())

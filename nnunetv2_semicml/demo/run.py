@@ -158,7 +158,8 @@ class Demo:
             for method, trainer in TRAINERS.items():
                 scans, predictions = self.out / "test_scans" / modality, self._predictions(method, modality)
                 model = ["-d", dataset, "-c", CONFIGURATION, "-f", 0, "-tr", trainer]
-                resources = [*self._on_device(), "-npp", 1, "-nps", 1]
+                # in one process: starting others takes longer than these scans
+                resources = [*self._on_device(), "-npp", 0, "-nps", 0]
                 self.call("nnUNetv2_predict", "-i", scans, "-o", predictions, *model, *resources)
 
         self.begin("Evaluate")

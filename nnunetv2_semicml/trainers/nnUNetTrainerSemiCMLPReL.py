@@ -36,7 +36,7 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
     modality rests, and joins for the end.
 
     Attributes:
-        first_stage: the trainer whose checkpoint_final is the beginning.
+        first_stage: the trainer whose checkpoint_final is the beginning and whose kind of network is trained on.
         better_modality: name of the teacher's modality, known once training has started.
     """
 
@@ -54,6 +54,7 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
         if not any(_fold_folder(type(self), plans, configuration, fold).glob("checkpoint_*.pth")):
             _first_stage_checkpoint(self.first_stage, plans, configuration, fold)
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.network_trainer = self.first_stage.network_trainer
         # Published: 31 epochs after 50 of Semi-CML, the same share of nnU-Net's 1000 here.
         self.num_epochs = 600
         # A finished network is refined: a tenth of nnU-Net's rate, with nnU-Net's decay.
