@@ -456,6 +456,14 @@ def test_first_stage_of_another_run_is_refused(first_stage, key, value, expected
         make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL).run_training()
 
 
+def test_damaged_first_stage_is_refused(first_stage):
+    file = first_stage / LABELS / FIRST_STAGE.format("2d")
+    file.write_bytes(file.read_bytes()[:1000])
+    sentence = r"cannot be read as a checkpoint .*; expected a checkpoint of nnUNetTrainerSemiCML. Train nnUNetTrainerS"
+    with pytest.raises(RuntimeError, match=sentence):
+        make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL).run_training()
+
+
 def test_digest_knows_cases_and_architecture(labels_group, results):
     plans, _ = load_plans(LABELS)
     digest = labels_group.training_digest(plans, "2d")

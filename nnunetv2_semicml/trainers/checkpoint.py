@@ -39,7 +39,7 @@ def load_checkpoint(
     filename: str,
     device: torch.device,
     provenance: dict,
-    remedy: str = "Put the checkpoint back where it belongs, or train anew without --c.",
+    remedy: str = "Put the right one there, continue from another checkpoint of the folder, or train anew without --c.",
 ) -> dict:
     """Read a checkpoint and refuse one of another run.
 
@@ -47,7 +47,7 @@ def load_checkpoint(
         filename: the checkpoint.
         device: where its tensors go.
         provenance: what the checkpoint must have been trained on, as stored under "provenance".
-        remedy: what to do about a checkpoint of another run.
+        remedy: what to do about a damaged checkpoint or one of another run.
 
     Raises:
         UserError: if the file is damaged or its provenance is another.
@@ -59,8 +59,8 @@ def load_checkpoint(
         raise UserError(
             filename,
             f"a file that cannot be read as a checkpoint ({type(error).__name__} {str(error)[:100]})",
-            "a checkpoint of this trainer",
-            "Move it away and continue from another checkpoint of the folder, or train anew without --c.",
+            f"a checkpoint of {provenance['trainer']}",
+            remedy,
         ) from error
     for key, expected in provenance.items():
         if found.get(key) != expected:
