@@ -475,9 +475,11 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             dice = np.round(trainer.logger.get_value("dice_per_class_or_region", step=-1), 4).tolist()
             losses = ", ".join(f"{key[:-2]} {value:.4f}" for key, value in latest.items())
             self.print_to_log_file(f"{trainer.modality}: {losses}, pseudo Dice {dice}")
+        means = {name: self.logger.get_value(f"unsupervised/{name}", step=-1) for name in self.unsupervised_weights()}
         terms = [
-            f"{name} {self.logger.get_value(f'unsupervised/{name}', step=-1):.4f} (weight {weight:.4f})"
+            f"{name} {means[name]:.4f} (weight {weight:.4f})"
             for name, weight in self.unsupervised_weights().items()
+            if weight or not np.isnan(means[name])  # not those of a network that rests
         ]
         self.print_to_log_file("unsupervised:", ", ".join(terms))
         super().on_epoch_end()
