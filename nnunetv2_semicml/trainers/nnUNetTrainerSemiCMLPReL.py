@@ -156,12 +156,10 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
         Returns:
             Probabilities (B, heads, *patch) without gradient: softmax with the background, or sigmoid for regions.
         """
-        mean = 0
         with torch.no_grad():
-            for _ in range(self.teacher_passes):
-                noisy = add_noise(image, self.noise_std, self.noise_bounds)
-                mean = mean + self.probabilities(self._logits(self.teacher.network, noisy)) / self.teacher_passes
-        return mean
+            noisy = (add_noise(image, self.noise_std, self.noise_bounds) for _ in range(self.teacher_passes))
+            passes = (self.probabilities(self._logits(self.teacher.network, copy)) for copy in noisy)
+            return sum(passes) / self.teacher_passes
 
     # checkpoints
 
