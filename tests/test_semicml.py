@@ -136,6 +136,16 @@ def test_resumed_training_equals_uninterrupted_training(groups, tmp_path, monkey
     assert_identical(*final)
 
 
+def test_latest_checkpoint_knows_that_its_epoch_is_the_best(groups):
+    """nnU-Net notes a new best epoch only after it has saved checkpoint_latest."""
+    trainer = make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLKilled, save_every=1, kill_at=1)
+    with pytest.raises(Killed):
+        trainer.run_training()
+    latest = torch.load(Path(trainer.output_folder) / "checkpoint_latest.pth", weights_only=True)
+    states = [latest, *latest["modalities"].values()]
+    assert [state["_best_ema"] for state in states] == [state["logging"]["ema_fg_dice"][0] for state in states]
+
+
 # proof 5
 
 

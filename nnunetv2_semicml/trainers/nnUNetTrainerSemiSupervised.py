@@ -498,6 +498,9 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
+        # nnU-Net saves checkpoint_latest before it compares the epoch with the best one so far
+        ema = self.logger.get_value("ema_fg_dice", step=-1)
+        best_ema = ema if self._best_ema is None or ema > self._best_ema else self._best_ema
         checkpoint = {
             "provenance": self.provenance,
             "trainer_name": type(self).__name__,
@@ -505,7 +508,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             "method": self.get_method_state(),
             "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
             "logging": self.logger.get_checkpoint(),
-            "_best_ema": self._best_ema,
+            "_best_ema": best_ema,
             "current_epoch": self.current_epoch + 1,
             "random_state": get_random_state(),
         }
