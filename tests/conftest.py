@@ -233,3 +233,9 @@ def final_checkpoint(trainer):
         for key in ("epoch_start_timestamps", "epoch_end_timestamps"):
             del logging[key]
     return checkpoint
+
+
+def validation_outputs(dice):
+    """What nnU-Net's validation_step returns where both classes have this Dice."""
+    tp, fp, fn = np.array([[dice / 2] * 2, [1 - dice] * 2, [0, 0]])
+    return {"tp_hard": tp, "fp_hard": fp, "fn_hard": fn, "loss": 0.0}

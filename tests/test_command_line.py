@@ -189,13 +189,14 @@ def test_second_stage_without_the_first_names_the_command_to_run(environment, tm
 def test_killed_training_continues_from_its_last_checkpoint(environment, tmp_path):
     own = {"nnUNet_results": str(tmp_path)}
     command = [str(BIN / "nnUNetv2_train"), "500", "2d", "0", "-tr", TRAINER, "-device", "cpu"]
-    process = subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env={**os.environ, **own}, start_new_session=True, **quiet)
     fold = tmp_path / LABELS / MODEL / "fold_0"
     deadline = time.monotonic() + 120
     while not (fold / "checkpoint_latest.pth").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(random.uniform(0, 1.5))
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)  # with its data loading, which would live on
     process.wait()
     states = {f.stem: torch.load(f, weights_only=True) for f in fold.glob("checkpoint_*.pth")}  # all are whole
     before = next(states[n] for n in ("checkpoint_final", "checkpoint_latest", "checkpoint_best") if n in states)

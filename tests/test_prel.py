@@ -23,6 +23,7 @@ from conftest import (
     make_trainer,
     nnUNetTrainerWithDropout,
     unlabeled_images,
+    validation_outputs,
     weights,
 )
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
@@ -150,6 +151,38 @@ def test_better_network_rests_until_it_joins_and_the_teacher_always(first_stage,
         assert moved == moves
         assert list(outputs["supervised"]) == [m for m, move in zip(("FLAIR", "T1"), moves, strict=True) if move]
     assert_same_weights([teacher], [trainer.teacher.network.state_dict()])
+
+
+class nnUNetTrainerSemiCMLPReLScripted(nnUNetTrainerSemiCMLPReL):
+    """Measures a given Dice of the better modality T1."""
+
+    def on_validation_epoch_end(self, val_outputs):
+        outputs = [validation_outputs(0.9), validation_outputs(self.script[self.current_epoch])]
+        super().on_validation_epoch_end([outputs])
+
+
+@pytest.mark.parametrize(
+    ("script", "given_back"),
+    [
+        ([0.5, 0.7, 0.5, 0.6], True),  # mean at rest 0.6, since it joined 0.55
+        ([0.5, 0.7, 0.9, 0.3], False),  # 0.6 and 0.6
+        ([0.5, 0.5, 0.4, 0.7], False),
+    ],
+)
+def test_better_network_is_given_back_if_its_dice_fell(first_stage, script, given_back):
+    trainer = started(LABELS, "2d", nnUNetTrainerSemiCMLPReLScripted, num_epochs=4, join_fraction=0.5)
+    trainer.script = script
+    before = weights(trainer)
+    trainer.run_training()
+    deployed = [
+        torch.load(Path(t.output_folder) / "checkpoint_final.pth", weights_only=True)["network_weights"]
+        for t in trainer.trainers
+    ]
+    same = [all(torch.equal(old[k], new[k]) for k in old) for old, new in zip(before, deployed, strict=True)]
+    assert same == [False, given_back]
+    assert_same_weights(deployed, weights(trainer))
+    message = "T1: mean validation Dice 0.6000 at rest, 0.5500 since it joined"
+    assert (message in Path(trainer.log_file).read_text()) == given_back
 
 
 def test_weights_of_the_terms(first_stage):
@@ -320,8 +353,8 @@ def test_whole_training_runs_and_learns(first_stage, dataset, configuration, two
     trainer = started(dataset, configuration, two_pass=two_pass, join_fraction=0.5)
     before = weights(trainer)
     trainer.run_training()
-    for old, new in zip(before, weights(trainer), strict=True):
-        assert not all(torch.equal(old[k], new[k]) for k in old)
+    for t, old, new in zip(trainer.trainers, before, weights(trainer), strict=True):
+        assert t.modality == "T1" or not all(torch.equal(old[k], new[k]) for k in old)
     log = trainer.logger.get_checkpoint()
     for m in trainer.group.modalities:
         for term in ("asc", "ce", "dice"):

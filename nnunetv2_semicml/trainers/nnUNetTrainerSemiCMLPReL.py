@@ -4,6 +4,7 @@ Source: Zhang et al., Multi-modal contrastive mutual learning and pseudo-label r
 image segmentation, Med. Image Anal. 83:102656, 2023.
 """
 
+from math import ceil
 from pathlib import Path
 from statistics import fmean
 
@@ -33,7 +34,8 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
     The networks and the teachers (best-model averages) are those of a finished run of `first_stage` with the same
     dataset, plans, configuration and fold. The better modality is the one whose best validation Dice values in that
     run, those of its pool, have the highest mean. The other networks learn during the whole stage; that of the better
-    modality rests, and joins for the end.
+    modality rests, and joins for the end. If its validation Dice is then lower than at rest, the network of the first
+    stage is deployed again.
 
     Attributes:
         first_stage: the trainer whose checkpoint_final is the beginning and whose kind of network is trained on.
@@ -76,6 +78,7 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
         self.confidence_weighting = False  # not published: weights voxels by the certainty of their pseudo-label
         self.teacher: Teacher | None = None
         self.better_modality: str | None = None
+        self.better_weights: dict[str, Tensor] = {}
         self.validation_dice: dict[str, float] = {}
 
     # the stage before
@@ -108,18 +111,41 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
         self.validation_dice = {name: fmean(dice) if dice else 0.0 for name, dice in pools.items()}
         better = max(self.validation_dice, key=self.validation_dice.get)
         self._set_teacher(better, checkpoint["method"][better]["teacher_weights"])
+        self.better_weights = checkpoint["modalities"][better]["network_weights"]
 
     def _set_teacher(self, modality: str, weights: dict) -> None:
-        (student,) = (t for t in self.trainers if t.modality == modality)
         self.better_modality = modality
-        self.teacher = Teacher(student.unwrapped_network())
+        self.teacher = Teacher(self._better_trainer.unwrapped_network())
         self.teacher.network.load_state_dict(weights)
+
+    @property
+    def _better_trainer(self) -> nnUNetTrainer:
+        (trainer,) = (t for t in self.trainers if t.modality == self.better_modality)
+        return trainer
+
+    # the end
+
+    def on_train_end(self) -> None:
+        """Keep what the better modality's network has learned only if its validation Dice did not fall."""
+        dice = self._better_trainer.logger.get_value("mean_fg_dice", step=None)
+        at_rest, joined = dice[: self._joining_epoch], dice[self._joining_epoch :]
+        if joined and at_rest and fmean(joined) < fmean(at_rest):
+            self.print_to_log_file(
+                f"{self.better_modality}: mean validation Dice {fmean(at_rest):.4f} at rest, {fmean(joined):.4f} since "
+                f"it joined; its network is that of {self.first_stage.__name__} again."
+            )
+            self._better_trainer.unwrapped_network().load_state_dict(self.better_weights)
+        super().on_train_end()
+
+    @property
+    def _joining_epoch(self) -> int:
+        return ceil((1 - self.join_fraction) * self.num_epochs)
 
     # the method
 
     def learners(self) -> list[nnUNetTrainer]:
         """The weaker modalities, and for the end of the stage all."""
-        if self.current_epoch >= (1 - self.join_fraction) * self.num_epochs:
+        if self.current_epoch >= self._joining_epoch:
             return self.trainers
         return [t for t in self.trainers if t.modality != self.better_modality]
 
@@ -166,16 +192,18 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
     # checkpoints
 
     def get_method_state(self) -> dict:
-        """The teacher, whose it is, and the validation Dice that decided so."""
+        """The teacher, whose it is, the validation Dice that decided so, and the better network as it was given."""
         return {
             "better_modality": self.better_modality,
             "validation_dice": self.validation_dice,
             "teacher_weights": self.teacher.network.state_dict(),
+            "better_weights": self.better_weights,
         }
 
     def set_method_state(self, state: dict) -> None:
-        """Restore the teacher."""
+        """Restore what `get_method_state` returned."""
         self.validation_dice = state["validation_dice"]
+        self.better_weights = state["better_weights"]
         self._set_teacher(state["better_modality"], state["teacher_weights"])
 
 
