@@ -1,13 +1,20 @@
-"""Supervised-only nnU-Net against Semi-CML on real FLAIR + T1 scans, 10 % labeled, through the command lines.
+"""Supervised-only nnU-Net → Semi-CML → PReL on real FLAIR + T1 scans, 10 % labeled, through the command lines.
 
-    python benchmarks/lgg/run.py --data FOLDER_OF_Dataset700_LGG --work SCRATCH --seed 0
+    python benchmarks/lgg/run.py --data FOLDER_OF_Dataset700_LGG --work SCRATCH --seed 0       # and 1, 2
+    python benchmarks/lgg/run.py --data FOLDER_OF_Dataset700_LGG --work SCRATCH --choose       # what defaults rest on
 
 Dataset700_LGG is a raw nnU-Net dataset of 70 patients (TCGA-LGG; FLAIR, T1 post-contrast; label: FLAIR abnormality).
-Three tenths of the patients, stratified by site, are for testing; a tenth of the others keeps its labels. The 2d
-configuration is planned at half the in-plane resolution and the networks have half of nnU-Net's features, so that a CPU
-bears it. Every network is trained for the same number of steps on all labeled cases (fold "all") and predicts the test
-scans of its modality alone. Dice is per patient, in 3D. The seed fixes the split and the initial weights of Semi-CML;
-stock nnU-Net has no seed, and the data loading of neither is seeded, so numbers vary from run to run.
+Three tenths of the patients, stratified by site and the same for every seed, are for testing; of the others, a tenth
+keeps its labels. The 2d configuration is planned at half the in-plane resolution, the networks have half of nnU-Net's
+features and the batches 8 cases, so that a CPU bears it. Training is on all labeled cases (fold "all": the validation
+Dice during training, by which PReL chooses its teacher, is therefore that of training cases); the test scans of every
+modality are predicted alone, without test-time mirroring. Dice is per patient, in 3D. The seed fixes the labeled
+patients, the initial weights and the data loading.
+
+--choose leaves the test patients out altogether: three tenths of the others are for validation, as many as before are
+labeled, and variants of PReL start from one run of Semi-CML.
+
+A run goes on where it was interrupted; two seeds can run at a time.
 """
 
 import argparse
@@ -23,113 +30,227 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import wilcoxon
+from scipy.stats import bootstrap, wilcoxon
+
+from nnunetv2_semicml.planning.withhold_labels import draw_order
 
 HERE = Path(__file__).parent
-DATASET = "LGG"
+NAME = "LGG"
 SOURCE, GROUP, MODALITIES = 700, 710, {"FLAIR": 711, "T1post": 712}
-METHODS = {"supervised only": "nnUNetTrainer_1000steps", "Semi-CML": "nnUNetTrainerSemiCML_1000steps"}
+METHODS = {
+    "supervised only": "nnUNetTrainer_short",
+    "Semi-CML": "nnUNetTrainerSemiCML_short",
+    "PReL": "nnUNetTrainerSemiCMLPReL_short",
+}
+VARIANTS = {
+    "Semi-CML": "nnUNetTrainerSemiCML_short",
+    "PReL": "nnUNetTrainerSemiCMLPReL_short",  # labeled weight 1, learning rate 0.001
+    "PReL, labeled weight 0": "nnUNetTrainerSemiCMLPReL_short_unlabeled",
+    "PReL, learning rate 0.005": "nnUNetTrainerSemiCMLPReL_short_fast",
+}
+NUM_LABELED = 5  # a tenth of the 49 patients that are not for testing
 SPACING = (5.0, 4.0, 4.0)  # mm; nominal, the original in-plane spacing is 2
 
 
-def call(program: str, *arguments: object, log: Path) -> str:
-    """Run a command line of this environment; its output goes to a log. Returns its last line."""
-    command = [str(Path(sys.executable).with_name(program)), *map(str, arguments)]
-    print("$", program, *arguments, flush=True)
-    with log.open("a") as file:
-        subprocess.run(command, check=True, stdout=file, stderr=subprocess.STDOUT)
-    return log.read_text().splitlines()[-1]
+class Run:
+    """One split of the patients, below one folder."""
 
+    def __init__(self, data: Path, work: Path, seed: int, choose: bool):
+        self.data, self.seed, self.choose = data.resolve(), seed, choose
+        self.work = work.resolve() / ("choose" if choose else f"seed_{seed}")
+        self.log = self.work / "log.txt"
+        self.environment = {
+            **{name: str(self.work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
+            "nnUNet_def_n_proc": "1",
+            "nnUNet_semicml_seed": str(seed),
+            "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are 30 times slower on a busy machine
+        }
 
-def main() -> None:
-    """Run everything and write the tables beside this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder Dataset700_LGG")
-    parser.add_argument("--work", type=Path, required=True, help="scratch folder")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and of Semi-CML's initial weights")
-    args = parser.parse_args()
-    work = args.work.resolve() / f"seed_{args.seed}"
-    (work / "nnUNet_raw").mkdir(parents=True)
-    for folder in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        os.environ[folder] = str(work / folder)
-    os.environ.update(nnUNet_n_proc_DA="1", nnUNet_def_n_proc="2", nnUNet_semicml_seed=str(args.seed))
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads are 30 times slower on a busy machine
-    (work / "nnUNet_raw" / f"Dataset{SOURCE}_{DATASET}").symlink_to(args.data.resolve())
-    log = work / "log.txt"
-    sites = work / "sites.csv"
-    with (args.data / "subjects.csv").open() as file, sites.open("w") as out:
-        csv.writer(out).writerows([("case", "group"), *((s["case"], s["institution"]) for s in csv.DictReader(file))])
+    def call(self, program: str, *arguments: object, **environment: str) -> str:
+        """Run a command line of this environment; its output goes to a log. Returns its last line."""
+        command = [str(Path(sys.executable).with_name(program)), *map(str, arguments)]
+        print(datetime.datetime.now().strftime("%H:%M:%S"), "$", program, *arguments, flush=True)
+        with self.log.open("a") as file:
+            own = os.environ | self.environment | environment
+            subprocess.run(command, check=True, stdout=file, stderr=subprocess.STDOUT, env=own)
+        return self.log.read_text().splitlines()[-1]
 
-    trainers = call("nnUNetv2_semicml_trainers", log=log)
-    os.environ["nnUNet_extTrainer"] = os.pathsep.join([trainers, str(HERE / "trainers")])
-    split = ["--labeled_fraction", 0.1, "--test_fraction", 0.3, "--stratify", sites, "--seed", args.seed]
-    call("nnUNetv2_semicml_withhold_labels", "-d", SOURCE, "--output_id", GROUP, *split, log=log)
-    plan = ["-c", "2d", "-overwrite_target_spacing", *SPACING, "-np", 2, "-npfp", 2]
-    call("nnUNetv2_semicml_plan_and_preprocess", "-d", GROUP, *plan, log=log)
+    def prepare(self) -> None:
+        """Split the patients, plan and preprocess, once."""
+        finished = self.work / "prepared"
+        self.work.mkdir(parents=True, exist_ok=True)
+        folders = [self.call("nnUNetv2_semicml_trainers"), str(HERE / "trainers")]
+        self.environment["nnUNet_extTrainer"] = os.pathsep.join(folders)
+        if finished.is_file():
+            return
+        raw = self.work / "nnUNet_raw"
+        shutil.rmtree(raw, ignore_errors=True)
+        shutil.rmtree(self.work / "nnUNet_preprocessed", ignore_errors=True)
+        with (self.data / "subjects.csv").open() as file:
+            site_of = {row["case"]: row["institution"] for row in csv.DictReader(file)}
+        test = draw_order(site_of, 0)[: round(0.3 * len(site_of))]
+        source = raw / f"Dataset{SOURCE}_{NAME}"
+        for folder in ("imagesTr", "labelsTr"):
+            (source / folder).mkdir(parents=True)
+            for file in (self.data / folder).iterdir():
+                patient = file.name.split(".")[0].removesuffix("_0000").removesuffix("_0001")
+                if not (self.choose and patient in test):
+                    (source / folder / file.name).symlink_to(file)
+        described = json.loads((self.data / "dataset.json").read_text())
+        described["numTraining"] = len(list((source / "labelsTr").iterdir()))
+        (source / "dataset.json").write_text(json.dumps(described))
+        sites, tests = self.work / "sites.csv", self.work / "test.json"
+        tests.write_text(json.dumps(test))
+        with sites.open("w") as file:
+            present = {p: site for p, site in site_of.items() if not (self.choose and p in test)}
+            csv.writer(file).writerows([("case", "group"), *present.items()])
+        held_out = ["--test_fraction", 0.3] if self.choose else ["--test_cases", tests]
+        split = ["--num_labeled", NUM_LABELED, *held_out, "--stratify", sites, "--seed", self.seed]
+        self.call("nnUNetv2_semicml_withhold_labels", "-d", SOURCE, "--output_id", GROUP, *split)
+        plan = ["-c", "2d", "-overwrite_target_spacing", *SPACING, "-np", 1, "-npfp", 1]
+        self.call("nnUNetv2_semicml_plan_and_preprocess", "-d", GROUP, *plan)
+        for plans in (self.work / "nnUNet_preprocessed").glob("*/nnUNetPlans.json"):
+            shrink(plans)
+        for channel, modality in enumerate(MODALITIES):
+            scans = self.work / "scans" / modality
+            scans.mkdir(parents=True)
+            for file in (raw / f"Dataset{GROUP}_{NAME}" / "imagesTs").glob(f"*_{channel:04d}.nii.gz"):
+                shutil.copy(file, scans / file.name.replace(f"_{channel:04d}", "_0000"))
+        finished.touch()
 
-    for plans in (work / "nnUNet_preprocessed").glob("*/nnUNetPlans.json"):
-        halve_features(plans)
-
-    raw = work / "nnUNet_raw" / f"Dataset{GROUP}_{DATASET}"
-    dice = {}
-    for method, trainer in METHODS.items():
-        for dataset in MODALITIES.values() if method == "supervised only" else [GROUP]:
-            call("nnUNetv2_train", dataset, "2d", "all", "-tr", trainer, "-device", "cpu", log=log)
-        for channel, (modality, dataset) in enumerate(MODALITIES.items()):
-            scans = work / "scans" / modality
-            if not scans.is_dir():
-                scans.mkdir(parents=True)
-                for file in (raw / "imagesTs").glob(f"*_{channel:04d}.nii.gz"):
-                    shutil.copy(file, scans / file.name.replace(f"_{channel:04d}", "_0000"))
-            out = work / "predictions" / trainer / modality
-            model = ["-d", dataset, "-c", "2d", "-f", "all", "-tr", trainer]
-            call("nnUNetv2_predict", "-i", scans, "-o", out, *model, "-device", "cpu", "-npp", 1, "-nps", 1, log=log)
-            files = ["-djfile", out / "dataset.json", "-pfile", out / "plans.json"]
-            call("nnUNetv2_evaluate_folder", raw / "labelsTs", out, *files, "-np", 1, log=log)
+    def evaluate(self, method: str, trainer: str) -> dict:
+        """Train, predict and evaluate what is not yet there: {(patient, modality, method): Dice}."""
+        datasets = MODALITIES.values() if method == "supervised only" else [GROUP]
+        for dataset in datasets:
+            name = {GROUP: NAME, **{d: f"{NAME}_{m}" for m, d in MODALITIES.items()}}[dataset]
+            model = self.work / "nnUNet_results" / f"Dataset{dataset}_{name}" / f"{trainer}__nnUNetPlans__2d"
+            if not (model / "fold_all" / "checkpoint_final.pth").is_file():
+                train = [dataset, "2d", "all", "-tr", trainer, "-device", "cpu"]
+                self.call("nnUNetv2_train", *train, nnUNet_n_proc_DA="0")
+        dice = {}
+        for modality, dataset in MODALITIES.items():
+            out = self.work / "predictions" / trainer / modality
+            if not (out / "summary.json").is_file():
+                scans = ["-i", self.work / "scans" / modality, "-o", out]
+                model = ["-d", dataset, "-c", "2d", "-f", "all", "-tr", trainer]
+                cheap = ["-device", "cpu", "-npp", 0, "-nps", 0, "--disable_tta"]
+                self.call("nnUNetv2_predict", *scans, *model, *cheap)
+                truth = self.work / "nnUNet_raw" / f"Dataset{GROUP}_{NAME}" / "labelsTs"
+                files = ["-djfile", out / "dataset.json", "-pfile", out / "plans.json"]
+                self.call("nnUNetv2_evaluate_folder", truth, out, *files, "-np", 1)
             for case in json.loads((out / "summary.json").read_text())["metric_per_case"]:
                 patient = Path(case["reference_file"]).name.removesuffix(".nii.gz")
                 dice[patient, modality, method] = case["metrics"]["1"]["Dice"]
-    write_tables(dice, args.seed, json.loads((raw / "withheld_labels.json").read_text()))
+        return dice
+
+    def numbers(self) -> str:
+        """How many patients are what."""
+        split = json.loads((self.work / "nnUNet_raw" / f"Dataset{GROUP}_{NAME}" / "withheld_labels.json").read_text())
+        held_out = "validation" if self.choose else "test"
+        return f"{len(split['labeled'])} labeled, {len(split['unlabeled'])} unlabeled, {len(split['test'])} {held_out}"
 
 
-def halve_features(file: Path) -> None:
-    """Make the networks of a plans file narrower, as users of nnU-Net edit plans."""
+def shrink(file: Path) -> None:
+    """Make the networks and batches of a plans file smaller, as users of nnU-Net edit plans."""
     plans = json.loads(file.read_text())
-    architecture = plans["configurations"]["2d"]["architecture"]["arch_kwargs"]
+    configuration = plans["configurations"]["2d"]
+    architecture = configuration["architecture"]["arch_kwargs"]
     architecture["features_per_stage"] = [n // 2 for n in architecture["features_per_stage"]]
+    configuration["batch_size"] = 8
     file.write_text(json.dumps(plans, indent=4))
 
 
-def write_tables(dice: dict, seed: int, split: dict) -> None:
-    """Write the per-patient Dice as CSV and its summary as Markdown."""
-    with (HERE / f"dice_seed_{seed}.csv").open("w") as file:
-        rows = csv.writer(file, lineterminator="\n")
+def write_csv(file: Path, dice: dict) -> None:
+    """Write the Dice of every patient."""
+    with file.open("w") as out:
+        rows = csv.writer(out, lineterminator="\n")
         rows.writerow(["patient", "modality", "method", "dice"])
-        rows.writerows([*key, f"{value:.4f}"] for key, value in sorted(dice.items()))
+        rows.writerows([*key, f"{value:.4f}"] for key, value in dice.items())
 
-    cases = {part: len(split[part]) for part in ("labeled", "unlabeled", "test")}
-    lines = [
-        f"# Supervised-only nnU-Net against Semi-CML on LGG FLAIR + T1, seed {seed}",
-        "",
-        f"`python benchmarks/lgg/run.py --data Dataset700_LGG --work SCRATCH --seed {seed}`, {datetime.date.today()}, "
-        f"{os.cpu_count()} CPU cores ({platform.machine()}), "
-        + ", ".join(f"{package} {version(package)}" for package in ("nnunetv2-semicml", "nnunetv2", "torch")),
-        "",
-        f"{cases['labeled']} labeled, {cases['unlabeled']} unlabeled, {cases['test']} test patients; 1000 steps.",
-        "",
-        "| Modality | supervised only, mean ± SD | Semi-CML, mean ± SD | difference | better / worse | Wilcoxon p |",
+
+def read_csv(file: Path) -> dict:
+    """Read what `write_csv` wrote."""
+    with file.open() as rows:
+        return {(r["patient"], r["modality"], r["method"]): float(r["dice"]) for r in csv.DictReader(rows)}
+
+
+def write_tables(file: Path, title: str, command: str, numbers: str, runs: dict[str, dict]) -> None:
+    """Write Markdown: mean Dice of every run, and paired differences between the methods.
+
+    Args:
+        file: where.
+        title: the heading.
+        command: what was typed.
+        numbers: of patients.
+        runs: {name of the run: {(patient, modality, method): Dice}} over the same patients and methods.
+    """
+    methods = list(dict.fromkeys(method for dice in runs.values() for *_, method in dice))
+    packages = ", ".join(f"{name} {version(name)}" for name in ("nnunetv2-semicml", "nnunetv2", "torch"))
+    machine = f"{datetime.date.today()}, {os.cpu_count()} CPU cores ({platform.machine()}), {packages}"
+    lines = [f"# {title}", "", f"`{command}`, {machine}", "", f"{numbers} patients. Mean Dice over these:", ""]
+    columns = [*runs, "mean ± SD"] if len(runs) > 1 else [*runs]
+    lines += [f"| modality | method | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
+    of_patient = {}
+    for modality in MODALITIES:
+        patients = sorted({patient for patient, of, _ in next(iter(runs.values())) if of == modality})
+        for method in methods:
+            values = np.array([[dice[p, modality, method] for p in patients] for dice in runs.values()])
+            means = values.mean(1)
+            of_patient[modality, method] = values.mean(0)
+            cells = [modality, method, *(f"{mean:.3f}" for mean in means)]
+            if len(runs) > 1:
+                cells.append(f"{means.mean():.3f} ± {means.std(ddof=1):.3f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    over = f", Dice averaged over the {len(runs)} runs first" if len(runs) > 1 else ""
+    lines += ["", f"Differences, patient by patient{over}:", ""]
+    lines += [
+        "| modality | difference | mean | 95 % interval | better / worse | Wilcoxon p |",
         "|---|---|---|---|---|---|",
     ]
     for modality in MODALITIES:
-        patients = sorted({patient for patient, of, _ in dice if of == modality})
-        first, second = (np.array([dice[p, modality, method] for p in patients]) for method in METHODS)
-        difference = second - first
-        counts = f"{(difference > 0).sum()} / {(difference < 0).sum()}"
-        summaries = " | ".join(f"{v.mean():.3f} ± {v.std(ddof=1):.3f}" for v in (first, second))
-        p = wilcoxon(difference).pvalue
-        lines.append(f"| {modality} | {summaries} | {difference.mean():+.3f} | {counts} | {p:.3f} |")
-    (HERE / f"results_seed_{seed}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        for i, second in enumerate(methods):
+            for first in methods[:i]:
+                difference = of_patient[modality, second] - of_patient[modality, first]
+                interval, p = "none", "none"
+                if difference.any():  # not so where PReL gave every network back
+                    low, high = bootstrap((difference,), np.mean, rng=0).confidence_interval
+                    interval, p = f"{low:+.3f} … {high:+.3f}", f"{wilcoxon(difference).pvalue:.3f}"
+                counts = f"{(difference > 0).sum()} / {(difference < 0).sum()}"
+                lines.append(
+                    f"| {modality} | {second} − {first} | {difference.mean():+.3f} | {interval} | {counts} | {p} |"
+                )
+    lines += ["", "Intervals: bootstrap over patients (BCa). p: two-sided, not corrected for testing repeatedly."]
+    file.write_text("\n".join(lines) + "\n")
+    print(file.read_text())
+
+
+def main() -> None:
+    """Run one split and write the tables beside this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder Dataset700_LGG")
+    parser.add_argument("--work", type=Path, required=True, help="scratch folder")
+    parser.add_argument("--seed", type=int, default=0, help="of labeled patients, initial weights and data loading")
+    parser.add_argument("--choose", action="store_true", help="compare variants of PReL without the test patients")
+    parser.add_argument("--methods", type=int, help="stop after so many of the methods, without tables")
+    args = parser.parse_args()
+    run = Run(args.data, args.work, args.seed, args.choose)
+    run.prepare()
+    dice = {}
+    for method, trainer in list((VARIANTS if args.choose else METHODS).items())[: args.methods]:
+        dice |= run.evaluate(method, trainer)
+    if args.methods:
+        return
+    command = "python benchmarks/lgg/run.py --data Dataset700_LGG --work SCRATCH"
+    if args.choose:
+        write_csv(HERE / "dice_choose.csv", dice)
+        title = "Variants of PReL on validation patients"
+        write_tables(HERE / "choose.md", title, f"{command} --choose", run.numbers(), {f"seed {args.seed}": dice})
+        return
+    write_csv(HERE / f"dice_seed_{args.seed}.csv", dice)
+    files = sorted(HERE.glob("dice_seed_*.csv"))
+    runs = {file.stem.removeprefix("dice_").replace("_", " "): read_csv(file) for file in files}
+    title = "Supervised-only nnU-Net, Semi-CML and PReL on LGG FLAIR + T1"
+    write_tables(HERE / "results.md", title, f"{command} --seed N", run.numbers(), runs)
 
 
 if __name__ == "__main__":
