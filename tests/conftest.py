@@ -191,6 +191,25 @@ def unlabeled_images(trainer, batch):
     return dict(zip([t.modality for t in trainer.trainers], batch["unlabeled"].split(1, dim=1), strict=True))
 
 
+def assert_two_passes_equal_one(trainer, batch):
+    """Proof 8: the same losses and gradients, which are not zero."""
+    results = []
+    for step in (trainer._one_pass_step, trainer._two_pass_step):
+        torch.manual_seed(1)
+        for t in trainer.trainers:
+            t.optimizer.zero_grad()
+        labeled = dict(zip([t.modality for t in trainer.trainers], trainer._modality_batches(batch), strict=True))
+        losses = step(trainer.learners(), labeled, unlabeled_images(trainer, batch))
+        results.append((losses, gradients(trainer)))
+    (one_losses, one), (two_losses, two) = results
+    torch.testing.assert_close(one_losses, two_losses)
+    for a, b in zip(one, two, strict=True):
+        scale = max(g.abs().max() for g in a)
+        assert scale > 0
+        for x, y in zip(a, b, strict=True):
+            assert (x - y).abs().max() <= 1e-5 * scale
+
+
 class nnUNetTrainerWithDropout(nnUNetTrainer):
     """Stands for a trainer whose plans have dropout."""
 

@@ -15,9 +15,9 @@ from conftest import (
     KilledMixin,
     assert_identical,
     assert_same_weights,
+    assert_two_passes_equal_one,
     draw_batches,
     final_checkpoint,
-    gradients,
     initialized,
     load_plans,
     make_trainer,
@@ -208,20 +208,7 @@ def test_two_passes_give_the_gradients_of_one(groups, dataset, configuration, tr
     (batch,) = draw_batches(trainer, 1)
     dropout = [m for t in trainer.trainers for m in t.network.modules() if isinstance(m, nn.Dropout2d | nn.Dropout3d)]
     assert bool(dropout) == (trainer_class is nnUNetTrainerSemiCMLWithDropout)
-    results = []
-    for step in (trainer._one_pass_step, trainer._two_pass_step):
-        torch.manual_seed(1)
-        for t in trainer.trainers:
-            t.optimizer.zero_grad()
-        labeled = dict(zip([t.modality for t in trainer.trainers], trainer._modality_batches(batch), strict=True))
-        losses = step(trainer.learners(), labeled, unlabeled_images(trainer, batch))
-        results.append((losses, gradients(trainer)))
-    (one_losses, one), (two_losses, two) = results
-    torch.testing.assert_close(one_losses, two_losses)
-    for a, b in zip(one, two, strict=True):
-        scale = max(g.abs().max() for g in a)
-        for x, y in zip(a, b, strict=True):
-            assert (x - y).abs().max() <= 1e-5 * scale
+    assert_two_passes_equal_one(trainer, batch)
 
 
 # what is refused

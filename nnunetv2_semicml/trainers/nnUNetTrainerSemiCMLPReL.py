@@ -11,6 +11,7 @@ from statistics import fmean
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
+from nnunetv2.utilities.file_path_utilities import get_output_folder
 from torch import Tensor
 
 from nnunetv2_semicml.data.modality_group import environment_folder
@@ -208,8 +209,8 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
 
 
 def _fold_folder(trainer: type[nnUNetTrainer], plans: dict, configuration: str, fold: int | str) -> Path:
-    model = f"{trainer.__name__}__{plans['plans_name']}__{configuration}"
-    return environment_folder("nnUNet_results") / plans["dataset_name"] / model / f"fold_{fold}"
+    environment_folder("nnUNet_results")  # raises if it is not set
+    return Path(get_output_folder(plans["dataset_name"], trainer.__name__, plans["plans_name"], configuration, fold))
 
 
 def _first_stage_checkpoint(trainer: type[nnUNetTrainer], plans: dict, configuration: str, fold: int | str) -> Path:
