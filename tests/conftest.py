@@ -13,6 +13,7 @@ import torch
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch.profiler import ProfilerActivity, profile
 
 from nnunetv2_semicml.data.modality_group import ModalityGroup
 from nnunetv2_semicml.demo.phantom import write_phantom_dataset
@@ -191,43 +192,111 @@ def unlabeled_images(trainer, batch):
     return dict(zip([t.modality for t in trainer.trainers], batch["unlabeled"].split(1, dim=1), strict=True))
 
 
-def assert_two_passes_equal_one(trainer, batch):
-    """Proof 8: the same losses and gradients, which are not zero."""
-    results = []
-    for step in (trainer._one_pass_step, trainer._two_pass_step):
-        torch.manual_seed(1)
-        for t in trainer.trainers:
-            t.optimizer.zero_grad()
-        labeled = dict(zip([t.modality for t in trainer.trainers], trainer._modality_batches(batch), strict=True))
-        losses = step(trainer.learners(), labeled, unlabeled_images(trainer, batch))
-        results.append((losses, gradients(trainer)))
-    (one_losses, one), (two_losses, two) = results
-    torch.testing.assert_close(one_losses, two_losses)
-    for a, b in zip(one, two, strict=True):
+def modality_batches(trainer, batch):
+    return dict(zip([t.modality for t in trainer.trainers], trainer._modality_batches(batch), strict=True))
+
+
+def reference_gradients(trainer, batch):
+    """Losses and gradients by the formula: one sum of all losses, one backward pass, everything held until then."""
+    images, learners = unlabeled_images(trainer, batch), trainer.learners()
+    for t in trainer.trainers:
+        t.optimizer.zero_grad()
+    targets = trainer.unsupervised_targets(images)
+    logits = {}
+    for t in learners:
+        with trainer._autocast():
+            logits[t.modality] = t.network(images[t.modality])[0].float()
+    terms = trainer.unsupervised_terms(logits, targets)
+    total = sum(trainer.unsupervised_weights()[name] * term for name, term in terms.items())
+    supervised = {}
+    for t in learners:
+        data, target = modality_batches(trainer, batch)[t.modality]
+        with trainer._autocast():
+            supervised[t.modality] = t.loss(t.network(data), target)
+    (total + trainer.supervised_weight * sum(supervised.values())).backward()
+    return {**terms, **supervised}, gradients(trainer)
+
+
+def step_gradients(trainer, batch):
+    """The same of a step of the trainer, before clipping."""
+    for t in trainer.trainers:
+        t.optimizer.zero_grad()
+    losses, _ = trainer._unsupervised_step(trainer.learners(), unlabeled_images(trainer, batch))
+    labeled = modality_batches(trainer, batch)
+    for t in trainer.learners():
+        losses[t.modality] = trainer._supervised_step(t, *labeled[t.modality])
+    return losses, gradients(trainer)
+
+
+def assert_close_gradients(expected, found, tolerance=1e-5):
+    """Equal relative to the largest gradient of each network, which is not zero."""
+    for a, b in zip(expected, found, strict=True):
         scale = max(g.abs().max() for g in a)
         assert scale > 0
         for x, y in zip(a, b, strict=True):
-            assert (x - y).abs().max() <= 1e-5 * scale
+            assert (x - y).abs().max() <= tolerance * scale
 
 
-class nnUNetTrainerWithDropout(nnUNetTrainer):
-    """Stands for a trainer whose plans have dropout."""
+def assert_step_equals_reference(trainer, batch, tolerance=1e-5):
+    """Proof 8, in one pass and in two."""
+    torch.manual_seed(1)
+    expected_losses, expected = reference_gradients(trainer, batch)
+    for trainer.two_pass in (False, True):
+        torch.manual_seed(1)
+        losses, found = step_gradients(trainer, batch)
+        torch.testing.assert_close(losses, {name: loss.detach() for name, loss in expected_losses.items()})
+        assert_close_gradients(expected, found, tolerance)
+
+
+class ArchitectureMixin:
+    """Changes arguments of the architecture that stands in the plans."""
 
     @staticmethod
+    def changes(kwargs, dimensions):
+        raise NotImplementedError
+
+    @classmethod
     def build_network_architecture(
-        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+        cls, plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
     ):
         kwargs = configuration_manager.network_arch_init_kwargs
-        kind = "3d" if len(configuration_manager.patch_size) == 3 else "2d"
         return get_network_from_plans(
             configuration_manager.network_arch_class_name,
-            {**kwargs, "dropout_op": f"torch.nn.Dropout{kind}", "dropout_op_kwargs": {"p": 0.5}},
+            {**kwargs, **cls.changes(kwargs, len(configuration_manager.patch_size))},
             configuration_manager.network_arch_init_kwargs_req_import,
             num_input_channels,
             num_output_channels,
             allow_init=True,
             deep_supervision=enable_deep_supervision,
         )
+
+
+class nnUNetTrainerWithDropout(ArchitectureMixin, nnUNetTrainer):
+    """Stands for a trainer whose plans have dropout."""
+
+    @staticmethod
+    def changes(kwargs, dimensions):
+        return {"dropout_op": f"torch.nn.Dropout{dimensions}d", "dropout_op_kwargs": {"p": 0.5}}
+
+
+class nnUNetTrainerWide(ArchitectureMixin, nnUNetTrainer):
+    """Stands for real plans: features enough for activations to outweigh predictions."""
+
+    @staticmethod
+    def changes(kwargs, dimensions):
+        return {"features_per_stage": [16] * kwargs["n_stages"]}
+
+
+def peak_memory(function):
+    """Bytes that PyTorch holds at most during a call beyond what it held before."""
+    with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as profiler:
+        function()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
 
 
 class Killed(Exception):

@@ -15,7 +15,7 @@ from conftest import (
     KilledMixin,
     assert_identical,
     assert_same_weights,
-    assert_two_passes_equal_one,
+    assert_step_equals_reference,
     draw_batches,
     final_checkpoint,
     initialized,
@@ -123,10 +123,10 @@ def test_gradient_reaches_every_weight_of_every_learner_alone(first_stage, datas
     trainer.current_epoch = 4 if joined else 3
     (batch,) = draw_batches(trainer, 1)
     images = unlabeled_images(trainer, batch)
-    logits = {t.modality: trainer._logits(t.network, images[t.modality]) for t in trainer.learners()}
+    logits = {t.modality: trainer._logits(t, images[t.modality]) for t in trainer.learners()}
     expected = [t.modality for t in trainer.trainers if joined or t.modality != "T1"]
     assert list(logits) == expected
-    terms = trainer.unsupervised_terms(logits, images)
+    terms = trainer.unsupervised_terms(logits, trainer.unsupervised_targets(images))
     assert set(terms) == {f"{m} {t}" for m in expected for t in ("asc", "ce", "dice")}
     sum(terms[f"{m} {term}"] for m in expected).backward()
     for t in trainer.trainers:
@@ -236,7 +236,7 @@ def test_pseudo_labels_see_the_patch_of_the_student(first_stage, monkeypatch):
 
 @pytest.mark.parametrize("confidence_weighting", [False, True])
 @pytest.mark.parametrize(("dataset", "configuration"), SETTINGS)
-def test_terms_equal_the_formulas(first_stage, monkeypatch, dataset, configuration, confidence_weighting):
+def test_terms_equal_the_formulas(first_stage, dataset, configuration, confidence_weighting):
     """Proof 7 for the sum that is minimized; the losses by themselves are in test_losses."""
     trainer = started(dataset, configuration, num_epochs=5, confidence_weighting=confidence_weighting)
     trainer.current_epoch = 4
@@ -244,9 +244,9 @@ def test_terms_equal_the_formulas(first_stage, monkeypatch, dataset, configurati
     images = unlabeled_images(trainer, batch)
     with torch.no_grad():
         q = trainer.soft_pseudo_labels(images["T1"])
-        logits = {t.modality: trainer._logits(t.network, images[t.modality]) for t in trainer.trainers}
-        monkeypatch.setattr(trainer, "soft_pseudo_labels", lambda image: q)
-        _, total = trainer._unsupervised_loss(logits, images)
+        logits = {t.modality: trainer._logits(t, images[t.modality]) for t in trainer.trainers}
+        terms, term_weights = trainer.unsupervised_terms(logits, q), trainer.unsupervised_weights()
+        total = sum(term_weights[name] * term for name, term in terms.items())
         expected = 0
         regions = trainer.label_manager.has_regions
         log = torch.log
@@ -294,9 +294,11 @@ def test_without_pseudo_labels_every_step_is_that_of_the_stock_trainer(first_sta
 
 def test_published_form_has_no_labeled_loss(first_stage):
     """supervised_weight 0: other labels, the same step; with the default, another one."""
+    (batch,) = draw_batches(started(LABELS, "2d"), 1)
     for weight, same in ((0.0, True), (1.0, False)):
         trainers = [started(LABELS, "2d", supervised_weight=weight, num_epochs=5) for _ in range(2)]
-        (batch,) = draw_batches(trainers[0], 1)
+        (drawn,) = draw_batches(trainers[0], 1)
+        assert ("data" not in drawn) == same  # nothing is loaded in vain
         other = {**batch, "target": [torch.ones_like(t) for t in batch["target"]]}
         outputs = []
         for trainer, b in zip(trainers, (batch, other), strict=True):
@@ -426,7 +428,7 @@ def test_two_passes_give_the_gradients_of_one(first_stage, dataset, configuratio
     trainer = started(dataset, configuration, trainer_class, num_epochs=5, supervised_weight=supervised_weight)
     trainer.current_epoch = 4
     (batch,) = draw_batches(trainer, 1)
-    assert_two_passes_equal_one(trainer, batch)
+    assert_step_equals_reference(trainer, batch)
 
 
 # what is refused

@@ -15,7 +15,7 @@ from conftest import (
     KilledMixin,
     assert_identical,
     assert_same_weights,
-    assert_two_passes_equal_one,
+    assert_step_equals_reference,
     draw_batches,
     final_checkpoint,
     initialized,
@@ -49,8 +49,8 @@ def test_unsupervised_gradient_reaches_every_weight_of_every_network(groups, dat
     trainer = initialized(dataset, configuration)
     (batch,) = draw_batches(trainer, 1)
     images = unlabeled_images(trainer, batch)
-    logits = {t.modality: trainer._logits(t.network, images[t.modality]) for t in trainer.trainers}
-    trainer.unsupervised_terms(logits, images)[term].backward()
+    logits = {t.modality: trainer._logits(t, images[t.modality]) for t in trainer.trainers}
+    trainer.unsupervised_terms(logits, None)[term].backward()
     for t in trainer.trainers:
         # the lower deep-supervision heads do not see unlabeled cases
         untouched = [n for n, p in t.network.named_parameters() if p.grad is None or not p.grad.any()]
@@ -203,12 +203,12 @@ def test_schedules_reach_the_modality_trainers(groups, trainer_class, epochs):
 
 @pytest.mark.parametrize("trainer_class", [nnUNetTrainerSemiCML, nnUNetTrainerSemiCMLWithDropout])
 @pytest.mark.parametrize(("dataset", "configuration"), SETTINGS)
-def test_two_passes_give_the_gradients_of_one(groups, dataset, configuration, trainer_class):
+def test_step_gives_the_gradients_of_the_formula(groups, dataset, configuration, trainer_class):
     trainer = initialized(dataset, configuration, trainer_class, rampup_fraction=0.0)
     (batch,) = draw_batches(trainer, 1)
     dropout = [m for t in trainer.trainers for m in t.network.modules() if isinstance(m, nn.Dropout2d | nn.Dropout3d)]
     assert bool(dropout) == (trainer_class is nnUNetTrainerSemiCMLWithDropout)
-    assert_two_passes_equal_one(trainer, batch)
+    assert_step_equals_reference(trainer, batch)
 
 
 # what is refused

@@ -70,15 +70,17 @@ class SemiSupervisedDataLoader(nnUNetDataLoader):
     Args:
         *args, **kwargs: for nnU-Net's loader of the labeled cases.
         unlabeled: the loader of the unlabeled cases.
+        labeled: whether labeled cases are needed at all.
     """
 
-    def __init__(self, *args: object, unlabeled: UnlabeledDataLoader, **kwargs: object):
+    def __init__(self, *args: object, unlabeled: UnlabeledDataLoader, labeled: bool = True, **kwargs: object):
         super().__init__(*args, **kwargs)
         self.unlabeled = unlabeled
+        self.labeled = labeled
 
     def generate_train_batch(self) -> dict:
         """Draw nnU-Net's batch and, under "unlabeled", images (B, M, *patch). Their placeholder target is dropped."""
-        batch = super().generate_train_batch()
+        batch = super().generate_train_batch() if self.labeled else {}
         batch["unlabeled"] = self.unlabeled.generate_train_batch()["data"]
         return batch
 

@@ -2,16 +2,23 @@
 
 Pseudo-labels and logits have one channel per class, background included (softmax), or one per region (sigmoid). Both
 losses are smallest where the prediction equals the pseudo-label, uncertain voxels included: nothing is sharpened.
+
+With `distributed`, the batch is spread over the ranks of the default process group, with equally many cases on each.
+Sums over the batch then run over all ranks, with a gradient of the number of ranks times that of the loss, since
+training averages the gradients of the ranks.
 """
 
 import math
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 
-def soft_cross_entropy(logits: Tensor, target: Tensor, regions: bool, weight: Tensor | None = None) -> Tensor:
+def soft_cross_entropy(
+    logits: Tensor, target: Tensor, regions: bool, weight: Tensor | None = None, distributed: bool = False
+) -> Tensor:
     """Cross-entropy between probabilities, averaged over cases, voxels and, for regions, over these.
 
     Args:
@@ -19,6 +26,7 @@ def soft_cross_entropy(logits: Tensor, target: Tensor, regions: bool, weight: Te
         target: probabilities of the same shape; without `regions` they sum to 1 over K.
         regions: binary cross-entropy for each of K regions, instead of one over K classes.
         weight: of every voxel, (B, 1 or K, *spatial), K only for regions; None weights all alike.
+        distributed: whether the batch is spread over the ranks.
 
     Returns:
         The scalar loss, whose minimum over the logits is the (weighted mean) entropy of the target.
@@ -29,12 +37,17 @@ def soft_cross_entropy(logits: Tensor, target: Tensor, regions: bool, weight: Te
         loss = cross_entropy(logits, target, reduction="none").unsqueeze(1)
     if weight is None:
         return loss.mean()
-    weight = weight.expand_as(loss)
-    return (weight * loss).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).eps)
+    weighted, weights = _joint([(weight * loss).sum(), weight.expand_as(loss).sum()], distributed)
+    return weighted / weights.clamp(min=torch.finfo(weights.dtype).eps)
 
 
 def soft_dice_loss(
-    prediction: Tensor, target: Tensor, batch_dice: bool, weight: Tensor | None = None, smooth: float = 1.0
+    prediction: Tensor,
+    target: Tensor,
+    batch_dice: bool,
+    weight: Tensor | None = None,
+    smooth: float = 1.0,
+    distributed: bool = False,
 ) -> Tensor:
     """One minus the soft Dice with squared areas, 2<p, q> / (<p, p> + <q, q>), averaged over classes or regions.
 
@@ -48,14 +61,18 @@ def soft_dice_loss(
         weight: of every voxel in every sum, (B, 1 or C, *spatial); None weights all alike.
         smooth: added to both areas' numerator and denominator, in voxels: where neither has an area of about one voxel,
             there is no overlap to speak of and hardly a gradient.
+        distributed: whether the batch is spread over the ranks.
 
     Returns:
         The scalar loss in [0, 1].
     """
     axes = [0] * batch_dice + list(range(2, prediction.ndim))
-    weight = 1 if weight is None else weight
-    overlap = (weight * prediction * target).sum(axes)
-    areas = (weight * prediction.square()).sum(axes) + (weight * target.square()).sum(axes)
+
+    def total(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b if weight is None else weight * a * b).sum(axes)
+
+    sums = [total(prediction, target), total(prediction, prediction) + total(target, target)]
+    overlap, areas = _joint(sums, distributed and batch_dice)
     return 1 - ((2 * overlap + smooth) / (areas + smooth)).mean()
 
 
@@ -73,3 +90,23 @@ def confidence(target: Tensor, regions: bool) -> Tensor:
         entropy = -(torch.xlogy(target, target) + torch.xlogy(1 - target, 1 - target))
         return 1 - entropy / math.log(2)
     return 1 + torch.xlogy(target, target).sum(1, keepdim=True) / math.log(target.shape[1])
+
+
+class _JointSum(torch.autograd.Function):
+    """Sum over the ranks. Every rank has the same loss, so the gradient is the same on all: nothing is exchanged."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, own: Tensor) -> Tensor:
+        joint = own.clone()
+        dist.all_reduce(joint)
+        return joint
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        return grad * dist.get_world_size()
+
+
+def _joint(sums: list[Tensor], distributed: bool) -> Tensor:
+    """Sums of equal shape, stacked and added up over the ranks."""
+    stacked = torch.stack(sums)
+    return _JointSum.apply(stacked) if distributed else stacked

@@ -88,22 +88,22 @@ def use_builtin_numbers(logger: MetaLogger) -> None:
     logger.load_checkpoint({key: builtin(values) for key, values in logger.get_checkpoint().items()})
 
 
-def get_random_state() -> dict:
-    """State of the random generators of Python, NumPy and PyTorch (all CUDA devices included)."""
+def get_random_state(device: torch.device) -> dict:
+    """State of the random generators of Python, NumPy and PyTorch, on the CPU and on a CUDA device."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
 
 
-def set_random_state(state: dict) -> None:
+def set_random_state(state: dict, device: torch.device) -> None:
     """Restore what `get_random_state` returned."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

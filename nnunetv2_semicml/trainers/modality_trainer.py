@@ -36,9 +36,14 @@ class ModalityTrainerMixin:
         super().on_validation_epoch_end(val_outputs)
         use_builtin_numbers(self.logger)
 
+    def local_network(self) -> torch.nn.Module:
+        """The network without the wrapper of distributed training: the conductor averages the gradients."""
+        return self.network.module if self.is_ddp else self.network
+
     def unwrapped_network(self) -> torch.nn.Module:
-        """The network without torch.compile's wrapper, whose weight names are those of nnU-Net's checkpoints."""
-        return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+        """That without torch.compile's wrapper, whose weight names are those of nnU-Net's checkpoints."""
+        network = self.local_network()
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
 
     def get_state(self) -> dict:
         """What continues this modality's training, as part of the joint checkpoint."""
@@ -66,6 +71,8 @@ class ModalityTrainerMixin:
         """
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        if self.local_rank != 0:
             return
         checkpoint = {
             "network_weights": self.unwrapped_network().state_dict(),

@@ -55,11 +55,14 @@ class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
         self.teachers = {t.modality: Teacher(t.unwrapped_network()) for t in self.trainers}
         self.pools = {t.modality: BestModelPool(self.bma_pool_size) for t in self.trainers}
 
-    def unsupervised_terms(self, logits: dict[str, Tensor], images: dict[str, Tensor]) -> dict[str, Tensor]:
+    def unsupervised_terms(self, logits: dict[str, Tensor], targets: None) -> dict[str, Tensor]:
         """Mean squared difference between the modalities, and their area-similarity contrast."""
         predictions = [self.foreground(self.probabilities(of_modality)) for of_modality in logits.values()]
-        asc_loss = AreaSimilarityContrastiveLoss(self.asc_temperature)
-        return {"mse": prediction_consistency(predictions), "asc": asc_loss(predictions)}
+        asc_loss = AreaSimilarityContrastiveLoss(self.asc_temperature, distributed=self.is_ddp)
+        return {
+            "mse": prediction_consistency([self.in_batch(p) for p in predictions]),
+            "asc": asc_loss([self.contrasted(p) for p in predictions]),
+        }
 
     def unsupervised_weights(self) -> dict[str, float]:
         """Both weights, ramped over the first epochs."""

@@ -116,7 +116,7 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
 
     def _set_teacher(self, modality: str, weights: dict) -> None:
         self.better_modality = modality
-        self.teacher = Teacher(self._better_trainer.unwrapped_network())
+        self.teacher = Teacher(self._better_trainer.unwrapped_network(), self._do_i_compile())
         self.teacher.network.load_state_dict(weights)
 
     @property
@@ -150,19 +150,25 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
             return self.trainers
         return [t for t in self.trainers if t.modality != self.better_modality]
 
-    def unsupervised_terms(self, logits: dict[str, Tensor], images: dict[str, Tensor]) -> dict[str, Tensor]:
+    def unsupervised_targets(self, images: dict[str, Tensor]) -> Tensor:
+        """The pseudo-labels (B, heads, *patch)."""
+        return self.soft_pseudo_labels(images[self.better_modality])
+
+    def unsupervised_terms(self, logits: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Area-similarity contrast, cross-entropy and Dice of every learner with the pseudo-labels."""
-        pseudo_label = self.soft_pseudo_labels(images[self.better_modality])
         regions, batch_dice = self.label_manager.has_regions, self.configuration_manager.batch_dice
-        weight = confidence(pseudo_label, regions) if self.confidence_weighting else None
-        foreground = self.foreground(pseudo_label)
-        asc_loss = AreaSimilarityContrastiveLoss(self.asc_temperature)
+        labels = self.in_batch(targets)
+        weight = confidence(labels, regions) if self.confidence_weighting else None
+        foreground = self.foreground(targets)
+        asc_loss = AreaSimilarityContrastiveLoss(self.asc_temperature, distributed=self.is_ddp)
         terms = {}
         for name, of_modality in logits.items():
             prediction = self.foreground(self.probabilities(of_modality))
-            terms[f"{name} asc"] = asc_loss([foreground, prediction])
-            terms[f"{name} ce"] = soft_cross_entropy(of_modality, pseudo_label, regions, weight)
-            terms[f"{name} dice"] = soft_dice_loss(prediction, foreground, batch_dice, weight)
+            terms[f"{name} asc"] = asc_loss([self.contrasted(foreground), self.contrasted(prediction)])
+            terms[f"{name} ce"] = soft_cross_entropy(self.in_batch(of_modality), labels, regions, weight, self.is_ddp)
+            terms[f"{name} dice"] = soft_dice_loss(
+                self.in_batch(prediction), self.in_batch(foreground), batch_dice, weight, distributed=self.is_ddp
+            )
         return terms
 
     def unsupervised_weights(self) -> dict[str, float]:
@@ -185,10 +191,17 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
         Returns:
             Probabilities (B, heads, *patch) without gradient: softmax with the background, or sigmoid for regions.
         """
-        with torch.no_grad():
-            noisy = (add_noise(image, self.noise_std, self.noise_bounds) for _ in range(self.teacher_passes))
-            passes = (self.probabilities(self._logits(self.teacher.network, copy)) for copy in noisy)
-            return sum(passes) / self.teacher_passes
+        # made outside of inference mode, so that the losses can save it for their gradients
+        mean = image.new_zeros(len(image), self.label_manager.num_segmentation_heads, *image.shape[2:])
+        parts = mean.split(self.cases_per_pass)
+        with torch.inference_mode():
+            for _ in range(self.teacher_passes):
+                noisy = add_noise(image, self.noise_std, self.noise_bounds).split(self.cases_per_pass)
+                for cases, of_cases in zip(noisy, parts, strict=True):
+                    with self._autocast():
+                        logits = self.teacher.predict(cases)
+                    of_cases.add_(self.probabilities(logits.float()), alpha=1 / self.teacher_passes)
+        return mean
 
     # checkpoints
 

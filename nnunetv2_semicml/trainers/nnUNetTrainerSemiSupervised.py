@@ -9,6 +9,7 @@ and passes every other hook on to the modality trainers, which write complete st
 """
 
 import os
+from math import ceil
 from os.path import basename, isfile, join
 
 import numpy as np
@@ -20,8 +21,10 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import dummy_context
-from torch import Tensor, autocast, nn
+from torch import Tensor, autocast
 from torch import distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint as replayed_in_backward
 
 from nnunetv2_semicml.data.modality_group import (
     ModalityGroup,
@@ -68,9 +71,14 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         trainers: the modality trainers in channel order, from `initialize` on.
         unlabeled_batch_size: unlabeled cases per step; None takes the plans' batch size, but at least the two cases
             that a contrast needs.
+        asc_cases: unlabeled cases per step that an ASC loss contrasts; None takes those of the unlabeled batch. If
+            there are more, the step draws as many, and the other terms see the batch alone.
         supervised_weight: weight of nnU-Net's loss on labeled cases; 0 leaves these out.
-        two_pass: how a step is computed, see `train_step`; None takes two passes on a GPU, where memory is scarce, and
-            one pass elsewhere.
+        two_pass: how a step is computed, see `train_step`; None chooses, and says why in the log.
+        cases_per_pass: in two passes, the cases that a network sees at a time; None takes the batch size, for which the
+            plans were made. Fewer need less memory and more time.
+
+    With several processes (-num_gpus), the unlabeled cases of a step are shared out among them, as the batch is.
     """
 
     network_trainer: type[nnUNetTrainer] = nnUNetTrainer
@@ -84,8 +92,6 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),
     ):
         name = type(self).__name__
-        if dist.is_available() and dist.is_initialized():
-            raise NotImplementedError(f"{name} runs on one GPU: leave out -num_gpus.")
         if os.environ.get("nnUNet_wandb_enabled", "0") not in ("0", "False", "false"):
             raise NotImplementedError(f"{name} does not log to Weights & Biases: unset nnUNet_wandb_enabled.")
         environment_folder("nnUNet_results")
@@ -100,23 +106,37 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         self.network = _NoSingleNetwork(name)
         self.trainers: list = []
         self.unlabeled_batch_size: int | None = None
+        self.asc_cases: int | None = None
         self.supervised_weight = 1.0
         self.two_pass: bool | None = None
+        self.cases_per_pass: int | None = None
         self._random_state: dict | None = None
         self._validate_best = False
 
     # what a method defines
 
-    def unsupervised_terms(self, logits: dict[str, Tensor], images: dict[str, Tensor]) -> dict[str, Tensor]:
+    def unsupervised_targets(self, images: dict[str, Tensor]) -> object:
+        """What the learners' predictions are compared with, if not with each other, e.g. a teacher's predictions.
+
+        Args:
+            images: the augmented patches (B, 1, *patch) of unlabeled cases in every modality, the same that the
+                learners see afterwards.
+
+        Returns:
+            Anything without gradient, passed on to `unsupervised_terms`.
+        """
+
+    def unsupervised_terms(self, logits: dict[str, Tensor], targets: object) -> dict[str, Tensor]:
         """Compute the unsupervised loss terms on unlabeled cases.
 
         Args:
             logits: output (B, heads, *patch) of every network of `learners` by modality, in float32 at full resolution;
-                see `probabilities` and `foreground`.
-            images: the augmented patch (B, 1, *patch) of every modality that they were computed from, for teachers.
+                see `probabilities` and `foreground`, `in_batch` and `contrasted`.
+            targets: what `unsupervised_targets` returned.
 
         Returns:
-            Scalar terms by name, unweighted.
+            Scalar terms by name, unweighted. With several processes, a mean over this one's cases, or a quantity of all
+            cases with the gradient that `losses` documents; the gradients are averaged over the processes.
         """
         raise NotImplementedError
 
@@ -141,11 +161,6 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         """Build the modality trainers and let them build their networks."""
         if self.was_initialized:
             raise RuntimeError("initialize was called twice.")
-        self._set_batch_size_and_oversample()
-        if self.two_pass is None:
-            self.two_pass = self.device.type == "cuda"
-            reason = "memory of one network at a time" if self.two_pass else "no GPU whose memory has to be spared"
-            self.print_to_log_file(f"Steps take {'two passes' if self.two_pass else 'one pass'}: {reason}.")
         for modality, (plans, dataset_json) in zip(self.group.modalities, self.modality_plans, strict=True):
             provenance = {**self.provenance, "modality": modality.name}
             trainer_class = make_modality_trainer_class(
@@ -159,9 +174,32 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
                 setattr(trainer, attribute, getattr(self, attribute))
             trainer.initialize()
             self.trainers.append(trainer)
+        self._set_batch_size_and_oversample()
+        self._choose_passes()
         for key in self._term_keys():
             self.logger.local_logger.my_fantastic_logging.setdefault(key, [])
         self.was_initialized = True
+
+    def _choose_passes(self) -> None:
+        if self.asc_cases is not None and not 2 <= self.asc_cases <= len(self.group.unlabeled):
+            raise ValueError(
+                f"asc_cases must lie between 2 and the number of unlabeled cases, {len(self.group.unlabeled)}, since a "
+                f"case is not to be contrasted with itself; got {self.asc_cases}."
+            )
+        self.cases_per_pass = self.cases_per_pass or self.batch_size
+        batch_norm = any(isinstance(m, _BatchNorm) for t in self.trainers for m in t.network.modules())
+        if self.two_pass and batch_norm:
+            raise NotImplementedError("Batch normalization does not work with two_pass: set it to False.")
+        if self.two_pass is not None:
+            reason = "as set"
+        elif batch_norm:
+            self.two_pass, reason = False, "batch normalization would count the cases twice"
+        elif self.device.type == "cuda":
+            self.two_pass, reason = True, "the plans fit the GPU with one network at a time"
+        else:
+            self.two_pass = self.cases_here(self.unlabeled_cases) > self.cases_per_pass
+            reason = f"{self.cases_here(self.unlabeled_cases)} unlabeled cases, {self.cases_per_pass} cases per pass"
+        self.print_to_log_file(f"Steps take {'two passes' if self.two_pass else 'one pass'}: {reason}.")
 
     @property
     def provenance(self) -> dict:
@@ -182,8 +220,9 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         # nnU-Net offers no seed; with nnUNet_n_proc_DA=0 this one makes whole runs repeatable
         seed = os.environ.get("nnUNet_semicml_seed")
         if seed is not None:
-            torch.manual_seed(int(seed))
-            np.random.seed(int(seed))
+            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            torch.manual_seed(int(seed) + rank)
+            np.random.seed(int(seed) + rank)
 
     def _term_keys(self) -> list[str]:
         weights = self.unsupervised_weights()
@@ -223,6 +262,8 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
 
         validation_transforms = PairedTransform([t.get_validation_transforms(scales, **labels) for t in self.trainers])
         train_cases, validation_cases = first.do_split()
+        # each process draws from cases of its own, so that no two contrast a case with itself
+        unlabeled_cases = self.group.unlabeled[self.local_rank :: self._world_size] or self.group.unlabeled
         oversampling = {
             "oversample_foreground_percent": self.oversample_foreground_percent,
             "probabilistic_oversampling": self.probabilistic_oversampling,
@@ -235,9 +276,10 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             self.label_manager,
             transforms=training_transforms(scales, **labels),
             **oversampling,
+            labeled=self.supervised_weight != 0,
             unlabeled=UnlabeledDataLoader(
-                self._paired_dataset(self.group.unlabeled, labeled=False),
-                self.unlabeled_batch_size or max(2, self.batch_size),
+                self._paired_dataset(unlabeled_cases, labeled=False),
+                self.cases_here(self.unlabeled_cases),
                 initial_patch_size,
                 patch_size,
                 self.label_manager,
@@ -310,7 +352,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             trainer.on_train_start()
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         if self._random_state is not None:  # only now: opening the streams draws random numbers
-            set_random_state(self._random_state)
+            set_random_state(self._random_state, self.device)
             self._random_state = None
 
     def on_epoch_start(self) -> None:
@@ -327,21 +369,59 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             trainer.on_train_epoch_start()
         self.logger.log("lrs", self.trainers[0].optimizer.param_groups[0]["lr"], self.current_epoch)
 
+    @property
+    def unlabeled_cases(self) -> int:
+        """Unlabeled cases of a step."""
+        return max(self._unlabeled_batch, self.asc_cases or 0)
+
+    @property
+    def _unlabeled_batch(self) -> int:
+        return self.unlabeled_batch_size or max(2, self.configuration_manager.batch_size)
+
+    @property
+    def _world_size(self) -> int:
+        return dist.get_world_size() if self.is_ddp else 1
+
+    def cases_here(self, cases: int) -> int:
+        """How many of a number of cases fall to this process: to all equally many, rounded up."""
+        return ceil(cases / self._world_size)
+
+    def in_batch(self, unlabeled: Tensor) -> Tensor:
+        """The cases of the unlabeled batch among those of the step; (B, ...)."""
+        return unlabeled[: self.cases_here(self._unlabeled_batch)]
+
+    def contrasted(self, unlabeled: Tensor) -> Tensor:
+        """The cases that an ASC loss contrasts among those of the step; (B, ...)."""
+        return unlabeled[: self.cases_here(self.asc_cases or self._unlabeled_batch)]
+
     def train_step(self, batch: dict) -> dict:
         """Make one coupled step of all networks.
 
-        In one pass, the activations of all networks on labeled and unlabeled cases are held until the backward pass. In
-        two passes, the predictions are first computed without a graph, then the unsupervised loss and its gradient on
-        them, and then each network alone is run again with that gradient: the same result with one network in memory.
+        The networks are coupled by their predictions of unlabeled cases alone. In one pass, the activations behind all
+        of these are held until the gradient of the unsupervised loss has gone through. In two passes they are not: when
+        that gradient arrives, each network computes them once more, one network and `cases_per_pass` cases at a time.
+        The result is the same, for the activation memory of one network at the planned batch size. The labeled cases
+        follow, network by network.
         """
         names = [trainer.modality for trainer in self.trainers]
-        labeled = dict(zip(names, self._modality_batches(batch), strict=True))
         images = dict(zip(names, batch["unlabeled"].to(self.device, non_blocking=True).split(1, dim=1), strict=True))
         learners = self.learners()
         for trainer in learners:
             trainer.optimizer.zero_grad(set_to_none=True)
-        step = self._two_pass_step if self.two_pass else self._one_pass_step
-        supervised, terms, total = step(learners, labeled, images)
+        terms, total = self._unsupervised_step(learners, images)
+        supervised = {}
+        if self.supervised_weight:
+            labeled = dict(zip(names, self._modality_batches(batch), strict=True))
+        exchanges = []
+        for trainer in learners:
+            if self.supervised_weight:
+                loss = self._supervised_step(trainer, *labeled[trainer.modality])
+                supervised[trainer.modality] = loss
+                total = total + self.supervised_weight * loss
+            if self.is_ddp:
+                exchanges += self._average_gradients(trainer)  # while the next network computes
+        for exchange in exchanges:
+            exchange.wait()
         for trainer in learners:
             if self.grad_scaler is not None:
                 self.grad_scaler.unscale_(trainer.optimizer)
@@ -352,8 +432,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
                 trainer.optimizer.step()
         if self.grad_scaler is not None:
             self.grad_scaler.update()
-        losses = [total, *supervised.values(), *terms.values()]
-        values = torch.stack([loss.detach() for loss in losses]).cpu().numpy()  # the step's one synchronization
+        values = torch.stack([total, *supervised.values(), *terms.values()]).cpu().numpy()  # the one synchronization
         n = len(supervised) + 1
         return {
             "loss": values[0],
@@ -361,43 +440,64 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             "unsupervised": dict(zip(terms, values[n:], strict=True)),
         }
 
-    def _one_pass_step(self, learners: list, labeled: dict, images: dict) -> tuple[dict, dict, Tensor]:
-        logits = {t.modality: self._logits(t.network, images[t.modality]) for t in learners}
-        terms, unsupervised = self._unsupervised_loss(logits, images)
-        supervised = {}
-        if self.supervised_weight:
-            supervised = {t.modality: self._supervised_loss(t, *labeled[t.modality]) for t in learners}
-        total = self.supervised_weight * sum(supervised.values()) + unsupervised
+    def _unsupervised_step(self, learners: list, images: dict) -> tuple[dict[str, Tensor], Tensor]:
+        """Add the gradient of the unsupervised loss; return its terms and their weighted sum, detached."""
+        targets = self.unsupervised_targets(images)
+        # the learner whose gradient comes first may keep its activations: nothing else is held beside them
+        logits = {t.modality: self._logits(t, images[t.modality], keep=t is learners[-1]) for t in learners}
+        terms = self.unsupervised_terms(logits, targets)
+        weights = self.unsupervised_weights()
+        total = sum(weights[name] * term for name, term in terms.items())
+        del logits, targets
         self._scale(total).backward()
-        return supervised, terms, total
+        return {name: term.detach() for name, term in terms.items()}, total.detach()
 
-    def _two_pass_step(self, learners: list, labeled: dict, images: dict) -> tuple[dict, dict, Tensor]:
-        logits, dropout_states = {}, {}
-        for trainer in learners:
-            dropout_states[trainer.modality] = self._dropout_state()
-            with torch.no_grad():
-                logits[trainer.modality] = self._logits(trainer.network, images[trainer.modality]).requires_grad_()
-        terms, unsupervised = self._unsupervised_loss(logits, images)
-        gradients = torch.autograd.grad(self._scale(unsupervised), list(logits.values()))
-
-        supervised = {}
-        for trainer, gradient in zip(learners, gradients, strict=True):
-            name = trainer.modality
-            if self.supervised_weight:
-                loss = self._supervised_loss(trainer, *labeled[name])
-                self._scale(self.supervised_weight * loss).backward()
-                supervised[name] = loss.detach()
-            resume_state = self._dropout_state()
-            self._dropout_state(dropout_states[name])  # dropout must drop in the replay what it dropped before
-            self._logits(trainer.network, images[name]).backward(gradient)
-            self._dropout_state(resume_state)
-        return supervised, terms, self.supervised_weight * sum(supervised.values()) + unsupervised
-
-    def _logits(self, network: nn.Module, image: Tensor) -> Tensor:
-        """Output (B, heads, *patch) of a network in float32, at full resolution."""
+    def _supervised_step(self, trainer: nnUNetTrainer, image: Tensor, target: Tensor | list[Tensor]) -> Tensor:
+        """Add the gradient of nnU-Net's loss on labeled cases; return it, detached."""
+        output = self._forward(trainer, image, trainer.enable_deep_supervision, keep=True)
         with self._autocast():
-            output = network(image)
-        return (output[0] if isinstance(output, (list, tuple)) else output).float()
+            loss = trainer.loss(output, target)
+        del output
+        self._scale(self.supervised_weight * loss).backward()
+        return loss.detach()
+
+    def _logits(self, trainer: nnUNetTrainer, image: Tensor, keep: bool = True) -> Tensor:
+        """Output (B, heads, *patch) of a network in float32, at full resolution."""
+        return self._forward(trainer, image, False, keep).float()
+
+    def _forward(
+        self, trainer: nnUNetTrainer, image: Tensor, deep_supervision: bool, keep: bool
+    ) -> Tensor | list[Tensor]:
+        """Output of a network, as in one forward pass; with `keep`, activations that fit into one pass are kept."""
+
+        def forward(cases: Tensor) -> Tensor | list[Tensor]:
+            trainer.set_deep_supervision_enabled(deep_supervision)
+            try:
+                with self._autocast():
+                    return trainer.local_network()(cases)
+            finally:
+                trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
+
+        if not self.two_pass or (keep and len(image) <= self.cases_per_pass):
+            return forward(image)
+        passes = image.split(self.cases_per_pass)
+        # dropout drops in the replay what it dropped before: the random state is restored
+        outputs = [replayed_in_backward(forward, cases, use_reentrant=False) for cases in passes]
+        if len(outputs) == 1:
+            return outputs[0]
+        if deep_supervision:
+            return [torch.cat(scale) for scale in zip(*outputs, strict=True)]
+        return torch.cat(outputs)
+
+    def _average_gradients(self, trainer: nnUNetTrainer) -> list[dist.Work]:
+        """Start to average a network's gradients over the processes, which all have gradients of the same weights.
+
+        Not by the wrapper of nnU-Net's DDP, whose forward pass is not used in training: it wants one forward and one
+        backward pass of all weights per step.
+        """
+        gradients = [p.grad for p in trainer.network.parameters() if p.grad is not None]
+        torch._foreach_div_(gradients, self._world_size)
+        return [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Sigmoid of every region, or softmax with the background as class 0; (B, heads, *patch) as the logits."""
@@ -407,26 +507,11 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         """Probabilities (B, C, *patch) of the C foreground classes or regions."""
         return probabilities if self.label_manager.has_regions else probabilities[:, 1:]
 
-    def _supervised_loss(self, trainer: nnUNetTrainer, image: Tensor, target: Tensor | list[Tensor]) -> Tensor:
-        with self._autocast():
-            return trainer.loss(trainer.network(image), target)
-
-    def _unsupervised_loss(self, logits: dict, images: dict) -> tuple[dict[str, Tensor], Tensor]:
-        terms = self.unsupervised_terms(logits, images)
-        weights = self.unsupervised_weights()
-        return terms, sum(weights[name] * term for name, term in terms.items())
-
     def _autocast(self) -> object:
         return autocast("cuda") if self.device.type == "cuda" else dummy_context()
 
     def _scale(self, loss: Tensor) -> Tensor:
         return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
-
-    def _dropout_state(self, restore: Tensor | None = None) -> Tensor | None:
-        """Get, or set, the state of the generator that dropout draws from."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_rng_state() if restore is None else torch.cuda.set_rng_state(restore)
-        return torch.get_rng_state() if restore is None else torch.set_rng_state(restore)
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Log the total here, each supervised loss with its modality, and the mean of every unsupervised term.
@@ -437,11 +522,13 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         def mean(part: str, name: str) -> float:
             return float(np.mean([outputs[part].get(name, np.nan) for outputs in train_outputs]))
 
+        weights = self.unsupervised_weights()
+        terms = np.mean(self._everywhere([mean("unsupervised", name) for name in weights]), axis=0)
         super().on_train_epoch_end([{"loss": outputs["loss"]} for outputs in train_outputs])
         for trainer in self.trainers:
             trainer.on_train_epoch_end([{"loss": mean("supervised", trainer.modality)}])
-        for name, weight in self.unsupervised_weights().items():
-            self.logger.log(f"unsupervised/{name}", mean("unsupervised", name), self.current_epoch)
+        for (name, weight), term in zip(weights.items(), terms.tolist(), strict=True):
+            self.logger.log(f"unsupervised/{name}", term, self.current_epoch)
             self.logger.log(f"weight/{name}", weight, self.current_epoch)
 
     # validation during training
@@ -483,20 +570,34 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         ]
         self.print_to_log_file("unsupervised:", ", ".join(terms))
         super().on_epoch_end()
-        plot_terms(self.logger.get_checkpoint(), join(self.output_folder, "unsupervised_terms.png"))
+        if self.local_rank == 0:
+            plot_terms(self.logger.get_checkpoint(), join(self.output_folder, "unsupervised_terms.png"))
 
     def on_train_end(self) -> None:
         """Save the final model of every modality, then the joint one, and close the streams."""
         for trainer in self.trainers:
             trainer.on_train_end()
         super().on_train_end()
+        if self.is_ddp:
+            dist.barrier()  # the first process has written what the others may read now
 
     # checkpoints
+
+    def _everywhere(self, value: object) -> list:
+        """The value that every process has, by rank."""
+        if not self.is_ddp:
+            return [value]
+        values = [None] * self._world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def save_checkpoint(self, filename: str) -> None:
         """Write the joint state of all modalities, from which --c continues."""
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        random_states = self._everywhere(get_random_state(self.device))
+        if self.local_rank != 0:
             return
         # nnU-Net saves checkpoint_latest before it compares the epoch with the best one so far
         ema = self.logger.get_value("ema_fg_dice", step=-1)
@@ -510,7 +611,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             "logging": self.logger.get_checkpoint(),
             "_best_ema": best_ema,
             "current_epoch": self.current_epoch + 1,
-            "random_state": get_random_state(),
+            "random_states": random_states,
         }
         save_atomically(checkpoint, filename)
 
@@ -531,7 +632,8 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         self.set_method_state(checkpoint["method"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
-        self._random_state = checkpoint["random_state"]
+        states = checkpoint["random_states"]
+        self._random_state = states[self.local_rank] if len(states) == self._world_size else None
         self._validate_best = basename(filename_or_checkpoint) == "checkpoint_best.pth"
 
     # validation after training

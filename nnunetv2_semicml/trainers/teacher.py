@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Teacher:
@@ -15,14 +16,20 @@ class Teacher:
 
     Args:
         network: the student, without the wrapper of torch.compile.
+        compiled: whether to predict through torch.compile.
+
+    Attributes:
+        network: the averaged weights.
+        predict: logits (B, heads, *patch) of images (B, C, *patch).
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, compiled: bool = False):
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
         self.network.decoder.deep_supervision = False
         for module in self.network.modules():
             if isinstance(module, _DropoutNd):
                 module.train()
+        self.predict = torch.compile(self.network) if compiled else self.network
 
     @torch.no_grad()
     def average(self, network: nn.Module, keep: float) -> None:
@@ -33,13 +40,13 @@ class Teacher:
             keep: share of the old teacher, in [0, 1]. 0 copies the network, 1 leaves the teacher as it is.
         """
         # not the entries of state_dict: nnU-Net's networks list a shared weight under several names
-        for getter in ("parameters", "buffers"):
-            pairs = zip(getattr(self.network, getter)(), getattr(network, getter)(), strict=True)
-            for own, new in pairs:
-                if own.is_floating_point() and keep > 0:
-                    own.lerp_(new, 1 - keep)
-                else:
-                    own.copy_(new)
+        average = get_ema_multi_avg_fn(keep)
+        average(list(self.network.parameters()), list(network.parameters()), None)
+        for own, new in zip(self.network.buffers(), network.buffers(), strict=True):
+            if own.is_floating_point():
+                average([own], [new], None)
+            else:
+                own.copy_(new)
 
 
 class BestModelPool:

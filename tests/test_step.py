@@ -1,0 +1,241 @@
+"""What a step computes, in which passes, at which precision and in how much memory; in this process."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    LABELS,
+    SETTINGS,
+    ArchitectureMixin,
+    assert_close_gradients,
+    assert_step_equals_reference,
+    draw_batches,
+    gradients,
+    initialized,
+    nnUNetTrainerWide,
+    peak_memory,
+    reference_gradients,
+    step_gradients,
+)
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.profiler import profile
+
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
+
+# passes
+
+
+@pytest.mark.parametrize("cases_per_pass", [1, 2, 3])
+@pytest.mark.parametrize(("dataset", "configuration"), SETTINGS)
+def test_chunks_give_the_gradients_of_the_formula(groups, dataset, configuration, cases_per_pass):
+    """Labeled and unlabeled cases, batch Dice (2d) or not, and a last pass that is not full."""
+    unlabeled = len(groups[dataset].unlabeled)
+    trainer = initialized(dataset, configuration, rampup_fraction=0.0, asc_cases=unlabeled, unlabeled_batch_size=2)
+    trainer.cases_per_pass = cases_per_pass
+    (batch,) = draw_batches(trainer, 1)
+    if configuration == "2d":  # its batches are larger than the tests need
+        batch = {"data": batch["data"][:4], "target": [t[:4] for t in batch["target"]], "unlabeled": batch["unlabeled"]}
+    assert len(batch["unlabeled"]) == unlabeled
+    assert_step_equals_reference(trainer, batch)
+
+
+def test_contrasted_cases_are_independent_of_the_batch(groups):
+    logits = {name: torch.randn(4, 3, 8, 8) for name in ("FLAIR", "T1")}
+    for attributes, drawn in (
+        ({"asc_cases": 4, "unlabeled_batch_size": 2}, 4),
+        ({"asc_cases": 2, "unlabeled_batch_size": 4}, 4),
+    ):
+        trainer = initialized(LABELS, "2d", **attributes)
+        (batch,) = draw_batches(trainer, 1)
+        assert len(batch["unlabeled"]) == drawn
+        terms = {}
+        for name, cases in (("asc", attributes["asc_cases"]), ("mse", attributes["unlabeled_batch_size"])):
+            terms[name] = initialized(LABELS, "2d", unlabeled_batch_size=cases).unsupervised_terms(
+                {m: z[:cases] for m, z in logits.items()}, None
+            )[name]
+        torch.testing.assert_close(trainer.unsupervised_terms(logits, None), terms)
+
+
+@pytest.mark.parametrize("cases", [1, 5])
+def test_impossible_number_of_contrasted_cases_is_refused(groups, cases):
+    with pytest.raises(ValueError, match=f"between 2 and the number of unlabeled cases, 4, .* got {cases}"):
+        initialized(LABELS, "2d", asc_cases=cases)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "passes", "reason"),
+    [
+        ({}, "one pass", "5 unlabeled cases, 5 cases per pass"),
+        ({"unlabeled_batch_size": 6}, "two passes", "6 unlabeled cases, 5 cases per pass"),
+        ({"two_pass": True}, "two passes", "as set"),
+        ({"two_pass": False, "cases_per_pass": 1}, "one pass", "as set"),
+    ],
+)
+def test_number_of_passes_is_chosen_and_the_reason_logged(groups, attributes, passes, reason):
+    trainer = initialized(LABELS, "2d", **attributes)
+    assert f"Steps take {passes}: {reason}." in Path(trainer.log_file).read_text()
+
+
+class nnUNetTrainerBatchNorm(ArchitectureMixin, nnUNetTrainer):
+    @staticmethod
+    def changes(kwargs, dimensions):
+        return {"norm_op": f"torch.nn.BatchNorm{dimensions}d"}
+
+
+class nnUNetTrainerSemiCMLBatchNorm(nnUNetTrainerSemiCML):
+    network_trainer = nnUNetTrainerBatchNorm
+
+
+def test_batch_normalization_takes_one_pass(groups):
+    trainer = initialized(LABELS, "2d", nnUNetTrainerSemiCMLBatchNorm, unlabeled_batch_size=6)
+    assert not trainer.two_pass
+    with pytest.raises(NotImplementedError, match="Batch normalization does not work with two_pass"):
+        initialized(LABELS, "2d", nnUNetTrainerSemiCMLBatchNorm, two_pass=True)
+
+
+def count_forwards(module, counter, name):
+    counter[name] = 0
+
+    def count(*_):
+        counter[name] += 1
+
+    module.register_forward_hook(count)
+
+
+@pytest.mark.parametrize(
+    ("two_pass", "unlabeled", "forwards"),
+    [
+        (False, 4, [2, 2]),  # one labeled, one unlabeled pass
+        (True, 4, [3, 2]),  # the last network keeps its activations
+        (True, 8, [5, 5]),  # two passes each, and their replays
+    ],
+)
+def test_no_forward_pass_and_no_output_is_computed_in_vain(groups, two_pass, unlabeled, forwards):
+    trainer = initialized(LABELS, "2d", two_pass=two_pass, unlabeled_batch_size=unlabeled)
+    trainer.cases_per_pass = 4
+    (batch,) = draw_batches(trainer, 1)
+    batch = {**batch, "data": batch["data"][:4], "target": [t[:4] for t in batch["target"]]}
+    counter = {}
+    for t in trainer.trainers:
+        count_forwards(t.network.encoder, counter, t.modality)
+        count_forwards(t.network.decoder.seg_layers[0], counter, f"{t.modality} coarse output")
+        count_forwards(t.network.decoder.seg_layers[-1], counter, f"{t.modality} output")
+    trainer.train_step(batch)
+    for t, number in zip(trainer.trainers, forwards, strict=True):
+        assert counter[t.modality] == number
+        assert counter[f"{t.modality} coarse output"] == 1  # of the labeled cases
+        # a replay stops as soon as the last activation that the gradient needs is there
+        assert counter[f"{t.modality} output"] <= number
+        assert t.network.decoder.deep_supervision
+
+
+@pytest.mark.parametrize("two_pass", [False, True])
+def test_step_never_waits_for_a_value(groups, two_pass):
+    """On a GPU each of these operations would stop the host until all work is done."""
+    trainer = initialized(LABELS, "3d_fullres", two_pass=two_pass)
+    (batch,) = draw_batches(trainer, 1)
+    with profile() as profiler:
+        trainer.train_step(batch)
+    names = {event.key for event in profiler.key_averages()}
+    assert "aten::mm" in names  # the Gram matrix: something was recorded
+    assert not names & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
+
+
+class nnUNetTrainerSemiCMLWide(nnUNetTrainerSemiCML):
+    network_trainer = nnUNetTrainerWide
+
+
+@pytest.mark.parametrize("cases", [2, 4])
+def test_two_passes_hold_the_activations_of_one_stock_step(groups, cases):
+    trainer = initialized(LABELS, "3d_fullres", nnUNetTrainerSemiCMLWide, two_pass=True, asc_cases=cases)
+    (batch,) = draw_batches(trainer, 1)
+    (data, target), _ = trainer._modality_batches(batch)
+
+    def stock():
+        trainer._supervised_step(trainer.trainers[0], data, target)
+
+    def two_pass():
+        step_gradients(trainer, batch)
+
+    two_pass()  # from here on the gradients are there
+    assert peak_memory(two_pass) < 1.1 * peak_memory(stock)
+    trainer.two_pass = False
+    assert peak_memory(two_pass) > 1.5 * peak_memory(stock)
+
+
+# precision
+
+
+class nnUNetTrainerSemiCMLBFloat16(nnUNetTrainerSemiCML):
+    """What CUDA does in float16, on the CPU in bfloat16."""
+
+    def _autocast(self):
+        return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize(("dataset", "configuration"), SETTINGS)
+def test_autocast_step_equals_its_reference(groups, dataset, configuration):
+    trainer = initialized(dataset, configuration, nnUNetTrainerSemiCMLBFloat16, rampup_fraction=0.0)
+    (batch,) = draw_batches(trainer, 1)
+    networks = [next(m for m in t.network.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)) for t in trainer.trainers]
+    dtypes = []
+    for convolution in networks:
+        convolution.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
+    assert_step_equals_reference(trainer, batch, tolerance=1e-5)
+    assert set(dtypes) == {torch.bfloat16}
+    for t in trainer.trainers:
+        assert all(p.grad is None or p.grad.dtype == torch.float32 for p in t.network.parameters())
+        # a cast weight that was cached without gradient would have cut the gradient off
+        head = t.network.decoder.seg_layers[-1].weight
+        assert head.grad.any()
+
+
+def test_autocast_gradient_is_that_of_float32_to_its_precision(groups):
+    (half, full) = (
+        initialized(LABELS, "3d_fullres", trainer_class, rampup_fraction=0.0, two_pass=True)
+        for trainer_class in (nnUNetTrainerSemiCMLBFloat16, nnUNetTrainerSemiCML)
+    )
+    (batch,) = draw_batches(full, 1)
+    assert_close_gradients(step_gradients(full, batch)[1], step_gradients(half, batch)[1], tolerance=0.05)
+
+
+# compilation
+
+
+class nnUNetTrainerCompiled(nnUNetTrainer):
+    """nnU-Net does not compile on the CPU."""
+
+    def _do_i_compile(self):
+        return True
+
+
+class nnUNetTrainerSemiCMLCompiled(nnUNetTrainerSemiCML):
+    network_trainer = nnUNetTrainerCompiled
+
+
+@pytest.mark.parametrize("two_pass", [False, True])
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_compiled_networks_learn_the_same(groups, monkeypatch, configuration, two_pass):
+    """Traced and differentiated by torch.compile; without its code generation, which takes minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    eager, compiled = (
+        initialized(LABELS, configuration, trainer_class, rampup_fraction=0.0, two_pass=two_pass)
+        for trainer_class in (nnUNetTrainerSemiCML, nnUNetTrainerSemiCMLCompiled)
+    )
+    assert all(isinstance(t.network, OptimizedModule) for t in compiled.trainers)
+    for t, reference in zip(compiled.trainers, eager.trainers, strict=True):
+        t.unwrapped_network().load_state_dict(reference.network.state_dict())
+    recompiled = []
+    for batch in draw_batches(eager, 2):
+        assert_close_gradients(reference_gradients(eager, batch)[1], step_gradients(compiled, batch)[1])
+        recompiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert recompiled[0] > 0
+    assert recompiled[1] == recompiled[0]  # switching deep supervision off and on again compiles nothing anew
+    compiled.run_training()
+    assert all(g.isfinite().all() for of_network in gradients(compiled) for g in of_network)
+    assert "_orig_mod" not in str(compiled.trainers[0].get_state()["network_weights"].keys())
