@@ -83,7 +83,7 @@ def regions_group(nnunet_folders):
 
 
 def shrink_networks(group: ModalityGroup) -> None:
-    """Give all networks of a group a few features, alike in all plans: the tests are about training, not accuracy."""
+    """Give all networks of a group a few features and small batches, alike in all plans: accuracy is not tested."""
     preprocessed = Path(os.environ["nnUNet_preprocessed"])
     for name in [group.dataset_name, *(m.dataset_name for m in group.modalities)]:
         file = preprocessed / name / "nnUNetPlans.json"
@@ -94,6 +94,7 @@ def shrink_networks(group: ModalityGroup) -> None:
                 arch["features_per_stage"] = [4] * arch["n_stages"]
                 arch["n_conv_per_stage"] = [1] * arch["n_stages"]
                 arch["n_conv_per_stage_decoder"] = [1] * (arch["n_stages"] - 1)
+                configuration["batch_size"] = min(configuration["batch_size"], 4)
         file.write_text(json.dumps(plans))
 
 
@@ -209,10 +210,12 @@ def reference_gradients(trainer, batch):
     terms = trainer.unsupervised_terms(logits, targets)
     total = sum(trainer.unsupervised_weights()[name] * term for name, term in terms.items())
     supervised = {}
-    for t in learners:
-        data, target = modality_batches(trainer, batch)[t.modality]
+    if trainer.supervised_weight:
+        labeled = modality_batches(trainer, batch)
         with trainer._autocast():
-            supervised[t.modality] = t.loss(t.network(data), target)
+            supervised = {
+                t.modality: t.loss(t.network(labeled[t.modality][0]), labeled[t.modality][1]) for t in learners
+            }
     (total + trainer.supervised_weight * sum(supervised.values())).backward()
     return {**terms, **supervised}, gradients(trainer)
 
@@ -222,9 +225,10 @@ def step_gradients(trainer, batch):
     for t in trainer.trainers:
         t.optimizer.zero_grad()
     losses, _ = trainer._unsupervised_step(trainer.learners(), unlabeled_images(trainer, batch))
-    labeled = modality_batches(trainer, batch)
-    for t in trainer.learners():
-        losses[t.modality] = trainer._supervised_step(t, *labeled[t.modality])
+    if trainer.supervised_weight:
+        labeled = modality_batches(trainer, batch)
+        for t in trainer.learners():
+            losses[t.modality] = trainer._supervised_step(t, *labeled[t.modality])
     return losses, gradients(trainer)
 
 

@@ -424,7 +424,7 @@ def test_labels_of_unlabeled_cases_change_nothing(first_stage, labels_group):
 @pytest.mark.parametrize("trainer_class", [nnUNetTrainerSemiCMLPReL, nnUNetTrainerSemiCMLPReLWithDropout])
 @pytest.mark.parametrize(("dataset", "configuration"), SETTINGS)
 @pytest.mark.parametrize("supervised_weight", [0.0, 1.0])
-def test_two_passes_give_the_gradients_of_one(first_stage, dataset, configuration, trainer_class, supervised_weight):
+def test_step_gives_the_gradients_of_the_formula(first_stage, dataset, configuration, trainer_class, supervised_weight):
     trainer = started(dataset, configuration, trainer_class, num_epochs=5, supervised_weight=supervised_weight)
     trainer.current_epoch = 4
     (batch,) = draw_batches(trainer, 1)

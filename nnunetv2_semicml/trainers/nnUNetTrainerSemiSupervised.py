@@ -21,6 +21,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, autocast
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -99,6 +100,13 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         if "previous_stage" in plans["configurations"].get(configuration, {}):
             raise NotImplementedError(f"{name} does not support the cascade: train 3d_fullres or 3d_lowres instead.")
         self.modality_plans = self.group.require_ready(plans, configuration)
+        batch_size = PlansManager(plans).get_configuration(configuration).batch_size
+        if dist.is_available() and dist.is_initialized() and batch_size % dist.get_world_size():
+            raise NotImplementedError(
+                f"{name} shares a batch out equally, which nnU-Net's batch Dice needs: {batch_size} cases do not fit "
+                f"-num_gpus {dist.get_world_size()}. Choose a divisor, or another batch_size in the plans of all "
+                f"datasets of {self.group.file}."
+            )
         self.continue_training = plans["continue_training"]
         self._seed_everything()
 
