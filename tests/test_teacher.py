@@ -1,6 +1,7 @@
 """Averaging of teachers (proof 2 of DESIGN 8), and the noise of their images."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -210,3 +211,17 @@ def test_noise_is_clamped_and_in_units_of_the_image():
     assert (symmetric[1] / scale[1]).std() == pytest.approx(0.0937, abs=0.005)
     constant = torch.ones(1, 1, 4, 4)
     assert torch.equal(add_noise(constant, 0.1, (0.0, 0.2)), constant)
+
+
+def test_compiled_teacher_predicts_with_its_averaged_weights(monkeypatch):
+    """In inference mode, before and after it has followed a student."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    student, image = unet(), torch.randn(2, 1, 16, 16)
+    teacher = Teacher(student, compiled=True)
+    for keep in (1.0, 0.0):
+        teacher.average(changed(student), keep)
+        with torch.inference_mode():
+            found = teacher.predict(image)
+        assert teacher.predict is not teacher.network
+        torch.testing.assert_close(found, teacher.network(image).detach())

@@ -1,0 +1,240 @@
+"""What a step costs: time against the passes it contains and against stock nnU-Net, memory against one stock step.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/cost/step.py --work SCRATCH
+
+Measured with two modalities unless the table says otherwise, on the phantom with nnU-Net's own plans (3D:
+patches of 24 × 48 × 48 in batches of 2; 2D: 64 × 64 in batches of 8).
+
+- bare: forward and backward pass of the same networks on the same labeled and unlabeled tensors, with a given gradient
+  at the outputs; for PReL also the teacher's forward passes. No loss, no optimizer.
+- stock: nnUNetTrainer.train_step on the labeled tensors, once per modality.
+- parts: the bare passes of unlabeled cases, and stock steps. What a coupled step costs above that is the coupling.
+"""
+
+import copy
+import statistics
+from functools import partial
+
+import torch
+from common import (
+    HERE,
+    UNLABELED,
+    alternate,
+    arguments,
+    make_trainer,
+    operations,
+    peak_memory,
+    prepare,
+    quiet,
+    ratio,
+    table,
+    write_results,
+)
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
+
+CONFIGURATIONS = {"3d_fullres": "3D", "2d": "2D"}
+METHODS = {"Semi-CML": nnUNetTrainerSemiCML, "PReL": nnUNetTrainerSemiCMLPReL}
+
+
+class Steps:
+    """Steps of one trainer on one batch, and what they are compared with."""
+
+    def __init__(self, trainer_class: type[nnUNetTrainer], configuration: str, **attributes: object):
+        # two_pass: replay; the attribute is switched between measurements
+        self.trainer = make_trainer(trainer_class, configuration, two_pass=True, **attributes)
+        self.trainer.current_epoch = self.trainer.num_epochs // 2  # ramps are over, PReL's better network rests
+        with quiet():
+            loader, _ = self.trainer.get_dataloaders()
+        self.batch = next(loader)
+        names = [t.modality for t in self.trainer.trainers]
+        self.labeled = dict(zip(names, self.trainer._modality_batches(self.batch), strict=True))
+        self.images = dict(zip(names, self.batch["unlabeled"].split(1, dim=1), strict=True))
+        for t in self.trainer.learners():
+            t.network.train()
+
+    def coupled(self, two_pass: bool) -> None:
+        """One step of the trainer."""
+        self.trainer.two_pass = two_pass
+        self.trainer.train_step(self.batch)
+
+    def one_pass(self) -> None:
+        """One step that holds all activations."""
+        self.coupled(False)
+
+    def two_pass(self) -> None:
+        """One step that replays them."""
+        self.coupled(True)
+
+    def bare(self) -> None:
+        """The passes that a step contains."""
+        self.bare_unlabeled()
+        for t in self.trainer.learners():
+            _pass(t, self.labeled[t.modality][0], deep_supervision=True)
+
+    def bare_unlabeled(self) -> None:
+        """Those on unlabeled cases."""
+        if isinstance(self.trainer, nnUNetTrainerSemiCMLPReL):
+            image = self.images[self.trainer.better_modality]
+            with torch.inference_mode():
+                for _ in range(self.trainer.teacher_passes):
+                    self.trainer.teacher.predict(image)
+        for t in self.trainer.learners():
+            _pass(t, self.images[t.modality], deep_supervision=False)
+
+    def stock(self) -> None:
+        """nnU-Net's steps of the learners, without the unlabeled cases."""
+        for t in self.trainer.learners():
+            data, target = self.labeled[t.modality]
+            t.train_step({"data": data, "target": target})
+
+    def one_stock(self) -> None:
+        """One of them."""
+        data, target = next(iter(self.labeled.values()))
+        self.trainer.learners()[0].train_step({"data": data, "target": target})
+
+    def peak(self, name: str) -> int:
+        """Peak memory of one of the methods beside what every network has anyway: weights, gradients and momentum."""
+        for trainer in self.trainer.trainers:  # their gradients are set to zero and stay where they are
+            sgd = trainer.optimizer
+            sgd.zero_grad = lambda set_to_none, own=sgd: type(own).zero_grad(own, set_to_none=False)
+        self.two_pass()
+        return peak_memory(getattr(self, name))
+
+    def parts(self) -> None:
+        """Stock steps and bare passes of unlabeled cases."""
+        self.stock()
+        self.bare_unlabeled()
+
+
+def _pass(trainer: nnUNetTrainer, image: torch.Tensor, deep_supervision: bool) -> None:
+    trainer.set_deep_supervision_enabled(deep_supervision)
+    _backward(trainer.network, image)
+    trainer.set_deep_supervision_enabled(True)
+
+
+def _backward(network: torch.nn.Module, image: torch.Tensor) -> None:
+    output = network(image)
+    outputs = output if isinstance(output, (list, tuple)) else [output]
+    torch.autograd.backward(outputs, [torch.randn_like(o) for o in outputs])
+
+
+def times(rounds: int) -> str:
+    """(b) Steps against the passes they contain and against stock steps."""
+    rows = []
+    for configuration, dimensions in CONFIGURATIONS.items():
+        for method, trainer_class in METHODS.items():
+            steps = Steps(trainer_class, configuration)
+            names = ("one_pass", "two_pass", "bare", "parts", "stock")
+            seconds = alternate({name: getattr(steps, name) for name in names}, rounds)
+            for name in ("one_pass", "two_pass"):
+                against = [ratio(seconds, name, reference) for reference in ("bare", "parts", "stock")]
+                rows.append((method, dimensions, name.replace("_", " "), *against))
+            print(rows[-2:], flush=True)
+    return table(("method", "", "step", "/ bare", "/ parts", "/ stock"), rows)
+
+
+def memory() -> str:
+    """(c) Peak memory beside weights, gradients and momentum, against that of one stock step."""
+    rows = []
+    for configuration, dimensions in CONFIGURATIONS.items():
+        for method, trainer_class in METHODS.items():
+            for modalities in (2, 4, 6) if method == "Semi-CML" else (2,):
+                steps = Steps(trainer_class, configuration, modalities=modalities)
+                held = {name: steps.peak(name) for name in ("one_stock", "one_pass", "two_pass")}
+                row = [f"{held[name] / held['one_stock']:.2f}" for name in ("one_pass", "two_pass")]
+                rows.append((method, dimensions, modalities, f"{held['one_stock'] / 2**20:.0f} MiB", *row))
+                print(rows[-1], flush=True)
+    return table(("method", "", "modalities", "one stock step", "one pass / it", "two passes / it"), rows)
+
+
+def growth(rounds: int) -> list[str]:
+    """(e) Over the number of modalities, of unlabeled cases, and of cases in a batch."""
+    modalities = {n: Steps(nnUNetTrainerSemiCML, "3d_fullres", modalities=n) for n in (2, 4, 6)}
+    unlabeled = {n: Steps(nnUNetTrainerSemiCML, "3d_fullres", asc_cases=n) for n in (2, 4, 8, UNLABELED)}
+    batch = {n: Steps(nnUNetTrainerSemiCML, "2d", unlabeled_batch_size=n, cases_per_pass=n) for n in (2, 4, 8)}
+    for n, steps in batch.items():
+        targets = [t[:n] for t in steps.batch["target"]]
+        steps.batch = {"data": steps.batch["data"][:n], "target": targets, "unlabeled": steps.batch["unlabeled"]}
+    return [
+        "3D, with the number of modalities:\n",
+        _growth_table("modalities", modalities, rounds),
+        "3D, two modalities, with the number of contrasted unlabeled cases, two per pass:\n",
+        _growth_table("contrasted cases", unlabeled, rounds),
+        "2D, two modalities, with the batch:\n",
+        _growth_table("labeled and unlabeled cases each", batch, rounds),
+    ]
+
+
+def _growth_table(name: str, steps: dict[int, Steps], rounds: int) -> str:
+    """Time and memory of a step in two passes over some size, and the time if it grew as at first."""
+    peaks = {n: s.peak("two_pass") for n, s in steps.items()}
+    seconds = alternate({n: s.two_pass for n, s in steps.items()}, rounds)
+    median = {n: statistics.median(values) for n, values in seconds.items()}
+    first, second, *_ = steps
+    slope = (median[second] - median[first]) / (second - first)
+    rows = []
+    for n in steps:
+        linear = (median[first] + slope * (n - first)) / median[first]
+        rows.append((n, ratio(seconds, n, first), f"{linear:.2f}", f"{peaks[n] / peaks[first]:.2f}"))
+        print(rows[-1], flush=True)
+    return table((name, "time", f"time if linear from {first} to {second}", "memory"), rows)
+
+
+def layout(rounds: int) -> str:
+    """Networks and images in channels-last layout against the usual one."""
+    rows = []
+    for configuration, memory_format in (("3d_fullres", torch.channels_last_3d), ("2d", torch.channels_last)):
+        steps = Steps(nnUNetTrainerSemiCML, configuration)
+        plain = steps.trainer.trainers[0]
+        last = copy.deepcopy(plain.network).to(memory_format=memory_format)
+        image = steps.images[plain.modality].contiguous()
+        image_last = image.contiguous(memory_format=memory_format)
+        functions = {
+            "plain": partial(_backward, plain.network, image),
+            "channels last": partial(_backward, last, image_last),
+        }
+        seconds = alternate(functions, rounds)
+        rows.append((CONFIGURATIONS[configuration], ratio(seconds, "channels last", "plain")))
+        print(rows[-1], flush=True)
+    return table(("", "channels last / usual layout, time"), rows)
+
+
+def profiles() -> list[str]:
+    """Where the time of a step goes."""
+    parts = []
+    for configuration, dimensions in CONFIGURATIONS.items():
+        for name in ("one_pass", "two_pass"):
+            steps = Steps(nnUNetTrainerSemiCML, configuration)
+            steps.two_pass()
+            parts += [f"\n### Semi-CML, {dimensions}, {name.replace('_', ' ')}\n", operations(getattr(steps, name))]
+    return parts
+
+
+def main() -> None:
+    """Measure and write step.md."""
+    options = arguments(__doc__)
+    prepare(options.work)
+    time_table = times(options.rounds)
+    memory_table = memory()
+    growth_tables = growth(options.rounds)
+    parts = [
+        "\n\n".join(__doc__.split("\n\n")[2:]),
+        "\n## Time\n",
+        time_table,
+        "\n## Peak memory beside weights, gradients and momentum\n",
+        memory_table,
+        "\n## Growth (Semi-CML, two passes)\n",
+        *growth_tables,
+        "\n## Memory layout (one network, forward and backward)\n",
+        layout(options.rounds),
+        "\n## Profiles\n",
+        *profiles(),
+    ]
+    write_results(HERE / "step.md", "What a step costs", parts)
+
+
+if __name__ == "__main__":
+    main()
