@@ -197,16 +197,22 @@ def modality_batches(trainer, batch):
     return dict(zip([t.modality for t in trainer.trainers], trainer._modality_batches(batch), strict=True))
 
 
+def full_resolution_logits(trainer, images):
+    """The first of the outputs of every learner; with a graph."""
+    logits = {}
+    for t in trainer.learners():
+        with trainer._autocast():
+            logits[t.modality] = t.network(images[t.modality])[0].float()
+    return logits
+
+
 def reference_gradients(trainer, batch):
     """Losses and gradients by the formula: one sum of all losses, one backward pass, everything held until then."""
     images, learners = unlabeled_images(trainer, batch), trainer.learners()
     for t in trainer.trainers:
         t.optimizer.zero_grad()
     targets = trainer.unsupervised_targets(images)
-    logits = {}
-    for t in learners:
-        with trainer._autocast():
-            logits[t.modality] = t.network(images[t.modality])[0].float()
+    logits = full_resolution_logits(trainer, images)
     terms = trainer.unsupervised_terms(logits, targets)
     total = sum(trainer.unsupervised_weights()[name] * term for name, term in terms.items())
     supervised = {}
@@ -288,7 +294,7 @@ class nnUNetTrainerWide(ArchitectureMixin, nnUNetTrainer):
 
     @staticmethod
     def changes(kwargs, dimensions):
-        return {"features_per_stage": [16] * kwargs["n_stages"]}
+        return {"features_per_stage": [32] * kwargs["n_stages"]}
 
 
 def peak_memory(function):

@@ -18,6 +18,7 @@ from conftest import (
     assert_step_equals_reference,
     draw_batches,
     final_checkpoint,
+    full_resolution_logits,
     initialized,
     load_plans,
     make_trainer,
@@ -123,7 +124,7 @@ def test_gradient_reaches_every_weight_of_every_learner_alone(first_stage, datas
     trainer.current_epoch = 4 if joined else 3
     (batch,) = draw_batches(trainer, 1)
     images = unlabeled_images(trainer, batch)
-    logits = {t.modality: trainer._logits(t, images[t.modality]) for t in trainer.learners()}
+    logits = full_resolution_logits(trainer, images)
     expected = [t.modality for t in trainer.trainers if joined or t.modality != "T1"]
     assert list(logits) == expected
     terms = trainer.unsupervised_terms(logits, trainer.unsupervised_targets(images))
@@ -244,7 +245,7 @@ def test_terms_equal_the_formulas(first_stage, dataset, configuration, confidenc
     images = unlabeled_images(trainer, batch)
     with torch.no_grad():
         q = trainer.soft_pseudo_labels(images["T1"])
-        logits = {t.modality: trainer._logits(t, images[t.modality]) for t in trainer.trainers}
+        logits = full_resolution_logits(trainer, images)
         terms, term_weights = trainer.unsupervised_terms(logits, q), trainer.unsupervised_weights()
         total = sum(term_weights[name] * term for name, term in terms.items())
         expected = 0

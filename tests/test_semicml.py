@@ -18,6 +18,7 @@ from conftest import (
     assert_step_equals_reference,
     draw_batches,
     final_checkpoint,
+    full_resolution_logits,
     initialized,
     load_plans,
     make_trainer,
@@ -49,7 +50,7 @@ def test_unsupervised_gradient_reaches_every_weight_of_every_network(groups, dat
     trainer = initialized(dataset, configuration)
     (batch,) = draw_batches(trainer, 1)
     images = unlabeled_images(trainer, batch)
-    logits = {t.modality: trainer._logits(t, images[t.modality]) for t in trainer.trainers}
+    logits = full_resolution_logits(trainer, images)
     trainer.unsupervised_terms(logits, None)[term].backward()
     for t in trainer.trainers:
         # the lower deep-supervision heads do not see unlabeled cases

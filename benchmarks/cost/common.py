@@ -37,6 +37,7 @@ def arguments(text: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=text.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for the phantom; reused if it is there")
     parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured in turn")
+    parser.add_argument("--only", help="one part of a script that has several")
     return parser.parse_args()
 
 

@@ -1,6 +1,6 @@
 """What a step costs: time against the passes it contains and against stock nnU-Net, memory against one stock step.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/cost/step.py --work SCRATCH
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/cost/step.py --work SCRATCH [--only time|memory|growth|layout]
 
 Measured with two modalities unless the table says otherwise, on the phantom with nnU-Net's own plans (3D:
 patches of 24 × 48 × 48 in batches of 2; 2D: 64 × 64 in batches of 8).
@@ -18,7 +18,6 @@ from functools import partial
 import torch
 from common import (
     HERE,
-    UNLABELED,
     alternate,
     arguments,
     make_trainer,
@@ -153,7 +152,7 @@ def memory() -> str:
 def growth(rounds: int) -> list[str]:
     """(e) Over the number of modalities, of unlabeled cases, and of cases in a batch."""
     modalities = {n: Steps(nnUNetTrainerSemiCML, "3d_fullres", modalities=n) for n in (2, 4, 6)}
-    unlabeled = {n: Steps(nnUNetTrainerSemiCML, "3d_fullres", asc_cases=n) for n in (2, 4, 8, UNLABELED)}
+    unlabeled = {n: Steps(nnUNetTrainerSemiCML, "3d_fullres", asc_cases=n) for n in (2, 4, 8)}
     batch = {n: Steps(nnUNetTrainerSemiCML, "2d", unlabeled_batch_size=n, cases_per_pass=n) for n in (2, 4, 8)}
     for n, steps in batch.items():
         targets = [t[:n] for t in steps.batch["target"]]
@@ -214,26 +213,18 @@ def profiles() -> list[str]:
 
 
 def main() -> None:
-    """Measure and write step.md."""
+    """Measure and write a page for each part."""
     options = arguments(__doc__)
     prepare(options.work)
-    time_table = times(options.rounds)
-    memory_table = memory()
-    growth_tables = growth(options.rounds)
-    parts = [
-        "\n\n".join(__doc__.split("\n\n")[2:]),
-        "\n## Time\n",
-        time_table,
-        "\n## Peak memory beside weights, gradients and momentum\n",
-        memory_table,
-        "\n## Growth (Semi-CML, two passes)\n",
-        *growth_tables,
-        "\n## Memory layout (one network, forward and backward)\n",
-        layout(options.rounds),
-        "\n## Profiles\n",
-        *profiles(),
-    ]
-    write_results(HERE / "step.md", "What a step costs", parts)
+    pages = {
+        "time": ("The time of a step", lambda: [times(options.rounds), *profiles()]),
+        "memory": ("The peak memory of a step, beside weights, gradients and momentum", lambda: [memory()]),
+        "growth": ("Growth of a step in two passes, Semi-CML", lambda: growth(options.rounds)),
+        "layout": ("Memory layout: one network, forward and backward", lambda: [layout(options.rounds)]),
+    }
+    for name, (title, measure) in pages.items():
+        if options.only in (None, name):
+            write_results(HERE / f"step_{name}.md", title, ["\n\n".join(__doc__.split("\n\n")[2:]), *measure()])
 
 
 if __name__ == "__main__":

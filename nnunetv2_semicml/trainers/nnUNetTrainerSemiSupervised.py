@@ -25,7 +25,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, autocast
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint as replayed_in_backward
 
 from nnunetv2_semicml.data.modality_group import (
     ModalityGroup,
@@ -43,6 +42,7 @@ from nnunetv2_semicml.trainers.checkpoint import (
     use_builtin_numbers,
 )
 from nnunetv2_semicml.trainers.modality_trainer import make_modality_trainer_class
+from nnunetv2_semicml.trainers.passes import Passes
 from nnunetv2_semicml.trainers.plot_terms import plot_terms
 
 # hyper-parameters of nnU-Net that a subclass sets on the conductor and every modality trainer then has
@@ -189,10 +189,11 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         self.was_initialized = True
 
     def _choose_passes(self) -> None:
-        if self.asc_cases is not None and not 2 <= self.asc_cases <= len(self.group.unlabeled):
+        distinct = len(self.group.unlabeled) // self._world_size * self._world_size
+        if self.asc_cases is not None and not 2 <= self.asc_cases <= distinct:
             raise ValueError(
-                f"asc_cases must lie between 2 and the number of unlabeled cases, {len(self.group.unlabeled)}, since a "
-                f"case is not to be contrasted with itself; got {self.asc_cases}."
+                f"asc_cases must lie between 2 and {distinct}, since there are {len(self.group.unlabeled)} unlabeled "
+                f"cases and none is to be contrasted with itself; got {self.asc_cases}."
             )
         self.cases_per_pass = self.cases_per_pass or self.batch_size
         batch_norm = any(isinstance(m, _BatchNorm) for t in self.trainers for m in t.network.modules())
@@ -451,32 +452,29 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
     def _unsupervised_step(self, learners: list, images: dict) -> tuple[dict[str, Tensor], Tensor]:
         """Add the gradient of the unsupervised loss; return its terms and their weighted sum, detached."""
         targets = self.unsupervised_targets(images)
-        # the learner whose gradient comes first may keep its activations: nothing else is held beside them
-        logits = {t.modality: self._logits(t, images[t.modality], keep=t is learners[-1]) for t in learners}
+        # the last learner may hold its activations, since its gradient is sent back first
+        passes = [self._passes(t, images[t.modality], False, hold=t is learners[-1]) for t in learners]
+        logits = {t.modality: p.outputs[0].float() for t, p in zip(learners, passes, strict=True)}
         terms = self.unsupervised_terms(logits, targets)
         weights = self.unsupervised_weights()
         total = sum(weights[name] * term for name, term in terms.items())
         del logits, targets
         self._scale(total).backward()
+        while passes:
+            passes.pop().backward()
         return {name: term.detach() for name, term in terms.items()}, total.detach()
 
     def _supervised_step(self, trainer: nnUNetTrainer, image: Tensor, target: Tensor | list[Tensor]) -> Tensor:
         """Add the gradient of nnU-Net's loss on labeled cases; return it, detached."""
-        output = self._forward(trainer, image, trainer.enable_deep_supervision, keep=True)
+        passes = self._passes(trainer, image, trainer.enable_deep_supervision, hold=True)
         with self._autocast():
-            loss = trainer.loss(output, target)
-        del output
+            loss = trainer.loss(passes.outputs if isinstance(target, list) else passes.outputs[0], target)
         self._scale(self.supervised_weight * loss).backward()
+        passes.backward()
         return loss.detach()
 
-    def _logits(self, trainer: nnUNetTrainer, image: Tensor, keep: bool = True) -> Tensor:
-        """Output (B, heads, *patch) of a network in float32, at full resolution."""
-        return self._forward(trainer, image, False, keep).float()
-
-    def _forward(
-        self, trainer: nnUNetTrainer, image: Tensor, deep_supervision: bool, keep: bool
-    ) -> Tensor | list[Tensor]:
-        """Output of a network, as in one forward pass; with `keep`, activations that fit into one pass are kept."""
+    def _passes(self, trainer: nnUNetTrainer, image: Tensor, deep_supervision: bool, hold: bool) -> Passes:
+        """Send cases through a network; activations that fit into one pass are held if they may."""
 
         def forward(cases: Tensor) -> Tensor | list[Tensor]:
             trainer.set_deep_supervision_enabled(deep_supervision)
@@ -486,16 +484,8 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             finally:
                 trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
 
-        if not self.two_pass or (keep and len(image) <= self.cases_per_pass):
-            return forward(image)
-        passes = image.split(self.cases_per_pass)
-        # dropout drops in the replay what it dropped before: the random state is restored
-        outputs = [replayed_in_backward(forward, cases, use_reentrant=False) for cases in passes]
-        if len(outputs) == 1:
-            return outputs[0]
-        if deep_supervision:
-            return [torch.cat(scale) for scale in zip(*outputs, strict=True)]
-        return torch.cat(outputs)
+        size = self.cases_per_pass if self.two_pass else len(image)
+        return Passes(forward, image, size, replay=self.two_pass and not (hold and len(image) <= size))
 
     def _average_gradients(self, trainer: nnUNetTrainer) -> list[dist.Work]:
         """Start to average a network's gradients over the processes, which all have gradients of the same weights.
