@@ -487,8 +487,8 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         size = self.cases_per_pass if self.two_pass else len(image)
         return Passes(forward, image, size, replay=self.two_pass and not (hold and len(image) <= size))
 
-    def _average_gradients(self, trainer: nnUNetTrainer) -> list[dist.Work]:
-        """Start to average a network's gradients over the processes, which all have gradients of the same weights.
+    def _average_gradients(self, trainer: nnUNetTrainer) -> list:
+        """Start to average a network's gradients over the processes; return what to wait for.
 
         Not by the wrapper of nnU-Net's DDP, whose forward pass is not used in training: it wants one forward and one
         backward pass of all weights per step.
