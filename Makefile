@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/nnUNetv2_semicml_demo --out demo_output
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
