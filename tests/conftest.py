@@ -157,7 +157,7 @@ def initialized(dataset, configuration, *args, **attributes):
 def gradients(trainer):
     # nnU-Net gives the lowest deep-supervision head the weight 0, and it no gradient
     return [
-        [torch.zeros(()) if p.grad is None else p.grad.clone() for p in t.network.parameters()]
+        [torch.zeros(()) if p.grad is None else p.grad.clone() for p in t.trained_parameters()]
         for t in trainer.trainers
     ]
 
@@ -189,39 +189,33 @@ def assert_identical(a, b):
         assert a == b or (a != a and b != b)  # NaN is a Dice without foreground
 
 
-def unlabeled_images(trainer, batch):
-    return dict(zip([t.modality for t in trainer.trainers], batch["unlabeled"].split(1, dim=1), strict=True))
-
-
 def modality_batches(trainer, batch):
-    return dict(zip([t.modality for t in trainer.trainers], trainer._modality_batches(batch), strict=True))
+    return dict(zip([t.name for t in trainer.trainers], trainer._modality_batches(batch), strict=True))
 
 
-def full_resolution_logits(trainer, images):
-    """The first of the outputs of every learner; with a graph."""
-    logits = {}
+def unlabeled_outputs(trainer, images):
+    """What the unsupervised terms see of every learner, with a graph; of a network's outputs the first."""
+    outputs = {}
     for t in trainer.learners():
         with trainer._autocast():
-            logits[t.modality] = t.network(images[t.modality])[0].float()
-    return logits
+            output = trainer.unlabeled_output(t, images[t.name])
+        outputs[t.name] = (output[0] if isinstance(output, list) else output).float()
+    return outputs
 
 
 def reference_gradients(trainer, batch):
     """Losses and gradients by the formula: one sum of all losses, one backward pass, everything held until then."""
-    images, learners = unlabeled_images(trainer, batch), trainer.learners()
+    images, learners = trainer.unlabeled_images(batch), trainer.learners()
     for t in trainer.trainers:
         t.optimizer.zero_grad()
     targets = trainer.unsupervised_targets(images)
-    logits = full_resolution_logits(trainer, images)
-    terms = trainer.unsupervised_terms(logits, targets)
+    terms = trainer.unsupervised_terms(unlabeled_outputs(trainer, images), targets)
     total = sum(trainer.unsupervised_weights()[name] * term for name, term in terms.items())
     supervised = {}
     if trainer.supervised_weight:
         labeled = modality_batches(trainer, batch)
         with trainer._autocast():
-            supervised = {
-                t.modality: t.loss(t.network(labeled[t.modality][0]), labeled[t.modality][1]) for t in learners
-            }
+            supervised = {t.name: t.loss(t.network(labeled[t.name][0]), labeled[t.name][1]) for t in learners}
     (total + trainer.supervised_weight * sum(supervised.values())).backward()
     return {**terms, **supervised}, gradients(trainer)
 
@@ -230,11 +224,11 @@ def step_gradients(trainer, batch):
     """The same of a step of the trainer, before clipping."""
     for t in trainer.trainers:
         t.optimizer.zero_grad()
-    losses, _ = trainer._unsupervised_step(trainer.learners(), unlabeled_images(trainer, batch))
+    losses, _ = trainer._unsupervised_step(trainer.learners(), trainer.unlabeled_images(batch))
     if trainer.supervised_weight:
         labeled = modality_batches(trainer, batch)
         for t in trainer.learners():
-            losses[t.modality] = trainer._supervised_step(t, *labeled[t.modality])
+            losses[t.name] = trainer._supervised_step(t, *labeled[t.name])
     return losses, gradients(trainer)
 
 

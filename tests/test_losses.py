@@ -2,9 +2,11 @@ import math
 
 import pytest
 import torch
+from conftest import peak_memory
 
 from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
-from nnunetv2_semicml.losses.consistency import prediction_consistency, sigmoid_rampup
+from nnunetv2_semicml.losses.consistency import masked_consistency, prediction_consistency, sigmoid_rampup
+from nnunetv2_semicml.losses.contrastive import ContrastiveLoss, pool_features
 from nnunetv2_semicml.losses.soft_pseudo_label import confidence, soft_cross_entropy, soft_dice_loss
 
 
@@ -282,3 +284,143 @@ def test_soft_label_losses_survive_extreme_logits(regions):
     loss = soft_cross_entropy(logits, target, regions)
     assert torch.isfinite(loss)
     assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all()
+
+
+# contrast of features
+
+
+def slow_contrast(anchors, keys, positive, negative, temperature):
+    """Written from the formula, one pair at a time."""
+    losses = []
+    for i in range(len(anchors)):
+
+        def s(k, anchor=anchors[i]):
+            return anchor @ keys[k] / (anchor.norm() * keys[k].norm() * temperature)
+
+        of_anchor = []
+        negatives = [torch.exp(s(k)) for k in range(len(keys)) if negative[i, k]]
+        for p in (k for k in range(len(keys)) if positive[i, k]):
+            if negatives:
+                of_anchor.append(-torch.log(torch.exp(s(p)) / (torch.exp(s(p)) + sum(negatives))))
+        if of_anchor:
+            losses.append(sum(of_anchor) / len(of_anchor))
+    return sum(losses) / len(losses)
+
+
+def random_masks(anchors, keys):
+    """Each pair positive, negative or neither; anchors without the one, the other or both come first."""
+    kind = torch.randint(0, 3, (anchors, keys))
+    kind[0], kind[1], kind[2] = 0, 1, 2
+    return kind == 1, kind == 2
+
+
+@pytest.mark.parametrize(("anchors", "keys", "dimension"), [(4, 3, 2), (9, 20, 16)])
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_contrast_equals_the_formula(anchors, keys, dimension, temperature):
+    torch.manual_seed(0)
+    features = [torch.randn(n, dimension, dtype=torch.float64, requires_grad=True) for n in (anchors, keys)]
+    masks = random_masks(anchors, keys)
+    loss = ContrastiveLoss(temperature)(*features, *masks)
+    expected = slow_contrast(*features, *masks, temperature)
+    torch.testing.assert_close(loss, expected)
+    found = torch.autograd.grad(loss, features)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, features))
+    assert all(g.any() for g in found)
+
+
+@pytest.mark.parametrize("negatives", [1, 7])
+def test_contrast_closed_forms(negatives):
+    """All alike: chance, log(1 + N). Positive alike and negatives opposite: softplus of their distance."""
+    v = torch.tensor([[1.0, 0.0]])
+    positive = torch.tensor([[True] + [False] * negatives])
+    keys = v.repeat(1 + negatives, 1)
+    alike = ContrastiveLoss(0.5)(v, keys, positive, ~positive)
+    assert float(alike) == pytest.approx(math.log(1 + negatives), rel=1e-6)
+    keys[1:] *= -3.0  # lengths do not matter
+    apart = ContrastiveLoss(0.5)(v, keys, positive, ~positive)
+    assert float(apart) == pytest.approx(math.log(1 + negatives * math.exp(-4)), rel=1e-6)
+
+
+def test_contrast_without_pairs_is_zero_with_zero_gradient():
+    anchors = torch.randn(3, 4, requires_grad=True)
+    nothing = torch.zeros(3, 5, dtype=torch.bool)
+    for positive, negative in ((nothing, nothing), (~nothing, nothing), (nothing, ~nothing)):
+        loss = ContrastiveLoss()(anchors, torch.randn(5, 4), positive, negative)
+        (gradient,) = torch.autograd.grad(loss, anchors)
+        assert loss == 0
+        assert (gradient == 0).all()
+
+
+def test_contrast_is_safe_where_exponentials_are_not():
+    """exp(1 / 0.001) overflows even float64."""
+    v = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    keys = torch.tensor([[-1.0, 0.0], [1.0, 1e-3]])
+    positive = torch.tensor([[True, False]])
+    loss = ContrastiveLoss(1e-3)(v, keys, positive, ~positive)
+    assert float(loss.detach()) == pytest.approx(2000, rel=1e-3)
+    assert torch.autograd.grad(loss, v)[0].isfinite().all()
+    zero = torch.zeros(1, 2, requires_grad=True)
+    assert torch.autograd.grad(ContrastiveLoss(0.1)(zero, keys, positive, ~positive), zero)[0].isfinite().all()
+
+
+def test_contrast_under_autocast_is_float32():
+    torch.manual_seed(0)
+    features, masks = [torch.randn(6, 8), torch.randn(7, 8)], random_masks(6, 7)
+    expected = ContrastiveLoss()(*features, *masks)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ContrastiveLoss()(*features, *masks) == expected
+
+
+def test_contrast_needs_memory_of_anchors_times_keys():
+    """Not of their product with the dimension, as the pairwise differences or products of all features would."""
+    anchors, keys = (torch.randn(n, 512, requires_grad=True) for n in (300, 400))
+    masks = random_masks(300, 400)
+    used = peak_memory(lambda: ContrastiveLoss()(anchors, keys, *masks).backward())
+    assert used < 12 * 4 * 300 * 400 + 8 * 4 * 700 * 512
+    assert used < 0.1 * 4 * 300 * 400 * 512
+
+
+@pytest.mark.parametrize(
+    ("anchors", "keys", "mask"),
+    [
+        ((3, 4), (5, 6), (3, 5)),  # dimensions differ
+        ((3, 4), (5, 4), (5, 3)),  # masks the wrong way round
+    ],
+)
+def test_contrast_refuses_other_shapes(anchors, keys, mask):
+    masks = [torch.zeros(mask, dtype=torch.bool)] * 2
+    with pytest.raises(ValueError, match="expected anchors"):
+        ContrastiveLoss()(torch.zeros(anchors), torch.zeros(keys), *masks)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_contrast_refuses_other_temperatures(temperature):
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        ContrastiveLoss(temperature)
+
+
+@pytest.mark.parametrize("spatial", [(4, 5), (2, 3, 4)])
+def test_pooled_features_are_weighted_means(spatial):
+    torch.manual_seed(0)
+    features, weights = torch.randn(2, 6, *spatial), torch.rand(2, 3, *spatial)
+    weights[1, 2] = 0
+    means, weight = pool_features(features, weights)
+    for b in range(2):
+        for r in range(3):
+            total = weights[b, r].sum()
+            expected = (features[b] * weights[b, r]).flatten(1).sum(1) / total if total else torch.zeros(6)
+            torch.testing.assert_close(means[b, r], expected)
+            assert weight[b, r] == pytest.approx(float(total))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_masked_consistency_is_the_mean_where_the_mask_is_set(channels):
+    torch.manual_seed(0)
+    p, q = torch.rand(2, 3, 4, 5, requires_grad=True), torch.rand(2, 3, 4, 5)
+    mask = torch.rand(2, channels, 4, 5) > 0.5
+    loss = masked_consistency(p, q, mask)
+    torch.testing.assert_close(loss, ((p - q) ** 2)[mask.expand_as(p)].mean())
+    assert loss.requires_grad
+    nothing = masked_consistency(p, q, torch.zeros_like(mask))
+    assert nothing == 0
+    assert not torch.autograd.grad(nothing, p)[0].any()

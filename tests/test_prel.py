@@ -18,12 +18,11 @@ from conftest import (
     assert_step_equals_reference,
     draw_batches,
     final_checkpoint,
-    full_resolution_logits,
     initialized,
     load_plans,
     make_trainer,
     nnUNetTrainerWithDropout,
-    unlabeled_images,
+    unlabeled_outputs,
     validation_outputs,
     weights,
 )
@@ -123,16 +122,16 @@ def test_gradient_reaches_every_weight_of_every_learner_alone(first_stage, datas
     trainer = started(dataset, configuration, num_epochs=5)
     trainer.current_epoch = 4 if joined else 3
     (batch,) = draw_batches(trainer, 1)
-    images = unlabeled_images(trainer, batch)
-    logits = full_resolution_logits(trainer, images)
-    expected = [t.modality for t in trainer.trainers if joined or t.modality != "T1"]
+    images = trainer.unlabeled_images(batch)
+    logits = unlabeled_outputs(trainer, images)
+    expected = [t.name for t in trainer.trainers if joined or t.name != "T1"]
     assert list(logits) == expected
     terms = trainer.unsupervised_terms(logits, trainer.unsupervised_targets(images))
     assert set(terms) == {f"{m} {t}" for m in expected for t in ("asc", "ce", "dice")}
     sum(terms[f"{m} {term}"] for m in expected).backward()
     for t in trainer.trainers:
         untouched = [n for n, p in t.network.named_parameters() if p.grad is None or not p.grad.any()]
-        if t.modality in expected:
+        if t.name in expected:
             assert all(".seg_layers." in name for name in untouched)
             assert len(untouched) == 2 * (len(t.network.decoder.seg_layers) - 1)
         else:
@@ -204,7 +203,7 @@ def test_weights_of_the_terms(first_stage):
 def test_pseudo_labels_are_mean_probabilities_of_noisy_passes(first_stage, dataset, configuration):
     trainer = started(dataset, configuration, teacher_passes=3)
     (batch,) = draw_batches(trainer, 1)
-    image = unlabeled_images(trainer, batch)["T1"]
+    image = trainer.unlabeled_images(batch)["T1"]
     torch.manual_seed(5)
     found = trainer.soft_pseudo_labels(image)
     torch.manual_seed(5)
@@ -242,10 +241,10 @@ def test_terms_equal_the_formulas(first_stage, dataset, configuration, confidenc
     trainer = started(dataset, configuration, num_epochs=5, confidence_weighting=confidence_weighting)
     trainer.current_epoch = 4
     (batch,) = draw_batches(trainer, 1)
-    images = unlabeled_images(trainer, batch)
+    images = trainer.unlabeled_images(batch)
     with torch.no_grad():
         q = trainer.soft_pseudo_labels(images["T1"])
-        logits = full_resolution_logits(trainer, images)
+        logits = unlabeled_outputs(trainer, images)
         terms, term_weights = trainer.unsupervised_terms(logits, q), trainer.unsupervised_weights()
         total = sum(term_weights[name] * term for name, term in terms.items())
         expected = 0
@@ -357,7 +356,7 @@ def test_whole_training_runs_and_learns(first_stage, dataset, configuration, two
     before = weights(trainer)
     trainer.run_training()
     for t, old, new in zip(trainer.trainers, before, weights(trainer), strict=True):
-        assert t.modality == "T1" or not all(torch.equal(old[k], new[k]) for k in old)
+        assert t.name == "T1" or not all(torch.equal(old[k], new[k]) for k in old)
     log = trainer.logger.get_checkpoint()
     for m in trainer.group.modalities:
         for term in ("asc", "ce", "dice"):
@@ -365,7 +364,7 @@ def test_whole_training_runs_and_learns(first_stage, dataset, configuration, two
             assert np.isnan(values).tolist() == [m.name == "T1", False]
             assert (values[~np.isnan(values)] > 0).all()
     for t in trainer.trainers:
-        assert np.isnan(t.logger.get_checkpoint()["train_losses"]).tolist() == [t.modality == "T1", False]
+        assert np.isnan(t.logger.get_checkpoint()["train_losses"]).tolist() == [t.name == "T1", False]
         checkpoint = torch.load(Path(t.output_folder) / "checkpoint_final.pth", weights_only=True)
         assert checkpoint["trainer_name"] == "nnUNetTrainer"
         assert checkpoint["provenance"]["trainer"] == "nnUNetTrainerSemiCMLPReL"

@@ -18,12 +18,11 @@ from conftest import (
     assert_step_equals_reference,
     draw_batches,
     final_checkpoint,
-    full_resolution_logits,
     initialized,
     load_plans,
     make_trainer,
     nnUNetTrainerWithDropout,
-    unlabeled_images,
+    unlabeled_outputs,
     weights,
 )
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -49,8 +48,8 @@ class nnUNetTrainerSemiCMLWithDropout(nnUNetTrainerSemiCML):
 def test_unsupervised_gradient_reaches_every_weight_of_every_network(groups, dataset, configuration, term):
     trainer = initialized(dataset, configuration)
     (batch,) = draw_batches(trainer, 1)
-    images = unlabeled_images(trainer, batch)
-    logits = full_resolution_logits(trainer, images)
+    images = trainer.unlabeled_images(batch)
+    logits = unlabeled_outputs(trainer, images)
     trainer.unsupervised_terms(logits, None)[term].backward()
     for t in trainer.trainers:
         # the lower deep-supervision heads do not see unlabeled cases
@@ -178,7 +177,7 @@ def test_deployed_checkpoint_is_a_stock_one(groups):
         checkpoint = torch.load(Path(t.output_folder) / "checkpoint_final.pth", weights_only=True)
         assert checkpoint["trainer_name"] == "nnUNetTrainer"
         assert checkpoint["provenance"]["trainer"] == "nnUNetTrainerSemiCML"
-        assert checkpoint["provenance"]["modality"] == t.modality
+        assert checkpoint["provenance"]["modality"] == t.name
         assert os.environ["nnUNet_raw"] not in str(checkpoint["init_args"])
         assert "dataset" not in json.loads((Path(t.output_folder_base) / "dataset.json").read_text())
 

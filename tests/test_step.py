@@ -117,14 +117,14 @@ def test_no_forward_pass_and_no_output_is_computed_in_vain(groups, two_pass, unl
     (batch,) = draw_batches(trainer, 1)
     counter = {}
     for t in trainer.trainers:
-        count_forwards(t.network.encoder, counter, t.modality)
-        count_forwards(t.network.decoder.seg_layers[0], counter, f"{t.modality} coarse output")
-        count_forwards(t.network.decoder.seg_layers[-1], counter, f"{t.modality} output")
+        count_forwards(t.network.encoder, counter, t.name)
+        count_forwards(t.network.decoder.seg_layers[0], counter, f"{t.name} coarse output")
+        count_forwards(t.network.decoder.seg_layers[-1], counter, f"{t.name} output")
     trainer.train_step(batch)
     for t, number in zip(trainer.trainers, forwards, strict=True):
-        assert counter[t.modality] == number
-        assert counter[f"{t.modality} coarse output"] == 1  # of the labeled cases
-        assert counter[f"{t.modality} output"] == number
+        assert counter[t.name] == number
+        assert counter[f"{t.name} coarse output"] == 1  # of the labeled cases
+        assert counter[f"{t.name} output"] == number
         assert t.network.decoder.deep_supervision
 
 

@@ -127,7 +127,7 @@ class nnUNetTrainerSemiCMLScripted(nnUNetTrainerSemiCML):
         vars(self).setdefault("history", []).append(weights(self))
 
     def on_validation_epoch_end(self, val_outputs):
-        dice = [SCRIPT[t.modality][self.current_epoch] for t in self.trainers]
+        dice = [SCRIPT[t.name][self.current_epoch] for t in self.trainers]
         super().on_validation_epoch_end([[validation_outputs(d) for d in dice]])
 
 

@@ -48,7 +48,7 @@ class Steps:
         with quiet():
             loader, _ = self.trainer.get_dataloaders()
         self.batch = next(loader)
-        names = [t.modality for t in self.trainer.trainers]
+        names = [t.name for t in self.trainer.trainers]
         self.labeled = dict(zip(names, self.trainer._modality_batches(self.batch), strict=True))
         self.images = dict(zip(names, self.batch["unlabeled"].split(1, dim=1), strict=True))
         for t in self.trainer.learners():
@@ -71,7 +71,7 @@ class Steps:
         """The passes that a step contains."""
         self.bare_unlabeled()
         for t in self.trainer.learners():
-            _pass(t, self.labeled[t.modality][0], deep_supervision=True)
+            _pass(t, self.labeled[t.name][0], deep_supervision=True)
 
     def bare_unlabeled(self) -> None:
         """Those on unlabeled cases."""
@@ -81,12 +81,12 @@ class Steps:
                 for _ in range(self.trainer.teacher_passes):
                     self.trainer.teacher.predict(image)
         for t in self.trainer.learners():
-            _pass(t, self.images[t.modality], deep_supervision=False)
+            _pass(t, self.images[t.name], deep_supervision=False)
 
     def stock(self) -> None:
         """nnU-Net's steps of the learners, without the unlabeled cases."""
         for t in self.trainer.learners():
-            data, target = self.labeled[t.modality]
+            data, target = self.labeled[t.name]
             t.train_step({"data": data, "target": target})
 
     def one_stock(self) -> None:
@@ -190,7 +190,7 @@ def layout(rounds: int) -> str:
         steps = Steps(nnUNetTrainerSemiCML, configuration)
         plain = steps.trainer.trainers[0]
         last = copy.deepcopy(plain.network).to(memory_format=memory_format)
-        image = steps.images[plain.modality].contiguous()
+        image = steps.images[plain.name].contiguous()
         image_last = image.contiguous(memory_format=memory_format)
         functions = {
             "plain": partial(_backward, plain.network, image),

@@ -1,7 +1,8 @@
 """The modality group: which single-modality datasets belong together, and whether they are ready for training.
 
 Planning writes a group to `nnUNet_preprocessed/<dataset>/modalities.json` as its last act, so that the file is the mark
-of finished preprocessing. Trainers read it and refuse to start if anything has changed since.
+of finished preprocessing. Trainers read it and refuse to start if anything has changed since. Every modality dataset is
+also a group of its own, for methods that need no other modality.
 """
 
 import hashlib
@@ -52,10 +53,10 @@ class Modality:
 
 @dataclass
 class ModalityGroup:
-    """The modality datasets of one multi-modal dataset, in channel order.
+    """The modality datasets of one multi-modal dataset, in channel order, or a modality dataset by itself.
 
     Attributes:
-        dataset_name: the multi-modal dataset, e.g. Dataset500_BraTS.
+        dataset_name: the multi-modal dataset, e.g. Dataset500_BraTS, or that of the one modality.
         modalities: its modalities.
         labeled: identifiers of the labeled cases, sorted; nnU-Net's folds split these.
         unlabeled: identifiers of the unlabeled cases, sorted; they serve every fold.
@@ -73,6 +74,16 @@ class ModalityGroup:
     def file(self) -> Path:
         """Where the group is stored."""
         return preprocessed_folder(self.dataset_name) / MODALITIES_FILE
+
+    @property
+    def is_single(self) -> bool:
+        """Whether this is a modality dataset by itself."""
+        return self.dataset_name == self.modalities[0].dataset_name
+
+    def alone(self, modality: Modality) -> "ModalityGroup":
+        """A modality dataset of this group as a group of its own; nothing of it counts as preprocessed yet."""
+        only = Modality(modality.name, 0, modality.dataset_name)
+        return ModalityGroup(modality.dataset_name, [only], self.labeled, self.unlabeled)
 
     @classmethod
     def load(cls, dataset_name: str) -> "ModalityGroup":

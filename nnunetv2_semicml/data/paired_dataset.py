@@ -42,15 +42,22 @@ def common_frame(
 class PairedArray:
     """M arrays (1, *own shape) at their offsets in one frame, read as a single array (M, *frame).
 
-    Only what a slice covers is read and decompressed. Voxels outside of an array have the fill value.
+    Only what a slice covers is read and decompressed. Voxels outside of an array have the fill value. With `positions`,
+    further channels, one for each axis, tell where in the frame a voxel lies, from just above 0 to just below 1.
     """
 
     def __init__(
-        self, arrays: Sequence, frame: tuple[int, ...], offsets: Sequence[tuple[int, ...]], fill: float, dtype: type
+        self,
+        arrays: Sequence,
+        frame: tuple[int, ...],
+        offsets: Sequence[tuple[int, ...]],
+        fill: float,
+        dtype: type,
+        positions: bool = False,
     ):
         self.arrays = arrays
         self.offsets = offsets
-        self.shape = (len(arrays), *frame)
+        self.shape = (len(arrays) + len(frame) * positions, *frame)
         self.fill = fill
         self.dtype = np.dtype(dtype)
 
@@ -58,7 +65,7 @@ class PairedArray:
         if index[0] != slice(None):
             raise IndexError(f"all modalities are read at once, got {index[0]} for them.")
         wanted = [range(n)[s] for s, n in zip(index[1:], self.shape[1:], strict=True)]
-        out = np.full((len(self.arrays), *map(len, wanted)), self.fill, self.dtype)
+        out = np.full((self.shape[0], *map(len, wanted)), self.fill, self.dtype)
         for channel, (array, offset) in enumerate(zip(self.arrays, self.offsets, strict=True)):
             source, target = [], []
             for axis, start, size in zip(wanted, offset, array.shape[1:], strict=True):
@@ -67,6 +74,9 @@ class PairedArray:
                 target.append(slice(first - axis.start, last - axis.start))
             if all(s.start < s.stop for s in source):
                 out[(channel, *target)] = array[(slice(0, 1), *source)][0]
+        for axis in range(self.shape[0] - len(self.arrays)):
+            along = [-1 if a == axis else 1 for a in range(len(wanted))]
+            out[len(self.arrays) + axis] = ((np.array(wanted[axis]) + 0.5) / self.shape[1 + axis]).reshape(along)
         return out
 
 
@@ -82,6 +92,8 @@ class PairedDataset:
         target_spacing: see `common_frame`.
         labeled: whether the segmentations are labels. If not, they are mere masks of the nonzero region (0 inside, -1
             outside) that nnU-Net's augmentation needs, and there are no foreground locations.
+        positions: whether images have a further channel for each axis, the position of every voxel in its case as a
+            share of the extent, in (0, 1); where augmentation and padding look beyond the case, it becomes 0.
     """
 
     def __init__(
@@ -91,25 +103,28 @@ class PairedDataset:
         transpose_forward: Sequence[int],
         target_spacing: Sequence[float],
         labeled: bool,
+        positions: bool = False,
     ):
         self.datasets = datasets
         self.identifiers = sorted(identifiers)
         self.transpose_forward = transpose_forward
         self.target_spacing = target_spacing
         self.labeled = labeled
+        self.positions = positions
 
     def load_case(self, identifier: str) -> tuple[PairedArray, PairedArray, None, dict]:
         """Open a case.
 
         Returns:
-            Image (M, *frame) in float32, segmentation (M, *frame) in int16, no previous stage, and properties with the
-            foreground locations in the frame (`class_locations` as nnU-Net has them).
+            Image (M, *frame) in float32, followed by the positions if there are any, segmentation (M, *frame) in int16,
+            no previous stage, and properties with the foreground locations in the frame (`class_locations` as nnU-Net
+            has them).
         """
         images, segmentations, _, properties = zip(*(d.load_case(identifier) for d in self.datasets), strict=True)
         shapes = [image.shape[1:] for image in images]
         frame, offsets = common_frame(properties, shapes, self.transpose_forward, self.target_spacing)
         return (
-            PairedArray(images, frame, offsets, 0, np.float32),
+            PairedArray(images, frame, offsets, 0, np.float32, self.positions),
             PairedArray(segmentations, frame, offsets, -1, np.int16),
             None,
             {"class_locations": _class_locations(properties, offsets) if self.labeled else {}},

@@ -39,16 +39,20 @@ class PairedTransform(BasicTransform):
         self.stages = [(same[0][0], [transforms for _, transforms in same]) for same in zip(*runs, strict=True)]
 
     def apply(self, data_dict: dict, **params: object) -> dict:
-        """Augment a patch: image and segmentation (M, *spatial); target channels come out modality by modality."""
+        """Augment a patch: image and segmentation (M, *spatial); target channels come out modality by modality.
+
+        Further channels of the image are only moved.
+        """
         for geometric, transforms in self.stages:
             if geometric:
                 data_dict = _run(transforms[0], data_dict)
             else:
-                parts = [
-                    {key: value[m : m + 1] for key, value in data_dict.items()} for m in range(len(data_dict["image"]))
-                ]
+                moved_only = data_dict["image"][len(transforms) :]
+                parts = [{key: value[m : m + 1] for key, value in data_dict.items()} for m in range(len(transforms))]
                 parts = [_run(own, part) for own, part in zip(transforms, parts, strict=True)]
                 data_dict = {key: _concatenate([part[key] for part in parts]) for key in data_dict}
+                if len(moved_only):
+                    data_dict["image"] = torch.cat([data_dict["image"], moved_only])
         return data_dict
 
 
@@ -79,7 +83,10 @@ class SemiSupervisedDataLoader(nnUNetDataLoader):
         self.labeled = labeled
 
     def generate_train_batch(self) -> dict:
-        """Draw nnU-Net's batch and, under "unlabeled", images (B, M, *patch). Their placeholder target is dropped."""
+        """Draw nnU-Net's batch and, under "unlabeled", images (B, M, *patch), or more channels if they have positions.
+
+        The placeholder target of the unlabeled cases is dropped.
+        """
         batch = super().generate_train_batch() if self.labeled else {}
         batch["unlabeled"] = self.unlabeled.generate_train_batch()["data"]
         return batch

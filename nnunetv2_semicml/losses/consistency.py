@@ -1,4 +1,4 @@
-"""Consistency of the predictions of several modalities, and the ramp of unsupervised weights. Pure PyTorch."""
+"""Consistency of predictions, between modalities or with a teacher, and the ramp of its weight. Pure PyTorch."""
 
 import math
 from collections.abc import Sequence
@@ -6,6 +6,8 @@ from itertools import combinations
 
 import torch
 from torch import Tensor
+
+from nnunetv2_semicml.losses.joint_sum import joint_sum
 
 
 def prediction_consistency(predictions: Sequence[Tensor]) -> Tensor:
@@ -27,6 +29,26 @@ def prediction_consistency(predictions: Sequence[Tensor]) -> Tensor:
         raise ValueError(f"expected at least 2 tensors of one shape, got {shapes}.")
     pairs = [torch.nn.functional.mse_loss(a, b) for a, b in combinations(predictions, 2)]
     return torch.stack(pairs).mean()
+
+
+def masked_consistency(prediction: Tensor, target: Tensor, mask: Tensor, distributed: bool = False) -> Tensor:
+    """Mean squared difference between probabilities where a mask is set; 0 if it is set nowhere.
+
+    Args:
+        prediction: probabilities (B, K, *spatial).
+        target: of the same shape.
+        mask: boolean, (B, 1 or K, *spatial).
+        distributed: whether the batch is spread over the ranks, see `joint_sum`.
+
+    Returns:
+        The scalar loss, averaged over classes and masked voxels.
+
+    Source: Yu et al., MICCAI 2019 (uncertainty-aware Mean Teacher), eq. 4.
+    """
+    squared = (prediction - target).square()
+    weight = mask.to(squared.dtype).expand_as(squared)
+    total, voxels = joint_sum([(weight * squared).sum(), weight.sum()], distributed)
+    return total / voxels.clamp(min=1)
 
 
 def sigmoid_rampup(step: float, length: float) -> float:

@@ -3,17 +3,16 @@
 Pseudo-labels and logits have one channel per class, background included (softmax), or one per region (sigmoid). Both
 losses are smallest where the prediction equals the pseudo-label, uncertain voxels included: nothing is sharpened.
 
-With `distributed`, the batch is spread over the ranks of the default process group, with equally many cases on each.
-Sums over the batch then run over all ranks, with a gradient of the number of ranks times that of the loss, since
-training averages the gradients of the ranks.
+With `distributed`, the batch is spread over the ranks; see `joint_sum`.
 """
 
 import math
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+from nnunetv2_semicml.losses.joint_sum import joint_sum
 
 
 def soft_cross_entropy(
@@ -37,7 +36,7 @@ def soft_cross_entropy(
         loss = cross_entropy(logits, target, reduction="none").unsqueeze(1)
     if weight is None:
         return loss.mean()
-    weighted, weights = _joint([(weight * loss).sum(), weight.expand_as(loss).sum()], distributed)
+    weighted, weights = joint_sum([(weight * loss).sum(), weight.expand_as(loss).sum()], distributed)
     return weighted / weights.clamp(min=torch.finfo(weights.dtype).eps)
 
 
@@ -72,7 +71,7 @@ def soft_dice_loss(
         return (a * b if weight is None else weight * a * b).sum(axes)
 
     sums = [total(prediction, target), total(prediction, prediction) + total(target, target)]
-    overlap, areas = _joint(sums, distributed and batch_dice)
+    overlap, areas = joint_sum(sums, distributed and batch_dice)
     return 1 - ((2 * overlap + smooth) / (areas + smooth)).mean()
 
 
@@ -90,23 +89,3 @@ def confidence(target: Tensor, regions: bool) -> Tensor:
         entropy = -(torch.xlogy(target, target) + torch.xlogy(1 - target, 1 - target))
         return 1 - entropy / math.log(2)
     return 1 + torch.xlogy(target, target).sum(1, keepdim=True) / math.log(target.shape[1])
-
-
-class _JointSum(torch.autograd.Function):
-    """Sum over the ranks. Every rank has the same loss, so the gradient is the same on all: nothing is exchanged."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, own: Tensor) -> Tensor:
-        joint = own.clone()
-        dist.all_reduce(joint)
-        return joint
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
-        return grad * dist.get_world_size()
-
-
-def _joint(sums: list[Tensor], distributed: bool) -> Tensor:
-    """Sums of equal shape, stacked and added up over the ranks."""
-    stacked = torch.stack(sums)
-    return _JointSum.apply(stacked) if distributed else stacked

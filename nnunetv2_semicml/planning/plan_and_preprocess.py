@@ -1,7 +1,8 @@
-"""Plans and preprocesses a multi-modal dataset with unlabeled cases, as one single-modality dataset per modality.
+"""Plans and preprocesses a dataset with unlabeled cases, a multi-modal one as one single-modality dataset per modality.
 
 nnU-Net's fingerprint, planner and preprocessor do the work. What is added: one geometry for all modalities, planned on
 the multi-modal dataset; the unlabeled cases, preprocessed beside the labeled ones; and modalities.json, written last.
+A dataset with one channel is a modality dataset already, and planned where it is.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def plan_and_preprocess(
     has changed.
 
     Args:
-        dataset_id: the multi-modal dataset.
+        dataset_id: the multi-modal dataset, or one of a single modality.
         configurations: those that the planner does not make are skipped, as by nnU-Net.
         planner_name: any planner of nnU-Net.
         gpu_memory_target: in GB; None is the planner's default.
@@ -76,7 +77,7 @@ def plan_and_preprocess(
         overwrite_target_spacing: three numbers in mm.
         overwrite_plans_name: None is the planner's default.
         modality_names: names in dataset.json's channel_names; None is all channels.
-        modality_ids: ids of the modality datasets; None is the next free ids.
+        modality_ids: ids of the modality datasets; None is the next free ids. A dataset with one channel needs none.
         num_processes: one number, or one for each configuration; None is nnU-Net's default.
         num_processes_fingerprint: for checking the images and extracting the fingerprints.
         clean: extract the fingerprints again even if the cases are the same.
@@ -137,14 +138,16 @@ def plan_and_preprocess(
     for configuration in set(configurations) - set(available):
         print(f"INFO: configuration {configuration} is not in {plans_file}: skipped.")
     identifiers = {c: PlansManager(plans).get_configuration(c).data_identifier for c in available}
-    if previous is not None:
-        # from here until it is done again, what is going to be replaced counts as missing
-        kept = {k: v for k, v in previous.preprocessed.items() if k not in identifiers.values()}
-        group.preprocessed.update(kept)
-        group.save()
+    groups = [group] if group.is_single else [group, *map(group.alone, modalities)]
+    for each in groups:
+        if (previous := _previous_group(each.dataset_name)) is not None:
+            # from here until it is done again, what is going to be replaced counts as missing
+            kept = {k: v for k, v in previous.preprocessed.items() if k not in identifiers.values()}
+            each.preprocessed.update(kept)
+            each.save()
 
     _write_json(preprocessed_folder(raw.name) / "splits_final.json", splits)
-    for modality in modalities:
+    for modality in [] if group.is_single else modalities:
         _write_raw_modality(raw, modality)
         fingerprint(modality.dataset_name)
         own_plans = _modality_plans(plans, modality, planner_class)
@@ -156,8 +159,9 @@ def plan_and_preprocess(
             print(f"Preprocessing {modality.name}, {configuration}, labeled cases…")
             _preprocess_labeled(raw, modality, plans_name, configuration, processes[configuration], verbose)
         _preprocess_unlabeled(raw, modalities, plans_name, configuration, processes[configuration], verbose)
-        group.preprocessed[identifiers[configuration]] = group.digest(group.load_plans(plans_name), configuration)
-        group.save()
+        for each in groups:
+            each.preprocessed[identifiers[configuration]] = each.digest(each.load_plans(plans_name), configuration)
+            each.save()
     return group
 
 
@@ -210,10 +214,12 @@ def _choose_modalities(raw: RawDataset, names: Sequence[str] | None, ids: Sequen
         raise UserError(
             file, f"the modalities {', '.join(names)}", "different names", "Rename the channels in channel_names."
         )
-    if len(names) < 2:
-        raise UserError(
-            file, f"one modality, {names[0]}", "two or more", "Add the other modality's images, or use nnU-Net itself."
-        )
+    if len(raw.channel_names) == 1:
+        if ids is not None:
+            raise UserError(
+                "option --modality_ids", f"{list(ids)}", f"none, since {raw.name} has one channel", "Leave it out."
+            )
+        return [Modality(names[0], 0, raw.name)]
     if ids is None:
         ids = _free_ids(raw, names)
     if len(ids) != len(names) or len(set(ids)) < len(ids):
@@ -384,10 +390,10 @@ def _write_json(file: Path, content: object) -> None:
 def main() -> None:
     """Run nnUNetv2_semicml_plan_and_preprocess."""
     parser = argparse.ArgumentParser(
-        description="nnUNetv2_plan_and_preprocess for a multi-modal dataset with unlabeled cases (imagesUn): makes one "
-        "single-modality nnU-Net dataset of each modality, all with the same geometry."
+        description="nnUNetv2_plan_and_preprocess for a dataset with unlabeled cases (imagesUn): makes one "
+        "single-modality nnU-Net dataset of each of its modalities, all with the same geometry."
     )
-    parser.add_argument("-d", type=int, required=True, help="id of the multi-modal dataset")
+    parser.add_argument("-d", type=int, required=True, help="id of the dataset")
     parser.add_argument(
         "-c", nargs="+", default=["2d", "3d_fullres", "3d_lowres"], help="configurations (default: %(default)s)"
     )

@@ -2,6 +2,7 @@
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
 from torch._dynamo import OptimizedModule
 
 from nnunetv2_semicml.trainers.checkpoint import save_atomically, use_builtin_numbers
@@ -14,10 +15,13 @@ class ModalityTrainerMixin:
     the stock trainer that the mixin is combined with by `make_modality_trainer_class`.
     """
 
-    modality: str
+    name: str  # of the network: that of the modality, with a number if it is not the modality's first
+    channel: int  # of the modality in paired images
+    deployed: bool  # whether the network gets a model folder
     stock_trainer: type[nnUNetTrainer]
     provenance: dict
-    print_to_console = False  # the conductor reports the epochs of all modalities together
+    print_to_console = False  # the conductor reports the epochs of all networks together
+    averaged_network: nn.Module | None = None  # is validated and deployed instead of the one that is trained
 
     def get_dataloaders(self) -> tuple[None, None]:
         """Draw nothing: the conductor does. Only the mirroring axes, which inference needs, are determined here."""
@@ -28,22 +32,57 @@ class ModalityTrainerMixin:
         """Write to this modality's log file and, during validation, to the console."""
         also_print_to_console = also_print_to_console and self.print_to_console
         super().print_to_log_file(
-            f"[{self.modality}]", *args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp
+            f"[{self.name}]", *args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp
         )
+
+    def on_validation_epoch_start(self) -> None:
+        """Validate what will be deployed."""
+        super().on_validation_epoch_start()
+        self._exchange_weights()
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         """Log as nnU-Net does, in numbers that a checkpoint can hold."""
+        self._exchange_weights()
         super().on_validation_epoch_end(val_outputs)
         use_builtin_numbers(self.logger)
 
-    def local_network(self) -> torch.nn.Module:
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Validate as nnU-Net does, on the console, too."""
+        self.print_to_console = True
+        self._exchange_weights()
+        super().perform_actual_validation(save_probabilities)
+        self._exchange_weights()
+        self.print_to_console = False
+
+    @torch.no_grad()
+    def _exchange_weights(self) -> None:
+        """Swap the weights of the trained and the averaged network, so that nnU-Net's code sees the latter."""
+        if self.averaged_network is None:
+            return
+        own, averaged = (
+            [*network.parameters(), *network.buffers()] for network in (self.unwrapped_network(), self.averaged_network)
+        )
+        for a, b in zip(own, averaged, strict=True):
+            kept = a.clone()
+            a.copy_(b)
+            b.copy_(kept)
+
+    def local_network(self) -> nn.Module:
         """The network without the wrapper of distributed training: the conductor averages the gradients."""
         return self.network.module if self.is_ddp else self.network
 
-    def unwrapped_network(self) -> torch.nn.Module:
+    def unwrapped_network(self) -> nn.Module:
         """That without torch.compile's wrapper, whose weight names are those of nnU-Net's checkpoints."""
         network = self.local_network()
         return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    def deployed_network(self) -> nn.Module:
+        """The network whose weights are validated and deployed."""
+        return self.unwrapped_network() if self.averaged_network is None else self.averaged_network
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer updates: the network's weights, and what a method has added to them."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def get_state(self) -> dict:
         """What continues this modality's training, as part of the joint checkpoint."""
@@ -72,10 +111,10 @@ class ModalityTrainerMixin:
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
-        if self.local_rank != 0:
+        if self.local_rank != 0 or not self.deployed:
             return
         checkpoint = {
-            "network_weights": self.unwrapped_network().state_dict(),
+            "network_weights": self.deployed_network().state_dict(),
             "logging": self.logger.get_checkpoint(),
             "_best_ema": self._best_ema,
             "current_epoch": self.current_epoch + 1,
@@ -89,19 +128,27 @@ class ModalityTrainerMixin:
     def load_network_weights(self, filename: str) -> None:
         """Load the weights, and nothing else, of a checkpoint that `save_checkpoint` wrote."""
         checkpoint = torch.load(filename, map_location=self.device, weights_only=True)
-        self.unwrapped_network().load_state_dict(checkpoint["network_weights"])
+        self.deployed_network().load_state_dict(checkpoint["network_weights"])
 
 
 def make_modality_trainer_class(
-    stock_trainer: type[nnUNetTrainer], name: str, modality: str, provenance: dict
+    stock_trainer: type[nnUNetTrainer], class_name: str, name: str, channel: int, deployed: bool, provenance: dict
 ) -> type[nnUNetTrainer]:
     """Combine the mixin with a stock trainer.
 
     Args:
         stock_trainer: the nnU-Net trainer of the networks; it must be part of nnU-Net, so that any nnU-Net can predict.
-        name: the class name, from which nnU-Net derives the result folder: that of the conductor.
-        modality: the modality's name, for logs.
-        provenance: stored in the checkpoints.
+        class_name: that of the conductor; nnU-Net derives the result folder from it.
+        name: of the network, for logs and as a key.
+        channel: of the modality in paired images.
+        deployed: whether checkpoints of the network are written for nnU-Net to predict with.
+        provenance: stored in these checkpoints.
     """
-    members = {"modality": modality, "stock_trainer": stock_trainer, "provenance": provenance}
-    return type(name, (ModalityTrainerMixin, stock_trainer), members)
+    members = {
+        "name": name,
+        "channel": channel,
+        "deployed": deployed,
+        "stock_trainer": stock_trainer,
+        "provenance": provenance,
+    }
+    return type(class_name, (ModalityTrainerMixin, stock_trainer), members)

@@ -16,6 +16,8 @@ from nnunetv2_semicml.trainers.teacher import BestModelPool, Teacher
 class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
     """Two or more modalities teach each other on unlabeled cases by the ASC loss and prediction consistency."""
 
+    min_modalities = 2
+
     def __init__(
         self,
         plans: dict,
@@ -25,10 +27,6 @@ class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
         device: torch.device = torch.device("cuda"),
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        if len(self.group.modalities) < 2:
-            raise NotImplementedError(
-                f"{type(self).__name__} needs at least two modalities; {self.group.file} has one."
-            )
         # Published: ASC weight 3.5 beside 10 BCE + 7 Dice. nnU-Net's supervised loss is 1 CE + 1 Dice, a tenth of that.
         self.asc_weight = 0.35
         self.asc_temperature = 1.0  # published; a sharper 0.2 with weight 1 destroyed both networks in development
@@ -52,12 +50,12 @@ class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
         if self.teacher_averaging not in ("bma", "ema"):
             raise ValueError(f'teacher_averaging must be "bma" or "ema", got {self.teacher_averaging!r}.')
         super().initialize()
-        self.teachers = {t.modality: Teacher(t.unwrapped_network()) for t in self.trainers}
-        self.pools = {t.modality: BestModelPool(self.bma_pool_size) for t in self.trainers}
+        self.teachers = {t.name: Teacher(t.unwrapped_network()) for t in self.trainers}
+        self.pools = {t.name: BestModelPool(self.bma_pool_size) for t in self.trainers}
 
-    def unsupervised_terms(self, logits: dict[str, Tensor], targets: None) -> dict[str, Tensor]:
+    def unsupervised_terms(self, outputs: dict[str, Tensor], targets: None) -> dict[str, Tensor]:
         """Mean squared difference between the modalities, and their area-similarity contrast."""
-        predictions = [self.foreground(self.probabilities(of_modality)) for of_modality in logits.values()]
+        predictions = [self.foreground(self.probabilities(logits)) for logits in outputs.values()]
         asc_loss = AreaSimilarityContrastiveLoss(self.asc_temperature, distributed=self.is_ddp)
         return {
             "mse": prediction_consistency([self.in_batch(p) for p in predictions]),
@@ -74,7 +72,7 @@ class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
         losses = super().train_step(batch)
         if self.teacher_averaging == "ema":
             for trainer in self.trainers:
-                self.teachers[trainer.modality].average(trainer.unwrapped_network(), self.ema_decay)
+                self.teachers[trainer.name].average(trainer.unwrapped_network(), self.ema_decay)
         return losses
 
     def on_validation_epoch_end(self, val_outputs: list[list[dict]]) -> None:
@@ -83,9 +81,9 @@ class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
         started = self.current_epoch >= min(self.bma_start_epoch, self.num_epochs // 5)
         for trainer in self.trainers:
             dice = trainer.logger.get_value("mean_fg_dice", step=-1)
-            keep = self.pools[trainer.modality].update(dice) if started else 0.0
+            keep = self.pools[trainer.name].update(dice) if started else 0.0
             if self.teacher_averaging == "bma":
-                self.teachers[trainer.modality].average(trainer.unwrapped_network(), keep)
+                self.teachers[trainer.name].average(trainer.unwrapped_network(), keep)
 
     def get_method_state(self) -> dict:
         """Teachers and the validation Dice of their pools."""
@@ -104,43 +102,16 @@ class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
 class nnUNetTrainerSemiCML_5epochs(nnUNetTrainerSemiCML):
     """For trying things out."""
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 5
+    epochs = 5
 
 
 class nnUNetTrainerSemiCML_50epochs(nnUNetTrainerSemiCML):
     """A twentieth of nnU-Net's schedule."""
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 50
+    epochs = 50
 
 
 class nnUNetTrainerSemiCML_250epochs(nnUNetTrainerSemiCML):
     """A quarter of nnU-Net's schedule."""
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 250
+    epochs = 250

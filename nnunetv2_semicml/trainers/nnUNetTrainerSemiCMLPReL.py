@@ -26,7 +26,7 @@ from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import (
     nnUNetTrainerSemiCML_250epochs,
 )
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
-from nnunetv2_semicml.trainers.teacher import Teacher, add_noise
+from nnunetv2_semicml.trainers.teacher import Teacher
 
 
 class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
@@ -44,6 +44,8 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
     """
 
     first_stage: type[nnUNetTrainerSemiCML] = nnUNetTrainerSemiCML
+    min_modalities = 2
+    epochs = 600  # published: 31 after 50 of Semi-CML, the same share of nnU-Net's 1000 here
 
     def __init__(
         self,
@@ -58,8 +60,6 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
             _first_stage_checkpoint(self.first_stage, plans, configuration, fold)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.network_trainer = self.first_stage.network_trainer
-        # Published: 31 epochs after 50 of Semi-CML, the same share of nnU-Net's 1000 here.
-        self.num_epochs = 600
         # A finished network is refined: a tenth of nnU-Net's rate, with nnU-Net's decay. On validation patients 0.005
         # was neither better nor worse (benchmarks/lgg/choose.md); the smaller one moves the better network less.
         self.initial_lr = 1e-3
@@ -106,7 +106,7 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
             remedy=f"Train {self.first_stage.__name__} anew for this dataset, plans, configuration and fold.",
         )
         for trainer in self.trainers:
-            trainer.unwrapped_network().load_state_dict(checkpoint["modalities"][trainer.modality]["network_weights"])
+            trainer.unwrapped_network().load_state_dict(checkpoint["modalities"][trainer.name]["network_weights"])
         pools = {name: state["best_dice"] for name, state in checkpoint["method"].items()}
         # no value at all: nnU-Net never saw foreground in validation patches
         self.validation_dice = {name: fmean(dice) if dice else 0.0 for name, dice in pools.items()}
@@ -121,7 +121,7 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
 
     @property
     def _better_trainer(self) -> nnUNetTrainer:
-        (trainer,) = (t for t in self.trainers if t.modality == self.better_modality)
+        (trainer,) = (t for t in self.trainers if t.name == self.better_modality)
         return trainer
 
     # the end
@@ -148,13 +148,13 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
         """The weaker modalities, and for the end of the stage all."""
         if self.current_epoch >= self._joining_epoch:
             return self.trainers
-        return [t for t in self.trainers if t.modality != self.better_modality]
+        return [t for t in self.trainers if t.name != self.better_modality]
 
     def unsupervised_targets(self, images: dict[str, Tensor]) -> Tensor:
         """The pseudo-labels (B, heads, *patch)."""
         return self.soft_pseudo_labels(images[self.better_modality])
 
-    def unsupervised_terms(self, logits: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+    def unsupervised_terms(self, outputs: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Area-similarity contrast, cross-entropy and Dice of every learner with the pseudo-labels."""
         regions, batch_dice = self.label_manager.has_regions, self.configuration_manager.batch_dice
         labels = self.in_batch(targets)
@@ -162,10 +162,10 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
         foreground = self.foreground(targets)
         asc_loss = AreaSimilarityContrastiveLoss(self.asc_temperature, distributed=self.is_ddp)
         terms = {}
-        for name, of_modality in logits.items():
-            prediction = self.foreground(self.probabilities(of_modality))
+        for name, logits in outputs.items():
+            prediction = self.foreground(self.probabilities(logits))
             terms[f"{name} asc"] = asc_loss([self.contrasted(foreground), self.contrasted(prediction)])
-            terms[f"{name} ce"] = soft_cross_entropy(self.in_batch(of_modality), labels, regions, weight, self.is_ddp)
+            terms[f"{name} ce"] = soft_cross_entropy(self.in_batch(logits), labels, regions, weight, self.is_ddp)
             terms[f"{name} dice"] = soft_dice_loss(
                 self.in_batch(prediction), self.in_batch(foreground), batch_dice, weight, distributed=self.is_ddp
             )
@@ -173,7 +173,7 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
 
     def unsupervised_weights(self) -> dict[str, float]:
         """Share of the contrast and of the two pseudo-label losses for every learner, 0 for a network that rests."""
-        learning = [t.modality for t in self.learners()]
+        learning = [t.name for t in self.learners()]
         weights = {}
         for name in (m.name for m in self.group.modalities):
             total = self.pseudo_label_weight if name in learning else 0.0
@@ -191,17 +191,7 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
         Returns:
             Probabilities (B, heads, *patch) without gradient: softmax with the background, or sigmoid for regions.
         """
-        # made outside of inference mode, so that the losses can save it for their gradients
-        mean = image.new_zeros(len(image), self.label_manager.num_segmentation_heads, *image.shape[2:])
-        parts = mean.split(self.cases_per_pass)
-        with torch.inference_mode():
-            for _ in range(self.teacher_passes):
-                noisy = add_noise(image, self.noise_std, self.noise_bounds).split(self.cases_per_pass)
-                for cases, of_cases in zip(noisy, parts, strict=True):
-                    with self._autocast():
-                        logits = self.teacher.predict(cases)
-                    of_cases.add_(self.probabilities(logits.float()), alpha=1 / self.teacher_passes)
-        return mean
+        return self.mean_prediction(self.teacher, image, self.teacher_passes, self.noise_std, self.noise_bounds)
 
     # checkpoints
 
@@ -246,48 +236,18 @@ class nnUNetTrainerSemiCMLPReL_5epochs(nnUNetTrainerSemiCMLPReL):
     """For trying things out, after nnUNetTrainerSemiCML_5epochs."""
 
     first_stage = nnUNetTrainerSemiCML_5epochs
-
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 5
+    epochs = 5
 
 
 class nnUNetTrainerSemiCMLPReL_50epochs(nnUNetTrainerSemiCMLPReL):
     """After nnUNetTrainerSemiCML_50epochs."""
 
     first_stage = nnUNetTrainerSemiCML_50epochs
-
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 50
+    epochs = 50
 
 
 class nnUNetTrainerSemiCMLPReL_250epochs(nnUNetTrainerSemiCMLPReL):
     """After nnUNetTrainerSemiCML_250epochs."""
 
     first_stage = nnUNetTrainerSemiCML_250epochs
-
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 250
+    epochs = 250

@@ -1,7 +1,7 @@
 """The base of all trainers here: stock trainers, one per modality, and a conductor that adds an unsupervised loss.
 
-nnU-Net's command line instantiates the conductor for the multi-modal dataset and runs nnU-Net's own training loop on
-it. The conductor draws labeled and unlabeled batches of paired modalities, computes
+nnU-Net's command line instantiates the conductor for the multi-modal dataset, or for that of a single modality, and
+runs nnU-Net's own training loop on it. The conductor draws labeled and unlabeled batches of paired modalities, computes
 
     supervised_weight * sum_m L_sup(m, labeled) + sum_terms weight_term(epoch) * L_term(all modalities, unlabeled)
 
@@ -11,6 +11,7 @@ and passes every other hook on to the modality trainers, which write complete st
 import os
 from math import ceil
 from os.path import basename, isfile, join
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ from nnunetv2_semicml.trainers.checkpoint import (
 from nnunetv2_semicml.trainers.modality_trainer import make_modality_trainer_class
 from nnunetv2_semicml.trainers.passes import Passes
 from nnunetv2_semicml.trainers.plot_terms import plot_terms
+from nnunetv2_semicml.trainers.teacher import Teacher, add_noise
 
 # hyper-parameters of nnU-Net that a subclass sets on the conductor and every modality trainer then has
 _PASSED_ON = (
@@ -69,6 +71,10 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
 
     Attributes:
         network_trainer: the nnU-Net trainer that every modality is trained and deployed with.
+        epochs: length of the schedule; nnU-Net's, unless a subclass says otherwise.
+        min_modalities: fewer are refused.
+        networks_per_modality: differently initialized networks of every modality, of which the first is deployed.
+        needs_positions: whether `unsupervised_targets` asks where in its case a patch lies.
         trainers: the modality trainers in channel order, from `initialize` on.
         unlabeled_batch_size: unlabeled cases per step; None takes the plans' batch size, but at least the two cases
             that a contrast needs.
@@ -83,6 +89,10 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
     """
 
     network_trainer: type[nnUNetTrainer] = nnUNetTrainer
+    epochs = 1000
+    min_modalities = 1
+    networks_per_modality = 1
+    needs_positions = False
 
     def __init__(
         self,
@@ -97,6 +107,11 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             raise NotImplementedError(f"{name} does not log to Weights & Biases: unset nnUNet_wandb_enabled.")
         environment_folder("nnUNet_results")
         self.group = ModalityGroup.load(plans["dataset_name"])
+        if len(self.group.modalities) < self.min_modalities:
+            raise NotImplementedError(
+                f"{name} needs at least {self.min_modalities} modalities, but {self.group.file} has "
+                f"{len(self.group.modalities)}. Train it on the multi-modal dataset."
+            )
         if "previous_stage" in plans["configurations"].get(configuration, {}):
             raise NotImplementedError(f"{name} does not support the cascade: train 3d_fullres or 3d_lowres instead.")
         self.modality_plans = self.group.require_ready(plans, configuration)
@@ -111,7 +126,12 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         self._seed_everything()
 
         super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.group.is_single:  # the model folder is the modality trainer's
+            self.output_folder = join(self.output_folder, "training_state")
+            Path(self.output_folder).mkdir(exist_ok=True)
+            self.log_file = join(self.output_folder, basename(self.log_file))
         self.network = _NoSingleNetwork(name)
+        self.num_epochs = self.epochs
         self.trainers: list = []
         self.unlabeled_batch_size: int | None = None
         self.asc_cases: int | None = None
@@ -127,19 +147,23 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         """What the learners' predictions are compared with, if not with each other, e.g. a teacher's predictions.
 
         Args:
-            images: the augmented patches (B, 1, *patch) of unlabeled cases in every modality, the same that the
-                learners see afterwards.
+            images: for every network by name, the augmented patches (B, 1, *patch) of unlabeled cases that it sees
+                afterwards if it is a learner; with `needs_positions` also "positions", see `PairedDataset`.
 
         Returns:
             Anything without gradient, passed on to `unsupervised_terms`.
         """
 
-    def unsupervised_terms(self, logits: dict[str, Tensor], targets: object) -> dict[str, Tensor]:
+    def unlabeled_output(self, trainer: nnUNetTrainer, images: Tensor) -> Tensor:
+        """What the unsupervised terms see of a network: its logits (B, heads, *patch) of images (B, 1, *patch)."""
+        return trainer.local_network()(images)
+
+    def unsupervised_terms(self, outputs: dict[str, Tensor], targets: object) -> dict[str, Tensor]:
         """Compute the unsupervised loss terms on unlabeled cases.
 
         Args:
-            logits: output (B, heads, *patch) of every network of `learners` by modality, in float32 at full resolution;
-                see `probabilities` and `foreground`, `in_batch` and `contrasted`.
+            outputs: `unlabeled_output` of every network of `learners` by name, in float32. For logits see
+                `probabilities`, `foreground` and `segment`; for the cases see `in_batch` and `contrasted`.
             targets: what `unsupervised_targets` returned.
 
         Returns:
@@ -169,24 +193,38 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         """Build the modality trainers and let them build their networks."""
         if self.was_initialized:
             raise RuntimeError("initialize was called twice.")
-        for modality, (plans, dataset_json) in zip(self.group.modalities, self.modality_plans, strict=True):
-            provenance = {**self.provenance, "modality": modality.name}
-            trainer_class = make_modality_trainer_class(
-                self.network_trainer, type(self).__name__, modality.name, provenance
-            )
-            plans = {**plans, "continue_training": self.continue_training}
-            # the list of cases, with the paths of this machine, must not travel with a deployed model
-            dataset_json = {key: value for key, value in dataset_json.items() if key != "dataset"}
-            trainer = trainer_class(plans, self.configuration_name, self.fold, dataset_json, self.device)
-            for attribute in _PASSED_ON:
-                setattr(trainer, attribute, getattr(self, attribute))
-            trainer.initialize()
-            self.trainers.append(trainer)
+        for channel in range(len(self.group.modalities)):
+            for number in range(1, self.networks_per_modality + 1):
+                self.trainers.append(self._make_trainer(channel, number))
         self._set_batch_size_and_oversample()
         self._choose_passes()
         for key in self._term_keys():
             self.logger.local_logger.my_fantastic_logging.setdefault(key, [])
         self.was_initialized = True
+
+    def _make_trainer(self, channel: int, number: int) -> nnUNetTrainer:
+        """The trainer of a modality's network number 1, which is deployed, or 2, …"""
+        modality, (plans, dataset_json) = self.group.modalities[channel], self.modality_plans[channel]
+        trainer_class = make_modality_trainer_class(
+            self.network_trainer,
+            type(self).__name__,
+            modality.name if number == 1 else f"{modality.name} network {number}",
+            channel,
+            number == 1,
+            {**self.provenance, "modality": modality.name},
+        )
+        plans = {**plans, "continue_training": self.continue_training}
+        # the list of cases, with the paths of this machine, must not travel with a deployed model
+        dataset_json = {key: value for key, value in dataset_json.items() if key != "dataset"}
+        trainer = trainer_class(plans, self.configuration_name, self.fold, dataset_json, self.device)
+        if not trainer.deployed:  # its log and curves are nothing for a model folder
+            trainer.output_folder = join(self.output_folder, trainer.name.replace(" ", "_"))
+            Path(trainer.output_folder).mkdir(exist_ok=True)
+            trainer.log_file = join(trainer.output_folder, basename(trainer.log_file))
+        for attribute in _PASSED_ON:
+            setattr(trainer, attribute, getattr(self, attribute))
+        trainer.initialize()
+        return trainer
 
     def _choose_passes(self) -> None:
         distinct = len(self.group.unlabeled) // self._world_size * self._world_size
@@ -241,7 +279,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
 
     def get_dataloaders(self) -> tuple:
         """Streams of paired modalities: labeled and unlabeled patches for training, labeled ones for validation."""
-        first = self.trainers[0]
+        first, *_ = of_modality = self._deployed_trainers()
         scales = self._get_deep_supervision_scales()
         rotation, dummy_2d, initial_patch_size, mirror_axes = (
             first.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
@@ -265,11 +303,11 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
                         use_mask_for_norm=t.configuration_manager.use_mask_for_norm,
                         **targets,
                     )
-                    for t in self.trainers
+                    for t in of_modality
                 ]
             )
 
-        validation_transforms = PairedTransform([t.get_validation_transforms(scales, **labels) for t in self.trainers])
+        validation_transforms = PairedTransform([t.get_validation_transforms(scales, **labels) for t in of_modality])
         train_cases, validation_cases = first.do_split()
         # each process draws from cases of its own, so that no two contrast a case with itself
         unlabeled_cases = self.group.unlabeled[self.local_rank :: self._world_size] or self.group.unlabeled
@@ -325,6 +363,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             self.plans_manager.transpose_forward,
             self.configuration_manager.spacing,
             labeled,
+            positions=self.needs_positions and not labeled,
         )
 
     def _augmenter(self, loader: nnUNetDataLoader, workers: int) -> object:
@@ -340,15 +379,28 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         )
 
     def _modality_batches(self, batch: dict) -> list[tuple[Tensor, Tensor | list[Tensor]]]:
-        """Split a paired batch on the device: (image (B, 1, *patch), target or list of targets) of each modality."""
+        """Split a paired batch on the device: (image (B, 1, *patch), target or list of targets) of each network."""
         data = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"]
         scales = [t.to(self.device, non_blocking=True) for t in (target if isinstance(target, list) else [target])]
         batches = []
-        for m in range(len(self.trainers)):
-            own = [scale.chunk(len(self.trainers), dim=1)[m] for scale in scales]
-            batches.append((data[:, m : m + 1], own if isinstance(target, list) else own[0]))
+        for trainer in self.trainers:
+            own = [scale.chunk(len(self.group.modalities), dim=1)[trainer.channel] for scale in scales]
+            image = data[:, trainer.channel : trainer.channel + 1]
+            batches.append((image, own if isinstance(target, list) else own[0]))
         return batches
+
+    def unlabeled_images(self, batch: dict) -> dict[str, Tensor]:
+        """The unlabeled part of a paired batch on the device, as `unsupervised_targets` takes it."""
+        data = batch["unlabeled"].to(self.device, non_blocking=True)
+        images = {t.name: data[:, t.channel : t.channel + 1] for t in self.trainers}
+        if self.needs_positions:
+            images["positions"] = data[:, len(self.group.modalities) :]
+        return images
+
+    def _deployed_trainers(self) -> list[nnUNetTrainer]:
+        """One of each modality."""
+        return [trainer for trainer in self.trainers if trainer.deployed]
 
     # training
 
@@ -412,20 +464,20 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         The result is the same, for the activation memory of one network at the planned batch size. The labeled cases
         follow, network by network.
         """
-        names = [trainer.modality for trainer in self.trainers]
-        images = dict(zip(names, batch["unlabeled"].to(self.device, non_blocking=True).split(1, dim=1), strict=True))
+        images = self.unlabeled_images(batch)
         learners = self.learners()
         for trainer in learners:
             trainer.optimizer.zero_grad(set_to_none=True)
         terms, total = self._unsupervised_step(learners, images)
         supervised = {}
         if self.supervised_weight:
+            names = [trainer.name for trainer in self.trainers]
             labeled = dict(zip(names, self._modality_batches(batch), strict=True))
         exchanges = []
         for trainer in learners:
             if self.supervised_weight:
-                loss = self._supervised_step(trainer, *labeled[trainer.modality])
-                supervised[trainer.modality] = loss
+                loss = self._supervised_step(trainer, *labeled[trainer.name])
+                supervised[trainer.name] = loss
                 total = total + self.supervised_weight * loss
             if self.is_ddp:
                 exchanges += self._average_gradients(trainer)  # while the next network computes
@@ -434,7 +486,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         for trainer in learners:
             if self.grad_scaler is not None:
                 self.grad_scaler.unscale_(trainer.optimizer)
-            torch.nn.utils.clip_grad_norm_(trainer.network.parameters(), 12)
+            torch.nn.utils.clip_grad_norm_(trainer.trained_parameters(), 12)
             if self.grad_scaler is not None:
                 self.grad_scaler.step(trainer.optimizer)
             else:
@@ -453,12 +505,12 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         """Add the gradient of the unsupervised loss; return its terms and their weighted sum, detached."""
         targets = self.unsupervised_targets(images)
         # the last learner may hold its activations, since its gradient is sent back first
-        passes = [self._passes(t, images[t.modality], False, hold=t is learners[-1]) for t in learners]
-        logits = {t.modality: p.outputs[0].float() for t, p in zip(learners, passes, strict=True)}
-        terms = self.unsupervised_terms(logits, targets)
+        passes = [self._passes(t, images[t.name], False, hold=t is learners[-1]) for t in learners]
+        outputs = {t.name: p.outputs[0].float() for t, p in zip(learners, passes, strict=True)}
+        terms = self.unsupervised_terms(outputs, targets)
         weights = self.unsupervised_weights()
         total = sum(weights[name] * term for name, term in terms.items())
-        del logits, targets
+        del outputs, targets
         self._scale(total).backward()
         while passes:
             passes.pop().backward()
@@ -466,21 +518,21 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
 
     def _supervised_step(self, trainer: nnUNetTrainer, image: Tensor, target: Tensor | list[Tensor]) -> Tensor:
         """Add the gradient of nnU-Net's loss on labeled cases; return it, detached."""
-        passes = self._passes(trainer, image, trainer.enable_deep_supervision, hold=True)
+        passes = self._passes(trainer, image, True, hold=True)
         with self._autocast():
             loss = trainer.loss(passes.outputs if isinstance(target, list) else passes.outputs[0], target)
         self._scale(self.supervised_weight * loss).backward()
         passes.backward()
         return loss.detach()
 
-    def _passes(self, trainer: nnUNetTrainer, image: Tensor, deep_supervision: bool, hold: bool) -> Passes:
+    def _passes(self, trainer: nnUNetTrainer, image: Tensor, labeled: bool, hold: bool) -> Passes:
         """Send cases through a network; activations that fit into one pass are held if they may."""
 
         def forward(cases: Tensor) -> Tensor | list[Tensor]:
-            trainer.set_deep_supervision_enabled(deep_supervision)
+            trainer.set_deep_supervision_enabled(labeled and trainer.enable_deep_supervision)
             try:
                 with self._autocast():
-                    return trainer.local_network()(cases)
+                    return trainer.local_network()(cases) if labeled else self.unlabeled_output(trainer, cases)
             finally:
                 trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
 
@@ -493,7 +545,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         Not by the wrapper of nnU-Net's DDP, whose forward pass is not used in training: it wants one forward and one
         backward pass of all weights per step.
         """
-        gradients = [p.grad for p in trainer.network.parameters() if p.grad is not None]
+        gradients = [p.grad for p in trainer.trained_parameters() if p.grad is not None]
         torch._foreach_div_(gradients, self._world_size)
         return [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
 
@@ -504,6 +556,42 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
     def foreground(self, probabilities: Tensor) -> Tensor:
         """Probabilities (B, C, *patch) of the C foreground classes or regions."""
         return probabilities if self.label_manager.has_regions else probabilities[:, 1:]
+
+    def segment(self, logits: Tensor) -> Tensor:
+        """Label map (B, *patch) of logits (B, heads, *patch), as nnU-Net makes it of classes or regions."""
+        if not self.label_manager.has_regions:
+            return logits.argmax(1)
+        labels = torch.zeros_like(logits[:, 0], dtype=torch.long)
+        for region, label in enumerate(self.label_manager.regions_class_order):
+            labels[logits[:, region] > 0] = label
+        return labels
+
+    def mean_prediction(
+        self, teacher: Teacher, image: Tensor, passes: int, noise_std: float, noise_bounds: tuple[float, float]
+    ) -> Tensor:
+        """Mean probabilities of several passes of a teacher over noisy copies of an image.
+
+        Args:
+            teacher: predicts logits.
+            image: augmented patches (B, 1, *patch).
+            passes: number of passes, each with noise, and dropout where there is any, of its own.
+            noise_std: see `add_noise`.
+            noise_bounds: see `add_noise`.
+
+        Returns:
+            Probabilities (B, heads, *patch) without gradient: softmax with the background, or sigmoid for regions.
+        """
+        # made outside of inference mode, so that the losses can save it for their gradients
+        mean = image.new_zeros(len(image), self.label_manager.num_segmentation_heads, *image.shape[2:])
+        parts = mean.split(self.cases_per_pass)
+        with torch.inference_mode():
+            for _ in range(passes):
+                noisy = add_noise(image, noise_std, noise_bounds).split(self.cases_per_pass)
+                for cases, of_cases in zip(noisy, parts, strict=True):
+                    with self._autocast():
+                        logits = teacher.predict(cases)
+                    of_cases.add_(self.probabilities(logits.float()), alpha=1 / passes)
+        return mean
 
     def _autocast(self) -> object:
         return autocast("cuda") if self.device.type == "cuda" else dummy_context()
@@ -524,7 +612,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         terms = np.mean(self._everywhere([mean("unsupervised", name) for name in weights]), axis=0)
         super().on_train_epoch_end([{"loss": outputs["loss"]} for outputs in train_outputs])
         for trainer in self.trainers:
-            trainer.on_train_epoch_end([{"loss": mean("supervised", trainer.modality)}])
+            trainer.on_train_epoch_end([{"loss": mean("supervised", trainer.name)}])
         for (name, weight), term in zip(weights.items(), terms.tolist(), strict=True):
             self.logger.log(f"unsupervised/{name}", term, self.current_epoch)
             self.logger.log(f"weight/{name}", weight, self.current_epoch)
@@ -537,18 +625,18 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             trainer.on_validation_epoch_start()
 
     def validation_step(self, batch: dict) -> list[dict]:
-        """Validate every modality trainer on its own channel of the batch."""
+        """Validate every network on its own channel of the batch."""
         return [
             trainer.validation_step({"data": data, "target": target})
             for trainer, (data, target) in zip(self.trainers, self._modality_batches(batch), strict=True)
         ]
 
     def on_validation_epoch_end(self, val_outputs: list[list[dict]]) -> None:
-        """Log each modality's pseudo Dice with the modality, and their mean here."""
+        """Log each network's pseudo Dice with its trainer, and the mean over the modalities here."""
         for m, trainer in enumerate(self.trainers):
             trainer.on_validation_epoch_end([outputs[m] for outputs in val_outputs])
         for key in ("mean_fg_dice", "dice_per_class_or_region", "val_losses"):
-            mean = np.mean([t.logger.get_value(key, step=-1) for t in self.trainers], axis=0)
+            mean = np.mean([t.logger.get_value(key, step=-1) for t in self._deployed_trainers()], axis=0)
             self.logger.log(key, mean.tolist(), self.current_epoch)
         use_builtin_numbers(self.logger)
 
@@ -559,7 +647,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             latest = {key: trainer.logger.get_value(key, step=-1) for key in ("train_losses", "val_losses")}
             dice = np.round(trainer.logger.get_value("dice_per_class_or_region", step=-1), 4).tolist()
             losses = ", ".join(f"{key[:-2]} {value:.4f}" for key, value in latest.items())
-            self.print_to_log_file(f"{trainer.modality}: {losses}, pseudo Dice {dice}")
+            self.print_to_log_file(f"{trainer.name}: {losses}, pseudo Dice {dice}")
         means = {name: self.logger.get_value(f"unsupervised/{name}", step=-1) for name in self.unsupervised_weights()}
         terms = [
             f"{name} {means[name]:.4f} (weight {weight:.4f})"
@@ -603,7 +691,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         checkpoint = {
             "provenance": self.provenance,
             "trainer_name": type(self).__name__,
-            "modalities": {trainer.modality: trainer.get_state() for trainer in self.trainers},
+            "modalities": {trainer.name: trainer.get_state() for trainer in self.trainers},
             "method": self.get_method_state(),
             "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
             "logging": self.logger.get_checkpoint(),
@@ -626,7 +714,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         self._best_ema = checkpoint["_best_ema"]
         self.logger.load_checkpoint(checkpoint["logging"])
         for trainer in self.trainers:
-            trainer.set_state(checkpoint["modalities"][trainer.modality], self.current_epoch)
+            trainer.set_state(checkpoint["modalities"][trainer.name], self.current_epoch)
         self.set_method_state(checkpoint["method"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
@@ -642,13 +730,11 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         After --val_best each modality has the weights of its own best epoch; the joint checkpoint_best is of the epoch
         with the best mean over the modalities.
         """
-        for trainer in self.trainers:
+        for trainer in self._deployed_trainers():
             best = join(trainer.output_folder, "checkpoint_best.pth")
             if self._validate_best and isfile(best):
                 trainer.load_network_weights(best)
-            trainer.print_to_console = True
             trainer.perform_actual_validation(save_probabilities)
-            trainer.print_to_console = False
 
 
 class _NoSingleNetwork:

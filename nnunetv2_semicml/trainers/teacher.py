@@ -9,7 +9,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Teacher:
-    """An averaged copy of a network.
+    """An averaged copy of a network, or of a module that contains one.
 
     It predicts at full resolution only, in evaluation mode; dropout, where it exists, stays on, since the teacher's
     passes are meant to differ (Monte-Carlo dropout).
@@ -20,13 +20,14 @@ class Teacher:
 
     Attributes:
         network: the averaged weights.
-        predict: logits (B, heads, *patch) of images (B, C, *patch).
+        predict: what the network makes, e.g. logits (B, heads, *patch), of images (B, C, *patch).
     """
 
     def __init__(self, network: nn.Module, compiled: bool = False):
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
-        self.network.decoder.deep_supervision = False
         for module in self.network.modules():
+            if hasattr(module, "deep_supervision"):
+                module.deep_supervision = False
             if isinstance(module, _DropoutNd):
                 module.train()
         self.predict = torch.compile(self.network) if compiled else self.network

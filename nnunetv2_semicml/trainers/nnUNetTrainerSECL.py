@@ -1,0 +1,187 @@
+"""The base of self-ensembling contrastive learning (SECL): contrast of encoder features of unlabeled images.
+
+Source: Xiang et al., Self-ensembling contrastive learning for semi-supervised medical image segmentation, arXiv
+2105.12924, 2021. What the abstract leaves open was chosen here; benchmarks/secl says on what grounds.
+"""
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
+
+from nnunetv2_semicml.losses.contrastive import ContrastiveLoss, pool_features
+from nnunetv2_semicml.trainers.nnUNetTrainerSelfEnsembling import nnUNetTrainerSelfEnsembling
+from nnunetv2_semicml.trainers.teacher import Teacher, add_noise
+
+
+class ProjectedEncoder(nn.Module):
+    """Features of a U-Net's encoder, projected for the contrast.
+
+    Args:
+        network: nnU-Net's PlainConvUNet, ResidualEncoderUNet or any other with such an encoder; it is shared.
+        stage: of the encoder, 0 at full resolution; its last one if it has fewer.
+        dimension: of the projection.
+    """
+
+    def __init__(self, network: nn.Module, stage: int, dimension: int):
+        super().__init__()
+        self.network = network
+        convolution = network.encoder.conv_op
+        self.stage = min(stage, len(network.encoder.stages) - 1)
+        channels = network.encoder.output_channels[self.stage]
+        self.head = nn.Sequential(
+            convolution(channels, channels, 1), nn.LeakyReLU(), convolution(channels, dimension, 1)
+        )
+
+    def forward(self, images: Tensor, with_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Project the features of images.
+
+        Args:
+            images: (B, C, *patch).
+            with_logits: whether to go on to the network's output, as a teacher does.
+
+        Returns:
+            (B, dimension, *spatial of the stage), and the logits (B, heads, *patch) if asked for.
+        """
+        encoder = self.network.encoder
+        if with_logits:
+            skips = encoder(images)
+            return self.head(skips[self.stage]), self.network.decoder(skips)
+        stem = getattr(encoder, "stem", None)
+        features = images if stem is None else stem(images)
+        for stage in encoder.stages[: self.stage + 1]:
+            features = stage(features)
+        return self.head(features)
+
+
+class nnUNetTrainerSECL(nnUNetTrainerSelfEnsembling):
+    """Features of the student encoder are contrasted with those of its teacher, part by part of the images.
+
+    A part's features are averaged over the part (`pool_features`), in the student for the anchors and in the teacher,
+    which sees a noisy image, for the keys. The same part is positive, other parts, in all images, are negative. A
+    subclass says which parts there are. The student is deployed, without its projection head, which lives in the
+    training state alone.
+
+    Attributes:
+        own_image: whether the teacher's key of the same part of the same image is positive, too.
+        students: of every network, by name, with the projection head.
+    """
+
+    own_image = True
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.contrast_weight = 0.1
+        self.contrast_temperature = 0.1
+        self.feature_stage = 2  # of the encoder: a quarter of the resolution, so that small structures have features
+        self.projection_dimension = 64
+        self.min_part = 1.0  # weight, in positions of the feature map, below which a part is neither anchor nor key
+        self.students: dict[str, ProjectedEncoder] = {}
+        self._projected: dict[str, nn.Module] = {}
+
+    def initialize(self) -> None:
+        """Build the networks, their projection heads and teachers."""
+        super().initialize()
+        for name, student in self.students.items():
+            self._projected[name] = torch.compile(student) if self._do_i_compile() else student
+
+    def student(self, trainer: nnUNetTrainer) -> ProjectedEncoder:
+        """The network with its projection head, which the network's optimizer updates as well."""
+        if trainer.name not in self.students:
+            network = trainer.unwrapped_network()
+            student = ProjectedEncoder(network, self.feature_stage, self.projection_dimension).to(self.device)
+            if self.is_ddp:
+                for parameter in student.head.parameters():
+                    dist.broadcast(parameter.data, 0)
+            trainer.optimizer.add_param_group({"params": student.head.parameters()})
+            self.students[trainer.name] = student
+        return self.students[trainer.name]
+
+    # the method
+
+    def features_and_parts(self, teacher: Teacher, image: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the keys are made of.
+
+        Args:
+            teacher: predicts projected features.
+            image: of some of the unlabeled cases, (B, 1, *patch), with noise.
+            positions: of these cases, (B, axes, *patch), if the method needs them.
+
+        Returns:
+            Features (B, D, *size), and how much of each of their positions belongs to each of R parts, (B, R, *size),
+            in [0, 1].
+        """
+        raise NotImplementedError
+
+    def unsupervised_targets(self, images: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of every network the keys (B, R, D) of its teacher, and the parts (B, R, *size)."""
+        targets = {}
+        for name, teacher in self.teachers.items():
+            noisy = add_noise(images[name], self.noise_std, self.noise_bounds).split(self.cases_per_pass)
+            positions = images["positions"].split(self.cases_per_pass) if self.needs_positions else [None] * len(noisy)
+            keys, parts = [], []
+            with torch.inference_mode():
+                for cases, where in zip(noisy, positions, strict=True):
+                    with self._autocast():
+                        features, of_cases = self.features_and_parts(teacher, cases, where)
+                    keys.append(pool_features(features, of_cases)[0])
+                    parts.append(of_cases)
+            # joined outside of inference mode, so that the loss can save them for its gradient
+            targets[name] = torch.cat(keys), torch.cat(parts)
+        return targets
+
+    def unlabeled_output(self, trainer: nnUNetTrainer, images: Tensor) -> Tensor:
+        """Projected features (B, D, *size)."""
+        return self._projected[trainer.name](images)
+
+    def unsupervised_terms(
+        self, outputs: dict[str, Tensor], targets: dict[str, tuple[Tensor, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The contrast of anchors and keys, summed over the networks, which learn independently of each other."""
+        loss, terms = ContrastiveLoss(self.contrast_temperature), []
+        for name, features in outputs.items():
+            keys, parts = targets[name]
+            anchors, weight = pool_features(features, parts)
+            present = (weight >= self.min_part).flatten()
+            image, part = torch.meshgrid(*(torch.arange(n, device=keys.device) for n in weight.shape), indexing="ij")
+            same_image, same_part = (_pairs(i) for i in (image, part))
+            both = present[:, None] & present[None, :]
+            positive = both & same_part if self.own_image else both & same_part & ~same_image
+            terms.append(loss(anchors.flatten(0, 1), keys.flatten(0, 1), positive, both & ~same_part))
+        return {"contrast": torch.stack(terms).sum()}
+
+    def unsupervised_weights(self) -> dict[str, float]:
+        """The ramped weight."""
+        return {"contrast": self.ramp() * self.contrast_weight}
+
+    # checkpoints
+
+    def get_method_state(self) -> dict:
+        """The projection heads, and what self-ensembling adds."""
+        heads = {name: student.head.state_dict() for name, student in self.students.items()}
+        return {**super().get_method_state(), "projection_heads": heads}
+
+    def set_method_state(self, state: dict) -> None:
+        """Restore what `get_method_state` returned."""
+        super().set_method_state(state)
+        for name, weights in state["projection_heads"].items():
+            self.students[name].head.load_state_dict(weights)
+
+
+def shrink(voxels: Tensor, size: torch.Size) -> Tensor:
+    """Mean of the voxels (B, C, *patch) behind every position of a feature map, (B, C, *size)."""
+    return (adaptive_avg_pool3d if len(size) == 3 else adaptive_avg_pool2d)(voxels, size)
+
+
+def _pairs(index: Tensor) -> Tensor:
+    """Which of all indices are equal, pair by pair."""
+    flat = index.flatten()
+    return flat[:, None] == flat[None, :]
