@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -25,10 +26,20 @@ torch.set_num_threads(1)  # the networks here are so small that threads would on
 LABELS, REGIONS = "Dataset500_Labels", "Dataset510_Regions"
 
 
+def once(root, name, make):
+    """Let one of the processes of pytest-xdist make what the session shares."""
+    with FileLock(root / f"{name}.lock"):
+        if not (done := root / f"{name}.done").is_file():
+            make()
+            done.touch()
+
+
 @pytest.fixture(scope="session")
 def nnunet_folders(tmp_path_factory):
     """nnU-Net's three folders, and no more processes than this small data deserves."""
-    root = tmp_path_factory.mktemp("nnunet")
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "nnunet"
+    root.mkdir(exist_ok=True)
     values = {name: str(root / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     values |= {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f"}
     values["OMP_WAIT_POLICY"] = "PASSIVE"  # in subprocesses; spinning threads are 30 times slower on a busy machine
@@ -36,7 +47,7 @@ def nnunet_folders(tmp_path_factory):
         for name, value in values.items():
             patch.setenv(name, value)
             if name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-                Path(value).mkdir()
+                Path(value).mkdir(exist_ok=True)
         patch.delenv("nnUNet_extTrainer", raising=False)
         yield root
 
@@ -44,42 +55,49 @@ def nnunet_folders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def labels_group(nnunet_folders):
     """Two modalities, background and two classes, 2d and 3d_fullres."""
-    write_phantom_dataset(
-        nnunet_folders / "nnUNet_raw",
-        500,
-        "Labels",
-        num_labeled=5,
-        num_unlabeled=4,
-        num_test=2,
-        shape=(24, 24, 24),
-        num_classes=2,
-    )
-    group = plan_and_preprocess(500, ["2d", "3d_fullres"], num_processes=[1], num_processes_fingerprint=1)
-    shrink_networks(group)
-    return group
+
+    def make():
+        write_phantom_dataset(
+            nnunet_folders / "nnUNet_raw",
+            500,
+            "Labels",
+            num_labeled=5,
+            num_unlabeled=4,
+            num_test=2,
+            shape=(24, 24, 24),
+            num_classes=2,
+        )
+        group = plan_and_preprocess(500, ["2d", "3d_fullres"], num_processes=[1], num_processes_fingerprint=1)
+        shrink_networks(group)
+
+    once(nnunet_folders, LABELS, make)
+    return ModalityGroup.load(LABELS)
 
 
 @pytest.fixture(scope="session")
 def regions_group(nnunet_folders):
     """Three modalities and region-based labels, 3d_fullres; planned by the command line."""
-    write_phantom_dataset(
-        nnunet_folders / "nnUNet_raw",
-        510,
-        "Regions",
-        num_labeled=5,
-        num_unlabeled=3,
-        num_test=1,
-        shape=(24, 24, 24),
-        modalities=("FLAIR", "T1", "T2"),
-        num_classes=2,
-        regions=True,
-    )
-    program = Path(sys.executable).with_name("nnUNetv2_semicml_plan_and_preprocess")
-    options = ["-c", "3d_fullres", "-np", "1", "-npfp", "1", "--modality_ids", "521", "522", "523"]
-    subprocess.run([program, "-d", "510", *options], check=True)
-    group = ModalityGroup.load(REGIONS)
-    shrink_networks(group)
-    return group
+
+    def make():
+        write_phantom_dataset(
+            nnunet_folders / "nnUNet_raw",
+            510,
+            "Regions",
+            num_labeled=5,
+            num_unlabeled=3,
+            num_test=1,
+            shape=(24, 24, 24),
+            modalities=("FLAIR", "T1", "T2"),
+            num_classes=2,
+            regions=True,
+        )
+        program = Path(sys.executable).with_name("nnUNetv2_semicml_plan_and_preprocess")
+        options = ["-c", "3d_fullres", "-np", "1", "-npfp", "1", "--modality_ids", "521", "522", "523"]
+        subprocess.run([program, "-d", "510", *options], check=True)
+        shrink_networks(ModalityGroup.load(REGIONS))
+
+    once(nnunet_folders, REGIONS, make)
+    return ModalityGroup.load(REGIONS)
 
 
 def shrink_networks(group: ModalityGroup) -> None:

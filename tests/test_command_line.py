@@ -19,6 +19,7 @@ from nnunetv2_semicml.ext_trainers import main as print_trainers_folder
 
 TRAINER = "nnUNetTrainerSemiCML_test"
 SECOND = "nnUNetTrainerSemiCMLPReL_test"
+SINGLE = "nnUNetTrainerSECLAnatomical_test"
 MODEL = f"{TRAINER}__nnUNetPlans__2d"
 FLAIR, T1 = "Dataset501_Labels_FLAIR", "Dataset502_Labels_T1"
 BIN = Path(sys.executable).parent
@@ -37,8 +38,8 @@ def run(program, *arguments, python=sys.executable, ok=True, **environment):
     return done
 
 
-def train(*arguments, ok=True, trainer=TRAINER, **environment):
-    return run("nnUNetv2_train", 500, "2d", *arguments, "-tr", trainer, "-device", "cpu", ok=ok, **environment)
+def train(*arguments, ok=True, dataset=500, trainer=TRAINER, **environment):
+    return run("nnUNetv2_train", dataset, "2d", *arguments, "-tr", trainer, "-device", "cpu", ok=ok, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,30 @@ def test_second_stage_goes_on_from_the_first_and_is_deployed_by_stock_nnunet(two
         assert (model / "fold_0" / "progress.png").is_file()
     scans = single_modality_scans(tmp_path / "t1", 1)
     run("nnUNetv2_predict", "-d", T1, "-c", "2d", "-f", 0, "-tr", SECOND, "-i", scans, "-o", tmp_path / "out",
+        "-device", "cpu", "-npp", 0, "-nps", 0, python=stock_python, nnUNet_extTrainer="/nowhere")  # fmt: skip
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == len(list(scans.iterdir()))
+
+
+def test_single_modality_method_trains_a_modality_dataset(environment, stock_python, tmp_path):
+    """Resumed from the training state, which lies inside of the model folder; deployed without it."""
+    single = {"dataset": 502, "trainer": SINGLE, "nnUNet_results": str(tmp_path / "results")}
+    train(0, **single)
+    model = tmp_path / "results" / T1 / f"{SINGLE}__nnUNetPlans__2d"
+    state = model / "fold_0" / "training_state"
+    (state / "checkpoint_final.pth").unlink()  # as if interrupted after the best epoch
+    epochs = torch.load(state / "checkpoint_best.pth", weights_only=True)["current_epoch"]
+    (model / "fold_0" / "checkpoint_final.pth").unlink()
+    done = train(0, "--c", **single)
+    assert done.stdout.count("Epoch time") == 2 - epochs
+    train(0, "--val", "--val_best", **single)
+    assert (model / "fold_0" / "validation" / "summary.json").is_file()
+    heads = torch.load(state / "checkpoint_final.pth", weights_only=True)["method"]["projection_heads"]
+    deployed = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=True)["network_weights"]
+    assert list(heads) == ["T1"]
+    assert not any("head" in name for name in deployed)
+    shutil.rmtree(state)
+    scans = single_modality_scans(tmp_path / "t1", 1)
+    run("nnUNetv2_predict_from_modelfolder", "-m", model, "-i", scans, "-o", tmp_path / "out", "-f", 0,
         "-device", "cpu", "-npp", 0, "-nps", 0, python=stock_python, nnUNet_extTrainer="/nowhere")  # fmt: skip
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == len(list(scans.iterdir()))
 

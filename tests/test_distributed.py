@@ -29,7 +29,9 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
+from nnunetv2_semicml.losses.consistency import masked_consistency
 from nnunetv2_semicml.losses.soft_pseudo_label import confidence, soft_cross_entropy, soft_dice_loss
+from nnunetv2_semicml.trainers.nnUNetTrainerSECLAnatomical import nnUNetTrainerSECLAnatomical
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
 
@@ -50,6 +52,10 @@ class nnUNetTrainerOnCPU(OnCPU, nnUNetTrainer):
 
 
 class nnUNetTrainerSemiCMLOnCPU(OnCPU, KilledMixin, nnUNetTrainerSemiCML):
+    network_trainer = nnUNetTrainerOnCPU
+
+
+class nnUNetTrainerSECLAnatomicalOnCPU(OnCPU, nnUNetTrainerSECLAnatomical):
     network_trainer = nnUNetTrainerOnCPU
 
 
@@ -79,6 +85,7 @@ def example_losses(slices, distributed):
         "ce": soft_cross_entropy(logits[0], target, False, distributed=distributed),
         "ce weighted": soft_cross_entropy(logits[0], target, False, confidence(target, False), distributed),
         "dice": soft_dice_loss(predictions[0], target, False, distributed=distributed),
+        "masked mse": masked_consistency(predictions[0], target, target > 0.3, distributed),
         "batch dice": soft_dice_loss(predictions[0], target, True, confidence(target, False), distributed=distributed),
     }
     unused = [torch.zeros_like(z) for z in logits]
@@ -155,6 +162,9 @@ def process(rank, folder, port):
         "method": stage.get_method_state(),
     }
     stage.perform_actual_validation()
+    secl = make_trainer("Dataset501_Labels_FLAIR", "2d", nnUNetTrainerSECLAnatomicalOnCPU, rampup_fraction=0.0)
+    secl.run_training()  # seeds differ by rank, so that the projection heads do at first
+    found["SECL trained"] = {"weights": weights_without_wrapper(secl), "method": secl.get_method_state()}
     torch.save(found, folder / f"found_{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -237,9 +247,9 @@ def test_second_stage_has_the_gradients_of_one_process(ranks, batches, results, 
         assert_close_gradients(expected, of_rank["second stage"][two_pass], tolerance=2e-4)
 
 
-@pytest.mark.parametrize("what", ["trained", "second stage trained", "resumed"])
+@pytest.mark.parametrize("what", ["trained", "second stage trained", "resumed", "SECL trained"])
 def test_all_ranks_end_with_the_same(ranks, what):
-    """Networks, teachers, pools, ramp, log and the choice of the better modality."""
+    """Networks, teachers, projection heads, pools, ramp, log and the choice of the better modality."""
     first, second = (f[what] for f in ranks[1])
     for log in (f.get("log", {}) for f in (first, second) if isinstance(f, dict)):
         for key in ("epoch_start_timestamps", "epoch_end_timestamps"):

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LABELS, REGIONS, draw_batches, load_plans, make_trainer
+from conftest import LABELS, REGIONS, draw_batches, load_plans, make_trainer, shrink_networks
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
 from nnunetv2_semicml.data.modality_group import ModalityGroup
+from nnunetv2_semicml.demo.phantom import write_phantom_dataset
 from nnunetv2_semicml.planning import plan_and_preprocess as planning
 from nnunetv2_semicml.planning.plan_and_preprocess import plan_and_preprocess
+from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 
 
 def preprocessed(name):
@@ -255,12 +257,56 @@ def test_training_without_results_folder_is_refused(labels_group, monkeypatch):
         make_trainer(LABELS, "2d")
 
 
-def test_ids_of_an_interrupted_first_run_are_used_again(labels_group):
+def test_ids_of_an_interrupted_first_run_are_used_again(labels_group, copy_of_labels):
     """Without modalities.json, the raw modality datasets tell that this package made them for this dataset."""
     raw = planning.read_raw_dataset(500)
-    file = preprocessed(LABELS) / "modalities.json"
-    hidden = file.rename(file.with_suffix(".hidden"))
-    try:
-        assert planning._choose_modalities(raw, None, None) == labels_group.modalities
-    finally:
-        hidden.rename(file)
+    (preprocessed(LABELS) / "modalities.json").unlink()
+    assert planning._choose_modalities(raw, None, None) == labels_group.modalities
+
+
+# single modalities
+
+
+def test_every_modality_dataset_is_a_group_of_its_own(labels_group):
+    for modality in labels_group.modalities:
+        alone = ModalityGroup.load(modality.dataset_name)
+        assert alone.is_single
+        assert [(m.name, m.channel, m.dataset_name) for m in alone.modalities] == [
+            (modality.name, 0, modality.dataset_name)
+        ]
+        assert (alone.labeled, alone.unlabeled) == (labels_group.labeled, labels_group.unlabeled)
+        assert alone.preprocessed.keys() == labels_group.preprocessed.keys()
+        plans, _ = load_plans(modality.dataset_name)
+        ((own, _),) = alone.require_ready(plans, "2d")
+        assert own["dataset_name"] == modality.dataset_name
+    assert not labels_group.is_single
+
+
+def test_dataset_with_one_channel_is_planned_where_it_is(nnunet_folders, results, monkeypatch):
+    """And trained by a method that needs one modality."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    raw = write_phantom_dataset(
+        Path(os.environ["nnUNet_raw"]), 530, "Single", 5, 2, 1, shape=(24, 24, 24), modalities=("T1",)
+    )
+    with pytest.raises(RuntimeError, match=r"--modality_ids: found \[531\]; expected none, since Dataset530_S"):
+        plan_and_preprocess(530, ["2d"], modality_ids=[531])
+    group = plan_and_preprocess(530, ["2d"], num_processes=[1], num_processes_fingerprint=1)
+    assert group.is_single
+    assert [m.dataset_name for m in group.modalities] == [raw.name]
+    assert not list(raw.parent.glob("Dataset531*"))
+    folder = preprocessed(raw.name)
+    assert {f.stem for f in (folder / "nnUNetPlans_2d_unlabeled").glob("*.pkl")} == set(group.unlabeled)
+    assert {f.stem for f in (folder / "nnUNetPlans_2d").glob("*.pkl")} == set(group.labeled)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    shrink_networks(group)
+    trainer = make_trainer(raw.name, "2d", nnUNetTrainerMeanTeacher, num_epochs=1)
+    trainer.run_training()
+    assert (results / raw.name / "nnUNetTrainerMeanTeacher__nnUNetPlans__2d/fold_0/checkpoint_final.pth").is_file()
+
+
+def test_one_modality_of_several_can_be_chosen(copy_of_labels):
+    group = plan_and_preprocess(500, ["2d"], modality_names=["T1"], num_processes=[1], num_processes_fingerprint=1)
+    (modality,) = group.modalities
+    assert (modality.name, modality.channel, modality.dataset_name) == ("T1", 1, "Dataset502_Labels_T1")
+    assert ModalityGroup.load("Dataset502_Labels_T1").is_single
+    assert not group.is_single

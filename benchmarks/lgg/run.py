@@ -1,7 +1,8 @@
 """Supervised-only nnU-Net → Semi-CML → PReL on real FLAIR + T1 scans, 10 % labeled, through the command lines.
 
     python benchmarks/lgg/run.py --data FOLDER_OF_Dataset700_LGG --work SCRATCH --seed 0       # and 1, 2
-    python benchmarks/lgg/run.py --data FOLDER_OF_Dataset700_LGG --work SCRATCH --choose       # what defaults rest on
+    python benchmarks/lgg/run.py --data FOLDER_OF_Dataset700_LGG --work SCRATCH --choose PReL  # what defaults rest on
+    python benchmarks/lgg/run.py --data FOLDER_OF_Dataset700_LGG --work SCRATCH --choose SECL  # the same
 
 Dataset700_LGG is a raw nnU-Net dataset of 70 patients (TCGA-LGG; FLAIR, T1 post-contrast; label: FLAIR abnormality).
 Three tenths of the patients, stratified by site and the same for every seed, are for testing; of the others, a tenth
@@ -11,10 +12,11 @@ Dice during training, by which PReL chooses its teacher, is therefore that of tr
 modality are predicted alone, without test-time mirroring. Dice is per patient, in 3D. The seed fixes the labeled
 patients, the initial weights and the data loading.
 
---choose leaves the test patients out altogether: three tenths of the others are for validation, as many as before are
-labeled, and variants of PReL start from one run of Semi-CML.
+--choose leaves the test patients out altogether: three tenths of the others are for validation, and as many as before
+are labeled. Variants of PReL start from one run of Semi-CML; those of SECL differ in one hyper-parameter each.
 
-A run goes on where it was interrupted; two seeds can run at a time.
+A run goes on where it was interrupted. Two can go on at a time: seeds, or with --only different methods of one seed,
+after one of them has prepared the data (--only with no name).
 """
 
 import argparse
@@ -43,10 +45,27 @@ METHODS = {
     "PReL": "nnUNetTrainerSemiCMLPReL_short",
 }
 VARIANTS = {
-    "Semi-CML": "nnUNetTrainerSemiCML_short",
-    "PReL": "nnUNetTrainerSemiCMLPReL_short",  # labeled weight 1, learning rate 0.001
-    "PReL, labeled weight 0": "nnUNetTrainerSemiCMLPReL_short_unlabeled",
-    "PReL, learning rate 0.005": "nnUNetTrainerSemiCMLPReL_short_fast",
+    "PReL": {
+        "Semi-CML": "nnUNetTrainerSemiCML_short",
+        "PReL": "nnUNetTrainerSemiCMLPReL_short",  # labeled weight 1, learning rate 0.001
+        "PReL, labeled weight 0": "nnUNetTrainerSemiCMLPReL_short_unlabeled",
+        "PReL, learning rate 0.005": "nnUNetTrainerSemiCMLPReL_short_fast",
+    },
+    "SECL": {
+        "no contrast": "nnUNetTrainerSECL_none",
+        # weight 0.1, temperature 0.1, stage 2 of the encoder, EMA 0.99
+        "anatomical": "nnUNetTrainerSECLAnatomical_short",
+        "anatomical, weight 1": "nnUNetTrainerSECLAnatomical_heavy",
+        "anatomical, temperature 0.5": "nnUNetTrainerSECLAnatomical_warm",
+        "anatomical, stage 1": "nnUNetTrainerSECLAnatomical_fine",
+        "anatomical, last stage": "nnUNetTrainerSECLAnatomical_deep",
+        "anatomical, EMA 0.9": "nnUNetTrainerSECLAnatomical_quick",
+        # the same, and 4 regions along each axis
+        "region": "nnUNetTrainerSECLRegion_short",
+        "region, weight 1": "nnUNetTrainerSECLRegion_heavy",
+        "region, last stage": "nnUNetTrainerSECLRegion_deep",
+        "region, 2 along each axis": "nnUNetTrainerSECLRegion_coarse",
+    },
 }
 NUM_LABELED = 5  # a tenth of the 49 patients that are not for testing
 SPACING = (5.0, 4.0, 4.0)  # mm; nominal, the original in-plane spacing is 2
@@ -57,7 +76,7 @@ class Run:
 
     def __init__(self, data: Path, work: Path, seed: int, choose: bool):
         self.data, self.seed, self.choose = data.resolve(), seed, choose
-        self.work = work.resolve() / ("choose" if choose else f"seed_{seed}")
+        self.work = work.resolve() / (f"choose_{seed}" if choose else f"seed_{seed}")
         self.log = self.work / "log.txt"
         self.environment = {
             **{name: str(self.work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
@@ -209,7 +228,9 @@ def write_tables(file: Path, title: str, command: str, numbers: str, runs: dict[
     ]
     for modality in MODALITIES:
         for i, second in enumerate(methods):
-            for first in methods[:i]:
+            for first in methods[:1] if len(methods) > 4 else methods[:i]:
+                if first == second:
+                    continue
                 difference = of_patient[modality, second] - of_patient[modality, first]
                 interval, p = "none", "none"
                 if difference.any():  # not so where PReL gave every network back
@@ -230,27 +251,28 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder Dataset700_LGG")
     parser.add_argument("--work", type=Path, required=True, help="scratch folder")
     parser.add_argument("--seed", type=int, default=0, help="of labeled patients, initial weights and data loading")
-    parser.add_argument("--choose", action="store_true", help="compare variants of PReL without the test patients")
-    parser.add_argument("--methods", type=int, help="stop after so many of the methods, without tables")
+    parser.add_argument("--choose", choices=VARIANTS, help="compare variants without the test patients")
+    parser.add_argument("--only", nargs="*", help="prepare, and run these of the methods, without tables")
     args = parser.parse_args()
-    run = Run(args.data, args.work, args.seed, args.choose)
+    run = Run(args.data, args.work, args.seed, bool(args.choose))
     run.prepare()
     dice = {}
-    for method, trainer in list((VARIANTS if args.choose else METHODS).items())[: args.methods]:
-        dice |= run.evaluate(method, trainer)
-    if args.methods:
+    for method, trainer in (VARIANTS[args.choose] if args.choose else METHODS).items():
+        if args.only is None or method in args.only:
+            dice |= run.evaluate(method, trainer)
+    if args.only is not None:
         return
     command = "python benchmarks/lgg/run.py --data Dataset700_LGG --work SCRATCH"
-    if args.choose:
-        write_csv(HERE / "dice_choose.csv", dice)
-        title = "Variants of PReL on validation patients"
-        write_tables(HERE / "choose.md", title, f"{command} --choose", run.numbers(), {f"seed {args.seed}": dice})
-        return
-    write_csv(HERE / f"dice_seed_{args.seed}.csv", dice)
-    files = sorted(HERE.glob("dice_seed_*.csv"))
-    runs = {file.stem.removeprefix("dice_").replace("_", " "): read_csv(file) for file in files}
     title = "Supervised-only nnU-Net, Semi-CML and PReL on LGG FLAIR + T1"
-    write_tables(HERE / "results.md", title, f"{command} --seed N", run.numbers(), runs)
+    table, dices = "results", "dice"
+    if args.choose:
+        command += f" --choose {args.choose}"
+        title = f"Variants of {args.choose} on validation patients"
+        table, dices = f"choose_{args.choose.lower()}", f"dice_choose_{args.choose.lower()}"
+    write_csv(HERE / f"{dices}_seed_{args.seed}.csv", dice)
+    files = sorted(HERE.glob(f"{dices}_seed_*.csv"))
+    runs = {file.stem.removeprefix(f"{dices}_").replace("_", " "): read_csv(file) for file in files}
+    write_tables(HERE / f"{table}.md", title, f"{command} --seed N", run.numbers(), runs)
 
 
 if __name__ == "__main__":

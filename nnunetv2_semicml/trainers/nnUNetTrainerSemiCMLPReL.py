@@ -61,7 +61,7 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.network_trainer = self.first_stage.network_trainer
         # A finished network is refined: a tenth of nnU-Net's rate, with nnU-Net's decay. On validation patients 0.005
-        # was neither better nor worse (benchmarks/lgg/choose.md); the smaller one moves the better network less.
+        # was neither better nor worse (benchmarks/lgg/choose_prel.md); the smaller one moves the better network less.
         self.initial_lr = 1e-3
         # Published: 0. On validation patients the weaker modality gained 0.05 Dice with 1 and nothing with 0 (ibid.).
         self.supervised_weight = 1.0

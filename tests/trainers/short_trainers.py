@@ -1,7 +1,8 @@
-"""Found through nnUNet_extTrainer by the command-line tests: both stages with epochs that take a second."""
+"""Found through nnUNet_extTrainer by the command-line tests: trainers whose epochs take a second."""
 
 import torch
 
+from nnunetv2_semicml.trainers.nnUNetTrainerSECLAnatomical import nnUNetTrainerSECLAnatomical
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
 
@@ -32,6 +33,12 @@ class nnUNetTrainerSemiCML_test(ShortMixin, nnUNetTrainerSemiCML):
 class nnUNetTrainerSemiCMLPReL_test(ShortMixin, nnUNetTrainerSemiCMLPReL):
     first_stage = nnUNetTrainerSemiCML_test
 
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.shorten()
+
+
+class nnUNetTrainerSECLAnatomical_test(ShortMixin, nnUNetTrainerSECLAnatomical):
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.shorten()

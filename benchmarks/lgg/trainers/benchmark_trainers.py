@@ -4,11 +4,14 @@ Supervised-only nnU-Net takes as many steps as both stages together.
 """
 
 import os
+from typing import ClassVar
 
 import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_semicml.trainers.nnUNetTrainerSECLAnatomical import nnUNetTrainerSECLAnatomical
+from nnunetv2_semicml.trainers.nnUNetTrainerSECLRegion import nnUNetTrainerSECLRegion
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
 
@@ -97,3 +100,95 @@ class nnUNetTrainerSemiCMLPReL_short_fast(nnUNetTrainerSemiCMLPReL_short):
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.initial_lr = 5e-3
+
+
+class nnUNetTrainerSECLAnatomical_short(nnUNetTrainerSECLAnatomical):
+    """SECL with its default hyper-parameters but for `changes`, 600 steps."""
+
+    changes: ClassVar = {}
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        _shorten(self, epochs=12, steps_per_epoch=50)
+        for name, value in self.changes.items():
+            setattr(self, name, value)
+
+
+class nnUNetTrainerSECL_none(nnUNetTrainerSECLAnatomical_short):
+    """Step for step stock nnU-Net on the labeled cases, by a weight of 0."""
+
+    changes: ClassVar = {"contrast_weight": 0.0}
+
+
+class nnUNetTrainerSECLAnatomical_heavy(nnUNetTrainerSECLAnatomical_short):
+    """One change."""
+
+    changes: ClassVar = {"contrast_weight": 1.0}
+
+
+class nnUNetTrainerSECLAnatomical_warm(nnUNetTrainerSECLAnatomical_short):
+    """One change."""
+
+    changes: ClassVar = {"contrast_temperature": 0.5}
+
+
+class nnUNetTrainerSECLAnatomical_fine(nnUNetTrainerSECLAnatomical_short):
+    """One change."""
+
+    changes: ClassVar = {"feature_stage": 1}
+
+
+class nnUNetTrainerSECLAnatomical_deep(nnUNetTrainerSECLAnatomical_short):
+    """One change."""
+
+    changes: ClassVar = {"feature_stage": 99}
+
+
+class nnUNetTrainerSECLAnatomical_quick(nnUNetTrainerSECLAnatomical_short):
+    """One change."""
+
+    changes: ClassVar = {"ema_decay": 0.9}
+
+
+class nnUNetTrainerSECLRegion_short(nnUNetTrainerSECLRegion):
+    """SECL with its default hyper-parameters but for `changes`, 600 steps."""
+
+    changes: ClassVar = {}
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        _shorten(self, epochs=12, steps_per_epoch=50)
+        for name, value in self.changes.items():
+            setattr(self, name, value)
+
+
+class nnUNetTrainerSECLRegion_heavy(nnUNetTrainerSECLRegion_short):
+    """One change."""
+
+    changes: ClassVar = {"contrast_weight": 1.0}
+
+
+class nnUNetTrainerSECLRegion_deep(nnUNetTrainerSECLRegion_short):
+    """One change."""
+
+    changes: ClassVar = {"feature_stage": 99}
+
+
+class nnUNetTrainerSECLRegion_coarse(nnUNetTrainerSECLRegion_short):
+    """One change."""
+
+    changes: ClassVar = {"regions_per_axis": 2}
