@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -285,6 +286,33 @@ def test_method_for_one_modality_trains_all_of_a_group(method):
         folder = Path(trainer.trainers[0].output_folder).parents[2] / dataset
         assert (folder / f"{method.__name__}__nnUNetPlans__2d" / "fold_0" / "checkpoint_final.pth").is_file()
     assert Path(trainer.output_folder).parts[-3] == LABELS
+
+
+# proof 6
+
+
+@each_method
+def test_labels_of_unlabeled_cases_change_nothing(method, dataset, configuration, groups):
+    """With files of their names in labelsTr, and in the folder of preprocessed labels, or without."""
+    cases = groups[LABELS].unlabeled
+    folders = [
+        Path(os.environ["nnUNet_raw"]) / LABELS / "labelsTr",
+        *(Path(os.environ["nnUNet_preprocessed"]) / d / "gt_segmentations" for d in (FLAIR, "Dataset502_Labels_T1")),
+    ]
+    files, outputs = [folder / f"{case}.nii.gz" for folder in folders for case in cases], []
+    assert not any(f.exists() for f in files)
+    for present in (False, True):
+        try:
+            for file in files:
+                if present:
+                    file.write_bytes(b"a label")
+            trainer = initialized(dataset, configuration, method, rampup_fraction=0.0)
+            (batch,) = draw_batches(trainer, 1)
+            outputs.append((trainer.train_step(batch), weights(trainer)))
+        finally:
+            for file in files:
+                file.unlink(missing_ok=True)
+    assert_identical(*outputs)
 
 
 # proof 8

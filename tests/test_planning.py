@@ -3,16 +3,21 @@ import os
 import shutil
 from pathlib import Path
 
+import blosc2
+import numpy as np
 import pytest
 import torch
 from conftest import LABELS, REGIONS, draw_batches, load_plans, make_trainer, shrink_networks
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semicml.data.modality_group import ModalityGroup
 from nnunetv2_semicml.demo.phantom import write_phantom_dataset
 from nnunetv2_semicml.planning import plan_and_preprocess as planning
 from nnunetv2_semicml.planning.plan_and_preprocess import plan_and_preprocess
 from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
+
+FLAIR, T1 = "Dataset501_Labels_FLAIR", "Dataset502_Labels_T1"
 
 
 def preprocessed(name):
@@ -310,3 +315,50 @@ def test_one_modality_of_several_can_be_chosen(copy_of_labels):
     assert (modality.name, modality.channel, modality.dataset_name) == ("T1", 1, "Dataset502_Labels_T1")
     assert ModalityGroup.load("Dataset502_Labels_T1").is_single
     assert not group.is_single
+
+
+# plans of another dataset
+
+
+def test_more_labels_are_planned_like_few(copy_of_labels):
+    """Geometry and normalization are the other dataset's, voxel for voxel; nothing is unlabeled."""
+    raw = copy_of_labels / "nnUNet_raw"
+    shutil.copytree(raw / LABELS, raw / "Dataset540_Full", ignore=shutil.ignore_patterns("imagesUn"))
+    with pytest.raises(RuntimeError, match="imagesUn: found no image"):
+        plan_and_preprocess(540, ["2d"])
+    group = plan_and_preprocess(540, ["2d"], plans_of=500, num_processes=[1], num_processes_fingerprint=1)
+    assert group.unlabeled == []
+    pairs = [("Dataset540_Full", LABELS), ("Dataset541_Full_FLAIR", FLAIR), ("Dataset542_Full_T1", T1)]
+    for full, few in pairs:
+        assert {**load_plans(full)[0], "dataset_name": few} == load_plans(few)[0]
+    case = group.labeled[0]
+    for full, few in pairs[1:]:
+        arrays = [blosc2.open(str(preprocessed(d) / "nnUNetPlans_2d" / f"{case}.b2nd"))[:] for d in (full, few)]
+        assert np.array_equal(*arrays)
+        assert (preprocessed(full) / "dataset_fingerprint.json").is_file()
+    plans, dataset_json = load_plans("Dataset541_Full_FLAIR")
+    stock = nnUNetTrainer(plans, "2d", 0, dataset_json, torch.device("cpu"))
+    assert len(stock.do_split()[0]) == 4
+    with pytest.raises(RuntimeError, match=r"found no unlabeled case; expected some\. Train stock nnU-Net"):
+        make_trainer("Dataset541_Full_FLAIR", "2d", nnUNetTrainerMeanTeacher)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"plans_of": 999}, r"--plans_of: found no dataset with the id 999"),
+        (
+            {"plans_of": 500, "modality_names": ["T1"]},
+            r"found Dataset500_Labels with the modalities FLAIR, T1",
+        ),
+        (
+            {"plans_of": 500, "overwrite_plans_name": "other"},
+            r"Labels/other.json: found no such file",
+        ),
+    ],
+)
+def test_plans_of_another_kind_of_dataset_are_refused(copy_of_labels, options, sentence):
+    before = sorted(copy_of_labels.rglob("*"))
+    with pytest.raises(RuntimeError, match=sentence):
+        plan_and_preprocess(500, ["2d"], **options)
+    assert sorted(copy_of_labels.rglob("*")) == before

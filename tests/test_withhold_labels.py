@@ -305,7 +305,7 @@ REFUSALS = {
             "Give a fraction",
         )
         for option in ("labeled_fraction", "test_fraction")
-        for value in (0.0, 1.0, -0.1, float("nan"))
+        for value in (0.0, 1.1 if option == "labeled_fraction" else 1.0, -0.1, float("nan"))
     },
     "nobody labeled": (
         nothing,
@@ -485,3 +485,15 @@ def test_module_runs_without_warnings():
         check=True,
         capture_output=True,
     )
+
+
+def test_nothing_withheld_makes_the_fully_labeled_dataset_with_the_same_test_set(raw: Path):
+    """The upper bound of a comparison: what is unlabeled elsewhere has its label."""
+    few = record_of(withhold_labels(500, 501, num_labeled=3, test_fraction=0.25))
+    folder = withhold_labels(500, 502, labeled_fraction=1, test_fraction=0.25)
+    everything = record_of(folder)
+    assert everything["test"] == few["test"]
+    assert everything["labeled"] == sorted(few["labeled"] + few["unlabeled"])
+    assert everything["unlabeled"] == []
+    assert not (folder / "imagesUn").exists()
+    assert len(list((folder / "labelsTr").iterdir())) == len(everything["labeled"])

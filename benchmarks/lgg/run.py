@@ -13,7 +13,8 @@ modality are predicted alone, without test-time mirroring. Dice is per patient, 
 patients, the initial weights and the data loading.
 
 --choose leaves the test patients out altogether: three tenths of the others are for validation, and as many as before
-are labeled. Variants of PReL start from one run of Semi-CML; those of SECL differ in one hyper-parameter each.
+are labeled. Variants of PReL start from one run of Semi-CML; those of SECL differ in one hyper-parameter each and
+take 300 steps.
 
 A run goes on where it was interrupted. Two can go on at a time: seeds, or with --only different methods of one seed,
 after one of them has prepared the data (--only with no name).
@@ -57,14 +58,11 @@ VARIANTS = {
         "anatomical": "nnUNetTrainerSECLAnatomical_short",
         "anatomical, weight 1": "nnUNetTrainerSECLAnatomical_heavy",
         "anatomical, temperature 0.5": "nnUNetTrainerSECLAnatomical_warm",
-        "anatomical, stage 1": "nnUNetTrainerSECLAnatomical_fine",
         "anatomical, last stage": "nnUNetTrainerSECLAnatomical_deep",
-        "anatomical, EMA 0.9": "nnUNetTrainerSECLAnatomical_quick",
         # the same, and 4 regions along each axis
         "region": "nnUNetTrainerSECLRegion_short",
         "region, weight 1": "nnUNetTrainerSECLRegion_heavy",
         "region, last stage": "nnUNetTrainerSECLRegion_deep",
-        "region, 2 along each axis": "nnUNetTrainerSECLRegion_coarse",
     },
 }
 NUM_LABELED = 5  # a tenth of the 49 patients that are not for testing

@@ -93,7 +93,7 @@ class ModalityGroup:
             UserError: if modalities.json is missing or damaged.
         """
         file = preprocessed_folder(dataset_name) / MODALITIES_FILE
-        content = _read_json(file, "the modality group of a preprocessed dataset")
+        content = read_json(file, "the modality group of a preprocessed dataset")
         try:
             return cls(**{**content, "modalities": [Modality(**m) for m in content["modalities"]]})
         except (KeyError, TypeError) as error:
@@ -113,8 +113,8 @@ class ModalityGroup:
         """
         return [
             (
-                _read_json(folder / f"{plans_name}.json", f"the plans of modality {modality.name}"),
-                _read_json(folder / "dataset.json", f"the dataset.json of modality {modality.name}"),
+                read_json(folder / f"{plans_name}.json", f"the plans of modality {modality.name}"),
+                read_json(folder / "dataset.json", f"the dataset.json of modality {modality.name}"),
             )
             for modality in self.modalities
             for folder in [preprocessed_folder(modality.dataset_name)]
@@ -178,6 +178,10 @@ class ModalityGroup:
                 "the settings that the preprocessed files were made with",
                 _PREPROCESS,
             )
+        if not self.unlabeled:
+            raise UserError(
+                self.file, "no unlabeled case", "some", "Train stock nnU-Net on the modality datasets of this dataset."
+            )
         for modality in self.modalities:
             folder = preprocessed_folder(modality.dataset_name)
             _require_cases(folder / identifier, self.labeled)
@@ -228,7 +232,16 @@ def _require_cases(folder: Path, cases: Sequence[str]) -> None:
         )
 
 
-def _read_json(file: Path, what: str) -> dict:
+def read_json(file: Path, what: str) -> dict:
+    """Read a file of nnUNet_preprocessed.
+
+    Args:
+        file: the file.
+        what: what it holds, for the error.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
     if not file.is_file():
         raise UserError(file, "no such file", what, _PREPROCESS)
     try:

@@ -37,6 +37,7 @@ from nnunetv2_semicml.data.modality_group import (
     ModalityGroup,
     environment_folder,
     preprocessed_folder,
+    read_json,
     unlabeled_identifier,
 )
 from nnunetv2_semicml.errors import UserError, reports_user_errors
@@ -57,6 +58,7 @@ def plan_and_preprocess(
     overwrite_plans_name: str | None = None,
     modality_names: Sequence[str] | None = None,
     modality_ids: Sequence[int] | None = None,
+    plans_of: int | None = None,
     num_processes: Sequence[int] | None = None,
     num_processes_fingerprint: int = 8,
     clean: bool = False,
@@ -78,6 +80,9 @@ def plan_and_preprocess(
         overwrite_plans_name: None is the planner's default.
         modality_names: names in dataset.json's channel_names; None is all channels.
         modality_ids: ids of the modality datasets; None is the next free ids. A dataset with one channel needs none.
+        plans_of: another dataset that this function has planned. Its plans are taken as they are, normalization
+            included, so that networks can be compared that differ in nothing but their training cases; unlabeled cases
+            are then optional. `overwrite_plans_name` tells which of its plans; planner and spacing do not matter.
         num_processes: one number, or one for each configuration; None is nnU-Net's default.
         num_processes_fingerprint: for checking the images and extracting the fingerprints.
         clean: extract the fingerprints again even if the cases are the same.
@@ -100,8 +105,9 @@ def plan_and_preprocess(
         )
     processes = _processes(configurations, num_processes)
     planner_class = _find_planner(planner_name)
-    raw = read_raw_dataset(dataset_id)
+    raw = read_raw_dataset(dataset_id, require_unlabeled=plans_of is None)
     modalities = _choose_modalities(raw, modality_names, modality_ids)
+    given = None if plans_of is None else _given_plans(raw, modalities, plans_of, overwrite_plans_name or "nnUNetPlans")
     splits = _read_splits(raw)
     check_images(raw, num_processes_fingerprint)
     if verify_integrity:
@@ -124,16 +130,23 @@ def plan_and_preprocess(
 
     print(f"Planning {raw.name} on its {len(group.labeled)} labeled cases…")
     fingerprint(raw.name)
-    _, plans_name = plan_experiment_dataset(
-        dataset_id,
-        planner_class,
-        gpu_memory_target,
-        preprocessor_name,
-        overwrite_target_spacing,
-        overwrite_plans_name,
-    )
-    plans_file = preprocessed_folder(raw.name) / f"{plans_name}.json"
-    plans = json.loads(plans_file.read_text())
+    if given is None:
+        _, plans_name = plan_experiment_dataset(
+            dataset_id,
+            planner_class,
+            gpu_memory_target,
+            preprocessor_name,
+            overwrite_target_spacing,
+            overwrite_plans_name,
+        )
+        plans_file = preprocessed_folder(raw.name) / f"{plans_name}.json"
+        plans = json.loads(plans_file.read_text())
+    else:
+        plans = given[raw.name]
+        plans_name = plans["plans_name"]
+        plans_file = preprocessed_folder(raw.name) / f"{plans_name}.json"
+        _write_json(plans_file, plans)
+        _write_json(preprocessed_folder(raw.name) / "dataset.json", raw.dataset_json)
     available = [c for c in configurations if c in plans["configurations"]]
     for configuration in set(configurations) - set(available):
         print(f"INFO: configuration {configuration} is not in {plans_file}: skipped.")
@@ -150,8 +163,8 @@ def plan_and_preprocess(
     for modality in [] if group.is_single else modalities:
         _write_raw_modality(raw, modality)
         fingerprint(modality.dataset_name)
-        own_plans = _modality_plans(plans, modality, planner_class)
-        _write_json(preprocessed_folder(modality.dataset_name) / f"{plans_name}.json", own_plans)
+        own = _modality_plans(plans, modality, planner_class) if given is None else given[modality.dataset_name]
+        _write_json(preprocessed_folder(modality.dataset_name) / f"{plans_name}.json", own)
         _write_json(preprocessed_folder(modality.dataset_name) / "splits_final.json", splits)
 
     for configuration in available:
@@ -193,6 +206,31 @@ def _previous_group(dataset_name: str) -> ModalityGroup | None:
         return ModalityGroup.load(dataset_name)
     except UserError:  # there is none, or it is damaged and will be replaced
         return None
+
+
+def _given_plans(raw: RawDataset, modalities: list[Modality], plans_of: int, plans_name: str) -> dict[str, dict]:
+    """The plans of another group, for each dataset of this one."""
+    candidates = list(find_candidate_datasets(plans_of))
+    if len(candidates) != 1:
+        raise UserError(
+            "option --plans_of",
+            f"{', '.join(candidates) or 'no dataset'} with the id {plans_of}",
+            "one dataset that nnUNetv2_semicml_plan_and_preprocess has planned",
+            "Correct the id.",
+        )
+    other = ModalityGroup.load(candidates[0])
+    names, other_names = ([m.name for m in group] for group in (modalities, other.modalities))
+    if names != other_names:
+        raise UserError(
+            "option --plans_of",
+            f"{other.dataset_name} with the modalities {', '.join(other_names)}",
+            f"a dataset with {', '.join(names)}",
+            "Choose another dataset, or leave the option out.",
+        )
+    plans = {raw.name: read_json(preprocessed_folder(other.dataset_name) / f"{plans_name}.json", "its plans")}
+    for modality, (own, _) in zip(modalities, other.load_plans(plans_name), strict=True):
+        plans[modality.dataset_name] = own
+    return {name: {**of_dataset, "dataset_name": name} for name, of_dataset in plans.items()}
 
 
 def _choose_modalities(raw: RawDataset, names: Sequence[str] | None, ids: Sequence[int] | None) -> list[Modality]:
@@ -406,6 +444,9 @@ def main() -> None:
     parser.add_argument(
         "--modality_ids", nargs="+", type=int, metavar="ID", help="ids of their datasets (default: the next free ids)"
     )
+    parser.add_argument(
+        "--plans_of", type=int, metavar="ID", help="take the plans of this dataset, e.g. to train on more labels alike"
+    )
     parser.add_argument("-np", type=int, nargs="+", help="processes, one number or one for each configuration")
     parser.add_argument("-npfp", type=int, default=8, help="processes for the fingerprint (default: %(default)s)")
     parser.add_argument("--clean", action="store_true", help="extract the fingerprints again")
@@ -422,6 +463,7 @@ def main() -> None:
         args.overwrite_plans_name,
         args.modalities,
         args.modality_ids,
+        args.plans_of,
         args.np,
         args.npfp,
         args.clean,

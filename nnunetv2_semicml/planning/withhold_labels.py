@@ -47,7 +47,8 @@ def withhold_labels(
         source_id: the fully labeled dataset, which stays as it is.
         output_id: the new dataset; must be free in nnUNet_raw, nnUNet_preprocessed and nnUNet_results.
         output_name: name of the new dataset without "DatasetXXX_"; default: that of the source.
-        labeled_fraction: share of the patients outside the test set that keep their labels. Either this or
+        labeled_fraction: share of the patients outside the test set that keep their labels; 1 withholds none, which
+            makes the fully labeled dataset to compare with. Either this or
         num_labeled: number of these patients. Without `groups`, every case is a patient.
         test_fraction: share of all patients to move to the test set. Either this or
         test_cases: file that names the cases to move there, one a line or, if it ends in .json, as a list.
@@ -90,7 +91,7 @@ def withhold_labels(
         test = []
     order = draw_order({patient: stratum for patient, stratum in stratum_of.items() if patient not in test}, seed)
     option = "--labeled_fraction" if num_labeled is None else "--num_labeled"
-    n = _number(option, labeled_fraction, num_labeled, len(order))
+    n = len(order) if labeled_fraction == 1 else _number(option, labeled_fraction, num_labeled, len(order))
     shares = {
         name: {case: files for case, files in source.labeled.items() if patient_of[case] in patients}
         for name, patients in (("labeled", order[:n]), ("unlabeled", order[n:]), ("test", test))
@@ -267,7 +268,8 @@ def _write(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".withhold_labels_") as temporary:
         new = Path(temporary) / folder.name
         _link_cases(shares["labeled"], new / "imagesTr", new / "labelsTr", file_ending)
-        _link_cases(shares["unlabeled"], new / "imagesUn", None, file_ending)
+        if shares["unlabeled"]:
+            _link_cases(shares["unlabeled"], new / "imagesUn", None, file_ending)
         if shares["test"]:
             _link_cases(shares["test"], new / "imagesTs", new / "labelsTs", file_ending)
         contents = {"dataset.json": dataset_json, "withheld_labels.json": record}
@@ -322,7 +324,7 @@ def main() -> None:
     add("--output_name", metavar="NAME", help="name of the new dataset without DatasetXXX_ (default: the source's)")
     labeled = parser.add_mutually_exclusive_group(required=True)
     labeled.add_argument(
-        "--labeled_fraction", type=float, metavar="F", help="share of the patients outside the test set"
+        "--labeled_fraction", type=float, metavar="F", help="share of the patients outside the test set; 1: all"
     )
     labeled.add_argument("--num_labeled", type=int, metavar="N", help="number of patients (without --groups: cases)")
     test = parser.add_mutually_exclusive_group()
@@ -339,7 +341,8 @@ def main() -> None:
     folder = withhold_labels(options.pop("d"), **options)
     record = json.loads((folder / "withheld_labels.json").read_text(encoding="utf-8"))
     print(f"{folder}: " + ", ".join(f"{len(record[share])} {share}" for share in ("labeled", "unlabeled", "test")))
-    print(f"Next: nnUNetv2_semicml_plan_and_preprocess -d {options['output_id']}")
+    like = "" if record["unlabeled"] else " --plans_of ID_OF_THE_SEMI_SUPERVISED_DATASET"
+    print(f"Next: nnUNetv2_semicml_plan_and_preprocess -d {options['output_id']}{like}")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class nnUNetTrainerSemiCMLPReL_short_fast(nnUNetTrainerSemiCMLPReL_short):
 
 
 class nnUNetTrainerSECLAnatomical_short(nnUNetTrainerSECLAnatomical):
-    """SECL with its default hyper-parameters but for `changes`, 600 steps."""
+    """SECL with its default hyper-parameters but for `changes`, 300 steps."""
 
     changes: ClassVar = {}
 
@@ -116,7 +116,7 @@ class nnUNetTrainerSECLAnatomical_short(nnUNetTrainerSECLAnatomical):
         device: torch.device = torch.device("cuda"),
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        _shorten(self, epochs=12, steps_per_epoch=50)
+        _shorten(self, epochs=6, steps_per_epoch=50)
         for name, value in self.changes.items():
             setattr(self, name, value)
 
@@ -139,26 +139,14 @@ class nnUNetTrainerSECLAnatomical_warm(nnUNetTrainerSECLAnatomical_short):
     changes: ClassVar = {"contrast_temperature": 0.5}
 
 
-class nnUNetTrainerSECLAnatomical_fine(nnUNetTrainerSECLAnatomical_short):
-    """One change."""
-
-    changes: ClassVar = {"feature_stage": 1}
-
-
 class nnUNetTrainerSECLAnatomical_deep(nnUNetTrainerSECLAnatomical_short):
     """One change."""
 
     changes: ClassVar = {"feature_stage": 99}
 
 
-class nnUNetTrainerSECLAnatomical_quick(nnUNetTrainerSECLAnatomical_short):
-    """One change."""
-
-    changes: ClassVar = {"ema_decay": 0.9}
-
-
 class nnUNetTrainerSECLRegion_short(nnUNetTrainerSECLRegion):
-    """SECL with its default hyper-parameters but for `changes`, 600 steps."""
+    """SECL with its default hyper-parameters but for `changes`, 300 steps."""
 
     changes: ClassVar = {}
 
@@ -171,7 +159,7 @@ class nnUNetTrainerSECLRegion_short(nnUNetTrainerSECLRegion):
         device: torch.device = torch.device("cuda"),
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        _shorten(self, epochs=12, steps_per_epoch=50)
+        _shorten(self, epochs=6, steps_per_epoch=50)
         for name, value in self.changes.items():
             setattr(self, name, value)
 
@@ -186,9 +174,3 @@ class nnUNetTrainerSECLRegion_deep(nnUNetTrainerSECLRegion_short):
     """One change."""
 
     changes: ClassVar = {"feature_stage": 99}
-
-
-class nnUNetTrainerSECLRegion_coarse(nnUNetTrainerSECLRegion_short):
-    """One change."""
-
-    changes: ClassVar = {"regions_per_axis": 2}
