@@ -25,7 +25,7 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from dataset_conversion.common import argument_parser, new_dataset, on_grid_of, relabel, run
+from dataset_conversion.common import GRID_TOLERANCE, argument_parser, new_dataset, on_grid_of, relabel, run
 from nnunetv2_semicml.errors import UserError, reports_user_errors
 
 PHASES = ("InPhase", "OutPhase")
@@ -68,7 +68,7 @@ def convert_chaos(folder: Path, dataset_id: int, unlabeled: Path | None = None) 
 
 def find_patients(folder: Path, labeled: bool = True) -> list[Path]:
     """The folders of the patients, which all have both phases and, if `labeled`, labels; otherwise none."""
-    patients = [path for path in folder.glob("*") if path.is_dir() and not path.name.startswith(".")]
+    patients = sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
     for patient in patients:
         if not patient.name.isdecimal():
             raise UserError(patient, "a folder that CHAOS does not have", "one for each number", "Give the folder MR.")
@@ -89,7 +89,7 @@ def find_patients(folder: Path, labeled: bool = True) -> list[Path]:
                 "images only in the folder of unlabeled patients",
                 "Convert these patients as labeled ones and withhold labels with nnUNetv2_semicml_withhold_labels.",
             )
-    return sorted(patients, key=lambda patient: int(patient.name))
+    return patients
 
 
 def read_patient(folder: Path) -> tuple[list[sitk.Image], sitk.Image | None]:
@@ -128,7 +128,7 @@ def read_series(folder: Path) -> tuple[sitk.Image, Sequence[int]]:
         frames.add((header.GetSize(), header.GetSpacing()[:2], tuple(direction.ravel().round(4))))
     order = np.argsort(positions)
     gaps = np.diff(np.sort(positions))
-    if len(frames) > 1 or not gaps.min() > 0.99 * gaps.max() > 0:
+    if len(frames) > 1 or gaps.min() <= 0 or gaps.min() < (1 - GRID_TOLERANCE) * gaps.max():
         raise UserError(
             folder,
             f"slices of {len(frames)} sizes and orientations, {gaps.min():g} to {gaps.max():g} mm apart",

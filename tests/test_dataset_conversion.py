@@ -102,7 +102,7 @@ def brats_case(folder: Path, case: str, *seed: int, labeled=True, ending=".nii.g
 def brats_2019(folder: Path) -> None:
     brats_case(folder / "train" / "HGG", "BraTS19_CBICA_AAB_1", 1)
     brats_case(folder / "train" / "HGG", "BraTS19_2013_10_1", 2, ending=".nii")
-    brats_case(folder / "train" / "LGG", "BraTS19_TCIA10_103_1", 3)
+    brats_case(folder / "train" / "LGG", "BraTS19_2013_0_1", 3)
     (folder / "train" / "name_mapping.csv").write_text("Grade\n")
     brats_case(folder / "validation", "BraTS19_CBICA_AAM_1", 4, labeled=False)
 
@@ -124,7 +124,7 @@ def brats_2021(folder: Path) -> None:
 BRATS = {
     2019: (
         brats_2019,
-        ["BraTS19_2013_10_1", "BraTS19_CBICA_AAB_1", "BraTS19_TCIA10_103_1"],
+        ["BraTS19_2013_0_1", "BraTS19_2013_10_1", "BraTS19_CBICA_AAB_1"],
         ["BraTS19_CBICA_AAM_1"],
     ),
     2020: (brats_2020, ["BraTS20_Training_001", "BraTS20_Training_355"], ["BraTS20_Validation_001"]),
@@ -144,6 +144,7 @@ def test_brats(raw: Path, source: Path, monkeypatch: pytest.MonkeyPatch, year: i
     assert (list(found.labeled), list(found.unlabeled), found.test) == (labeled, unlabeled, {})
     assert found.channel_names == ["FLAIR", "T1ce", "T1"]
     assert not [*folder.rglob(f"labels*/{unlabeled[0]}*")]
+    assert (folder / "strata.csv").is_file() == (year == 2019)
 
     for case, files in (found.labeled | found.unlabeled).items():
         for name, file in zip(("flair", "t1ce", "t1"), files["images"], strict=True):
@@ -182,13 +183,15 @@ def test_brats_labels(raw: Path, source: Path, monkeypatch: pytest.MonkeyPatch, 
 
 def test_grades_stratify_withholding(raw: Path, source: Path):
     brats_2019(source)
+    with_validation = brats.convert_brats(source / "train", 502, 2019, unlabeled=source / "validation")
     folder = brats.convert_brats(source / "train", 500, 2019)
     grades = strata(folder)
-    assert grades == {
-        "BraTS19_2013_10_1": "HGG",
-        "BraTS19_CBICA_AAB_1": "HGG",
-        "BraTS19_TCIA10_103_1": "LGG",
-    }
+    assert strata(with_validation) == grades  # the grade of the validation cases is not public
+    assert list(grades.items()) == [
+        ("BraTS19_2013_0_1", "LGG"),
+        ("BraTS19_2013_10_1", "HGG"),
+        ("BraTS19_CBICA_AAB_1", "HGG"),
+    ]
     withheld = withhold_labels(500, 501, num_labeled=1, stratify=folder / "strata.csv")
     assert len(read_raw_dataset(501).unlabeled) == 2
     assert withheld.name == "Dataset501_BraTS2019"
@@ -203,6 +206,23 @@ def test_rounded_headers_become_equal(raw: Path, source: Path, monkeypatch: pyte
     folder = brats.convert_brats(source / "train", 500, 2021)
     assert sitk.ReadImage(str(folder / "imagesTr" / "BraTS2021_00000_0001.nii.gz")).GetSpacing() == (1, 1, 1)
     converted(monkeypatch, folder)
+
+
+def test_types_of_voxels(raw: Path, source: Path):
+    """Double precision becomes single precision, other types stay; a label may be stored as decimal numbers."""
+    brats_2021(source)
+    stem = source / "train" / "BraTS2021_00000" / "BraTS2021_00000"
+    header = {"origin": BRATS_ORIGIN, "direction": BRATS_DIRECTION}
+    stored = noise(5) / 7
+    write(stem.with_name(f"{stem.name}_t1ce.nii.gz"), stored, **header)
+    write(stem.with_name(f"{stem.name}_t2.nii.gz"), noise(6).astype(np.uint16), **header)
+    label = labels_of((0, 1, 2, 4), 7, dtype=np.float64)
+    write(stem.with_name(f"{stem.name}_seg.nii.gz"), label, **header)
+    folder = brats.convert_brats(source / "train", 500, 2021)
+    t1ce, t2 = (read(folder / "imagesTr" / f"BraTS2021_00000_000{channel}.nii.gz") for channel in range(2))
+    assert (t1ce.dtype, t2.dtype) == (np.float32, np.uint16)
+    assert np.array_equal(t1ce, stored.astype(np.float32))
+    assert np.array_equal(read(folder / "labelsTr" / "BraTS2021_00000.nii.gz"), label > 0)
 
 
 # --------------------------------------------------------------------------------------------------------------- MyoPS
@@ -485,7 +505,7 @@ def chaos_patient(folder: Path, seed: int, downwards: bool, labeled: bool = True
     odd, even = ([f"IMG-0004-{2 * i + first:05d}" for i in range(shape[0])] for first in (1, 2))
     write_series(folder / "T1DUAL" / "DICOM_anon" / "InPhase", even, in_phase, heights)
     write_series(folder / "T1DUAL" / "DICOM_anon" / "OutPhase", odd, noise(seed, 1, shape=shape), heights)
-    write_series(folder / "T2SPIR" / "DICOM_anon", even[:3], noise(seed, 2, shape=(3, 4, 4)), [0, 9, 18])
+    write_series(folder / "T2SPIR" / "DICOM_anon", even[:3], noise(seed, 2, shape=(3, 4, 4)), [-20, -11, -2])
     if labeled:
         ground = folder / "T1DUAL" / "Ground"
         ground.mkdir()
@@ -1031,6 +1051,12 @@ REFUSED = {
         copy("Train_Sets/MR/10/T2SPIR/DICOM_anon/IMG-0004-00002.dcm", f"{C}/DICOM_anon/InPhase/IMG-0004-00002.dcm"),
         chaos_1,
         ["InPhase: found slices of 2 sizes and orientations"],
+    ),
+    "chaos: all slices in one place": (
+        chaos_mr,
+        lambda f: write_series(f / "Train_Sets" / "MR" / "11" / "T1DUAL", ["a", "b"], noise(1)[:2], [3, 3]),
+        lambda f: chaos.read_series(f / "Train_Sets" / "MR" / "11" / "T1DUAL"),
+        ["11/T1DUAL: found slices of 1 sizes and orientations, 0 to 0 mm apart"],
     ),
     "chaos: unreadable slice": (
         chaos_mr,
