@@ -7,6 +7,7 @@ import argparse
 import csv
 import json
 import re
+import shlex
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -332,7 +333,7 @@ def run(convert: Callable[..., Path], parser: argparse.ArgumentParser) -> None:
         print(f"Next: nnUNetv2_semicml_plan_and_preprocess -d {options['dataset_id']}")
     else:
         strata = folder / "strata.csv"
-        stratify = f" --stratify {strata}" if strata.is_file() else ""
+        stratify = f" --stratify {shlex.quote(str(strata))}" if strata.is_file() else ""
         print(
             f"Next: nnUNetv2_semicml_withhold_labels -d {options['dataset_id']} --output_id ID --labeled_fraction 0.1"
             + stratify

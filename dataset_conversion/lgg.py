@@ -59,13 +59,12 @@ def convert_lgg(folder: Path, dataset_id: int, modalities: Sequence[str] = ("FLA
         licence="CC BY-NC-SA 4.0",
     ) as dataset:
         for patient in tqdm(patients, "LGG"):
-            volumes, mask = read_patient(patient)
+            volumes, label = read_patient(patient)
             if any(name != "FLAIR" and np.array_equal(volumes[name], volumes["FLAIR"]) for name in modalities):
                 left_out.append(patient.name)
                 continue
             images = [to_image(volumes[name]) for name in modalities]
-            label = relabel(to_image(mask), patient, {0: 0, 255: 1})
-            dataset.add(patient.name, images, label, group=PATIENT.fullmatch(patient.name)[1])
+            dataset.add(patient.name, images, to_image(label), group=PATIENT.fullmatch(patient.name)[1])
         if not dataset.labeled:
             raise UserError(
                 folder,
@@ -95,10 +94,10 @@ def find_patients(folder: Path) -> list[Path]:
 
 
 def read_patient(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """All sequences of a patient and the mask, each of the shape (slices, 256, 256), 8 bits.
+    """All sequences of a patient and the label, each of the shape (slices, 256, 256), 8 bits.
 
     Raises:
-        UserError: a file is missing, unreadable, unknown or of another shape or type.
+        UserError: a file is missing, unreadable, unknown or of another shape or type, or a mask has an unknown value.
     """
     files = {file.name: file for file in folder.iterdir() if not file.name.startswith(".")}
     number = 0
@@ -127,7 +126,13 @@ def read_patient(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     if not slices:
         raise UserError(folder, "no file", f"{folder.name}_1.tif, …", "Extract the archive again.")
     stack = np.stack(slices)
-    return {name: stack[..., channel] for name, channel in CHANNELS.items()}, np.stack(masks)
+    # one by one, so that an unknown value is reported with its file
+    labels = [
+        relabel(sitk.GetImageFromArray(mask), folder / f"{folder.name}_{number}_mask.tif", {0: 0, 255: 1})
+        for number, mask in enumerate(masks, 1)
+    ]
+    label = np.stack([sitk.GetArrayFromImage(image) for image in labels])
+    return {name: stack[..., channel] for name, channel in CHANNELS.items()}, label
 
 
 def _read_slice(file: Path, ndim: int) -> np.ndarray:

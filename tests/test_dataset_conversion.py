@@ -1137,7 +1137,7 @@ REFUSED = {
         kaggle_3m,
         tif(f"{L}_3_mask.tif", np.full((8, 7), 128, np.uint8)),
         lgg_2,
-        ["TCGA_HT_A61B_19991127: found the label values 128; expected only 0, 255"],
+        ["TCGA_HT_A61B_19991127_3_mask.tif: found the label values 128; expected only 0, 255"],
     ),
     "lgg: unreadable": (kaggle_3m, text(f"{L}_3.tif", "II"), lgg_2, ["1127_3.tif: found an unreadable file"]),
     "lgg: nobody has the modality": (
