@@ -157,6 +157,18 @@ def results(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path, ignore_errors=True)
 
 
+@pytest.fixture
+def copy_of_labels(labels_group, tmp_path, monkeypatch):
+    """Raw and preprocessed copies that a test may change; others read the originals at the same time."""
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
+        names = [LABELS, *(m.dataset_name for m in labels_group.modalities)]
+        for name in names:
+            shutil.copytree(Path(os.environ[variable]) / name, tmp_path / variable / name)
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    return tmp_path
+
+
 SETTINGS = [(LABELS, "2d"), (LABELS, "3d_fullres"), (REGIONS, "3d_fullres")]
 
 
@@ -268,6 +280,25 @@ def assert_step_equals_reference(trainer, batch, tolerance=1e-5):
         losses, found = step_gradients(trainer, batch)
         torch.testing.assert_close(losses, {name: loss.detach() for name, loss in expected_losses.items()})
         assert_close_gradients(expected, found, tolerance)
+
+
+def assert_labels_of_unlabeled_cases_change_nothing(make):
+    """Proof 6: with files of their names wherever labels are kept, or without, a step is the same."""
+    group = ModalityGroup.load(LABELS)
+    folders = [Path(os.environ["nnUNet_raw"]) / LABELS / "labelsTr"] + [
+        Path(os.environ["nnUNet_preprocessed"]) / m.dataset_name / "gt_segmentations" for m in group.modalities
+    ]
+    files = [folder / f"{case}.nii.gz" for folder in folders for case in group.unlabeled]
+    outputs = []
+    for present in (False, True):
+        for file in files:
+            assert not file.exists()
+            if present:
+                file.write_bytes(b"a label")
+        trainer = make()
+        (batch,) = draw_batches(trainer, 1)
+        outputs.append((trainer.train_step(batch), weights(trainer)))
+    assert_identical(*outputs)
 
 
 class ArchitectureMixin:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from conftest import (
     KilledMixin,
     assert_close_gradients,
     assert_identical,
+    assert_labels_of_unlabeled_cases_change_nothing,
     assert_same_weights,
     assert_step_equals_reference,
     draw_batches,
@@ -292,27 +292,10 @@ def test_method_for_one_modality_trains_all_of_a_group(method):
 
 
 @each_method
-def test_labels_of_unlabeled_cases_change_nothing(method, dataset, configuration, groups):
-    """With files of their names in labelsTr, and in the folder of preprocessed labels, or without."""
-    cases = groups[LABELS].unlabeled
-    folders = [
-        Path(os.environ["nnUNet_raw"]) / LABELS / "labelsTr",
-        *(Path(os.environ["nnUNet_preprocessed"]) / d / "gt_segmentations" for d in (FLAIR, "Dataset502_Labels_T1")),
-    ]
-    files, outputs = [folder / f"{case}.nii.gz" for folder in folders for case in cases], []
-    assert not any(f.exists() for f in files)
-    for present in (False, True):
-        try:
-            for file in files:
-                if present:
-                    file.write_bytes(b"a label")
-            trainer = initialized(dataset, configuration, method, rampup_fraction=0.0)
-            (batch,) = draw_batches(trainer, 1)
-            outputs.append((trainer.train_step(batch), weights(trainer)))
-        finally:
-            for file in files:
-                file.unlink(missing_ok=True)
-    assert_identical(*outputs)
+def test_labels_of_unlabeled_cases_change_nothing(method, dataset, configuration, copy_of_labels):
+    assert_labels_of_unlabeled_cases_change_nothing(
+        lambda: initialized(dataset, configuration, method, rampup_fraction=0.0)
+    )
 
 
 # proof 8

@@ -70,18 +70,6 @@ def test_folds_are_the_same_everywhere_and_hold_labeled_cases_only(labels_group)
     assert {f.name[:-4] for f in folder.glob("*.pkl")} == set(labels_group.unlabeled)
 
 
-@pytest.fixture
-def copy_of_labels(labels_group, tmp_path, monkeypatch):
-    """Raw and preprocessed copies that a test may plan again."""
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
-        names = [LABELS, *(m.dataset_name for m in labels_group.modalities)]
-        for name in names:
-            shutil.copytree(Path(os.environ[variable]) / name, tmp_path / variable / name)
-        monkeypatch.setenv(variable, str(tmp_path / variable))
-    monkeypatch.setenv("nnUNet_results", str(tmp_path))
-    return tmp_path
-
-
 def test_planning_again_adds_and_replaces_but_never_mixes(copy_of_labels, monkeypatch):
     """ResEnc plans beside the default ones; then a change of the unlabeled cases makes all that was done invalid."""
     group = plan_and_preprocess(500, ["2d"], "nnUNetPlannerResEncM", num_processes=[1], num_processes_fingerprint=1)

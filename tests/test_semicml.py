@@ -14,6 +14,7 @@ from conftest import (
     Killed,
     KilledMixin,
     assert_identical,
+    assert_labels_of_unlabeled_cases_change_nothing,
     assert_same_weights,
     assert_step_equals_reference,
     draw_batches,
@@ -196,6 +197,13 @@ def test_schedules_reach_the_modality_trainers(groups, trainer_class, epochs):
     trainer.initialize()
     assert [t.num_epochs for t in trainer.trainers] == [epochs] * 2
     assert [t.lr_scheduler.max_steps for t in trainer.trainers] == [epochs] * 2
+
+
+# proof 6
+
+
+def test_labels_of_unlabeled_cases_change_nothing(groups, copy_of_labels):
+    assert_labels_of_unlabeled_cases_change_nothing(lambda: initialized(LABELS, "2d", rampup_fraction=0.0))
 
 
 # proof 8
