@@ -191,8 +191,9 @@ def test_single_modality_method_trains_a_modality_dataset(environment, stock_pyt
     assert not any("head" in name for name in deployed)
     shutil.rmtree(state)
     scans = single_modality_scans(tmp_path / "t1", 1)
-    run("nnUNetv2_predict_from_modelfolder", "-m", model, "-i", scans, "-o", tmp_path / "out", "-f", 0,
-        "-device", "cpu", "-npp", 0, "-nps", 0, python=stock_python, nnUNet_extTrainer="/nowhere")  # fmt: skip
+    run("nnUNetv2_predict", "-d", T1, "-c", "2d", "-f", 0, "-tr", SINGLE, "-i", scans, "-o", tmp_path / "out",
+        "-device", "cpu", "-npp", 0, "-nps", 0, python=stock_python, nnUNet_extTrainer="/nowhere",
+        nnUNet_results=single["nnUNet_results"])  # fmt: skip
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == len(list(scans.iterdir()))
 
 
