@@ -11,7 +11,13 @@ from nnunetv2_semicml.trainers.nnUNetTrainerSelfEnsembling import nnUNetTrainerS
 
 
 class nnUNetTrainerMeanTeacher(nnUNetTrainerSelfEnsembling):
-    """Mean squared difference between a network's probabilities and its teacher's, which is deployed."""
+    """Mean squared difference between a network's probabilities and its teacher's.
+
+    Attributes:
+        deploys_teacher: whether the teacher is validated and deployed, as published, or the network.
+    """
+
+    deploys_teacher = True
 
     def __init__(
         self,
@@ -25,10 +31,11 @@ class nnUNetTrainerMeanTeacher(nnUNetTrainerSelfEnsembling):
         self.consistency_weight = 1.0  # none is published for segmentation; that of Semi-CML's mean squared error
 
     def initialize(self) -> None:
-        """Build the networks; the teachers are what is validated and deployed, as published."""
+        """Build the networks and teachers, and say which of them are deployed."""
         super().initialize()
-        for trainer in self.trainers:
-            trainer.averaged_network = self.teachers[trainer.name].network
+        if self.deploys_teacher:
+            for trainer in self.trainers:
+                trainer.averaged_network = self.teachers[trainer.name].network
 
     def unsupervised_targets(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
         """Probabilities (B, heads, *patch) of every teacher, on noisy images."""

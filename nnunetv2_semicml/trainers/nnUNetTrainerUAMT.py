@@ -8,15 +8,17 @@ from torch import Tensor
 
 from nnunetv2_semicml.losses.consistency import masked_consistency, sigmoid_rampup
 from nnunetv2_semicml.losses.soft_pseudo_label import confidence
-from nnunetv2_semicml.trainers.nnUNetTrainerSelfEnsembling import nnUNetTrainerSelfEnsembling
+from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 
 
-class nnUNetTrainerUAMT(nnUNetTrainerSelfEnsembling):
+class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
     """Mean Teacher, on voxels where the entropy of several teacher passes is low; the student is deployed.
 
     The published networks have dropout, by which the passes differ. nnU-Net's have none unless the plans say so; the
     passes then differ by the noise of their images alone.
     """
+
+    deploys_teacher = False
 
     def __init__(
         self,
@@ -52,10 +54,6 @@ class nnUNetTrainerUAMT(nnUNetTrainerSelfEnsembling):
         """The sum over the networks, which learn independently of each other."""
         terms = [masked_consistency(self.probabilities(z), *targets[name], self.is_ddp) for name, z in outputs.items()]
         return {"mse": torch.stack(terms).sum()}
-
-    def unsupervised_weights(self) -> dict[str, float]:
-        """The ramped weight."""
-        return {"mse": self.ramp() * self.consistency_weight}
 
 
 class nnUNetTrainerUAMT_5epochs(nnUNetTrainerUAMT):
