@@ -1,0 +1,200 @@
+"""Metrics of one case, in 3D: Dice, PPV, sensitivity, ASD, HD95.
+
+Overlap is counted by nnU-Net's own functions, so that Dice is that of its summary.json. Surface distances are those of
+MONAI, between surface elements that are weighted by their area (Nikolov et al., J. Med. Internet Res. 23:e26151, 2021):
+counting boundary voxels instead would, where slices are thick, give the few voxels of a large face too little weight.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from nnunetv2.evaluation.evaluate_predictions import compute_tp_fp_fn_tn, region_or_label_to_mask
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+
+from nnunetv2_semicml.errors import UserError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One of the columns.
+
+    Attributes:
+        title: for tables and axes.
+        unit: "mm" or nothing.
+        best: the value of a perfect segmentation.
+    """
+
+    title: str
+    unit: str
+    best: float
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Of overlaps, not of distances."""
+        return self.best == 1
+
+
+METRICS = {
+    "dice": Metric("Dice", "", 1),
+    "ppv": Metric("PPV", "", 1),
+    "sensitivity": Metric("Sensitivity", "", 1),
+    "asd": Metric("ASD", "mm", 0),
+    "hd95": Metric("HD95", "mm", 0),
+}
+
+
+def compute_metrics(reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
+    """Compare two masks.
+
+    With TP, FP, FN in voxels: Dice = 2 TP / (2 TP + FP + FN), PPV = TP / (TP + FP), sensitivity = TP / (TP + FN). With
+    the distance of every surface element of one mask to the nearest one of the other:
+    ASD, the average symmetric surface distance, is the mean over the elements of both surfaces together;
+    HD95 is the larger of the 95th percentiles of the two directions. Both as in Metrics Reloaded (Maier-Hein et al.,
+    Nat. Methods 21:195, 2024), and every element counts by its area. Elements lie on the corners of voxels, which makes
+    distances exact to about half a voxel. A surface includes where a mask meets the border of the image. A single slice
+    is compared in its plane, by contours and their lengths.
+
+    Args:
+        reference: bool, shape (Z, Y, X).
+        prediction: bool, of the same shape.
+        spacing: of the axes of these arrays, in mm.
+
+    Returns:
+        The metrics by the names of `METRICS`, distances in mm; NaN where the formula has no value, which is all of them
+        if both masks are empty, and some if one is (`fill_undefined` says what such a case counts for). Besides n_ref
+        and n_pred, the voxels of the two masks, and the diagonal of the image in mm.
+    """
+    tp, fp, fn, _ = map(int, compute_tp_fp_fn_tn(reference, prediction))
+    asd, hd95 = _surface_distances(reference, prediction, spacing) if tp + fn and tp + fp else (np.nan, np.nan)
+    return {
+        "dice": _ratio(2 * tp, 2 * tp + fp + fn),
+        "ppv": _ratio(tp, tp + fp),
+        "sensitivity": _ratio(tp, tp + fn),
+        "asd": asd,
+        "hd95": hd95,
+        "n_ref": tp + fn,
+        "n_pred": tp + fp,
+        "diagonal": float(np.linalg.norm([n * s for n, s in zip(reference.shape, spacing, strict=True) if n > 1])),
+    }
+
+
+def fill_undefined(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Give metrics that `compute_metrics` found undefined the value that enters means and tests.
+
+    Nothing to find and nothing found is right: 1, or 0 mm. Where only one of the masks is empty, a lesion was missed or
+    invented: 0, or the diagonal of the image, a distance that no found lesion can exceed. Leaving such cases out would
+    reward a method for finding nothing where it is unsure, and would compare methods on different patients.
+    """
+    right = metrics["n_ref"] == metrics["n_pred"] == 0
+    filled = dict(metrics)
+    for name, metric in METRICS.items():
+        if np.isnan(metrics[name]):
+            worst = 0 if metric.higher_is_better else metrics["diagonal"]
+            filled[name] = metric.best if right else worst
+    return filled
+
+
+def evaluate_files(
+    reference_file: Path,
+    prediction_file: Path,
+    reader: BaseReaderWriter,
+    labels: Mapping[str, int | Sequence[int]],
+) -> dict[str, dict[str, float]]:
+    """Compare two label maps.
+
+    Args:
+        reference_file: the reference segmentation.
+        prediction_file: the prediction, on the same grid.
+        reader: nnU-Net's reader for these files.
+        labels: "labels" of dataset.json: name -> value, or values of a region; voxels of the reference that have the
+            value of "ignore" are left out, as in nnU-Net.
+
+    Returns:
+        For every class or region but the background, what `compute_metrics` returns.
+
+    Raises:
+        UserError: the prediction cannot be read, lies on another grid, or has values that are not in `labels`.
+    """
+    reference, expected = _read(reference_file, reader)
+    prediction, found = _read(prediction_file, reader)
+    for key, value in expected.items():
+        # as in planning: NIfTI stores orientations in single precision
+        if np.shape(value) != np.shape(found[key]) or not np.allclose(value, found[key], rtol=0, atol=1e-3):
+            raise UserError(
+                prediction_file,
+                f"{key} {np.round(found[key], 3).tolist()}",
+                f"{np.round(value, 3).tolist()} as in {reference_file}",
+                "Resample the prediction to the grid of the reference, with nearest-neighbor interpolation.",
+            )
+    known = {0, *np.hstack([value for name, value in labels.items() if name != "ignore"]).tolist()}
+    if unknown := set(np.unique(prediction).tolist()) - known:
+        raise UserError(
+            prediction_file,
+            f"the label values {', '.join(f'{value:g}' for value in sorted(unknown))}",
+            f"only {', '.join(map(str, sorted(known)))}, as in dataset.json",
+            "Convert the labels to those of the dataset.",
+        )
+    counted = reference != labels["ignore"] if "ignore" in labels else True
+    return {
+        name: compute_metrics(
+            region_or_label_to_mask(reference, value) & counted,
+            region_or_label_to_mask(prediction, value) & counted,
+            expected["spacing"],
+        )
+        for name, value in classes_of(labels).items()
+    }
+
+
+def classes_of(labels: Mapping[str, int | Sequence[int]]) -> dict[str, int | tuple[int, ...]]:
+    """The classes or regions that nnU-Net evaluates, name -> value or values."""
+    return {
+        name: tuple(value) if isinstance(value, Collection) else int(value)
+        for name, value in labels.items()
+        if name not in ("background", "ignore")
+    }
+
+
+def _ratio(numerator: int, denominator: int) -> float:
+    return numerator / denominator if denominator else np.nan
+
+
+def _surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing: Sequence[float]) -> tuple[float, float]:
+    """ASD and HD95 of two masks that are not empty."""
+    # Imported here because this takes seconds, which a process that only compares tables need not wait.
+    import torch
+    from monai.metrics.utils import get_mask_edges, get_surface_distance
+
+    # a single slice has no surface but a contour
+    extended = [axis for axis, length in enumerate(reference.shape) if length > 1]
+    spacing = [float(spacing[axis]) for axis in extended]
+    shape = [reference.shape[axis] for axis in extended]
+    masks = [torch.from_numpy(mask.reshape(shape)) for mask in (reference, prediction)]
+    *edges, of_reference, of_prediction = get_mask_edges(*masks, spacing=spacing)
+    distances, areas, percentiles = [], [], []
+    for (own, other), area in zip((edges, edges[::-1]), (of_reference, of_prediction), strict=True):
+        distance = get_surface_distance(own, other, spacing=spacing).numpy().astype(float)
+        weight = area[own].numpy().astype(float)
+        order = distance.argsort()
+        share = weight[order].cumsum() / weight.sum()
+        percentiles.append(distance[order][np.searchsorted(share, 0.95)])
+        distances.append(distance)
+        areas.append(weight)
+    asd = np.average(np.concatenate(distances), weights=np.concatenate(areas))
+    return float(asd), float(max(percentiles))
+
+
+def _read(file: Path, reader: BaseReaderWriter) -> tuple[np.ndarray, dict[str, Sequence[float]]]:
+    """A label map, shape (Z, Y, X), and its grid."""
+    try:
+        voxels, properties = reader.read_seg(str(file))
+    except Exception as error:  # every reader raises the errors of its own library
+        raise UserError(
+            file, f"an unreadable file ({type(error).__name__}: {error})", "a label map", "Replace the file."
+        ) from error
+    grid = {"shape": voxels.shape[1:], "spacing": properties["spacing"]}
+    grid |= {key: properties["sitk_stuff"][key] for key in ("origin", "direction") if "sitk_stuff" in properties}
+    if "nibabel_stuff" in properties:
+        grid["affine"] = properties["nibabel_stuff"]["original_affine"]
+    return voxels[0], grid
