@@ -1,0 +1,146 @@
+"""Statistics of a leaderboard: against SciPy, values computed by hand, and cases without spread."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import ttest_1samp
+
+from nnunetv2_semicml.evaluation.metrics import METRICS
+from nnunetv2_semicml.evaluation.statistics import (
+    ALL_CLASSES,
+    compare,
+    holm,
+    interval,
+    score,
+    summarize,
+    wilcoxon_p,
+)
+
+NAN = float("nan")
+
+
+def rows(method, dice, seed=None, modality="FLAIR", class_name="tumor"):
+    """Cases that differ in Dice; the other metrics follow from it in some way."""
+    return [
+        {
+            "method": method,
+            "modality": modality,
+            "seed": seed,
+            "case": f"case {i}",
+            "class": class_name,
+            "dice": value,
+            "ppv": value,
+            "sensitivity": value,
+            "asd": 1 - value,
+            "hd95": 10 * (1 - value),
+            "n_ref": 100,
+            "n_pred": 100,
+            "diagonal": 50.0,
+        }
+        for i, value in enumerate(dice)
+    ]
+
+
+def table(*parts):
+    return pd.DataFrame([row for part in parts for row in part])
+
+
+def test_mean_and_standard_deviation_over_patients_whose_seeds_are_averaged():
+    summary = summarize(score(table(rows("A", [0.2, 0.4, 0.9], seed=0), rows("A", [0.4, 0.4, 0.7], seed=1)))).iloc[0]
+    assert summary["cases"] == 3
+    assert summary["seeds"] == 2
+    # patients 0.3, 0.4, 0.8: mean 0.5, squared deviations 0.04 + 0.01 + 0.09
+    assert summary["dice"] == pytest.approx(0.5)
+    assert summary["dice_sd"] == pytest.approx(0.07**0.5)
+    assert (summary["dice_low"], summary["dice_high"]) == pytest.approx((0.5, 0.5))
+    assert summary["hd95"] == pytest.approx(5)
+
+
+def test_seeds_differ_in_their_means():
+    summary = summarize(score(table(rows("A", [0.1, 0.3], seed=0), rows("A", [0.5, 0.9], seed=1)))).iloc[0]
+    assert (summary["dice_low"], summary["dice_high"]) == pytest.approx((0.2, 0.7))
+
+
+def test_undefined_values_count_for_the_best_or_the_worst():
+    both, missed, invented = rows("A", [NAN, 0.0, 0.0])
+    both |= {"n_ref": 0, "n_pred": 0} | dict.fromkeys(METRICS, NAN)
+    missed |= {"n_pred": 0, "ppv": NAN, "asd": NAN, "hd95": NAN}
+    invented |= {"n_ref": 0, "sensitivity": NAN, "asd": NAN, "hd95": NAN}
+    scored = score(table([both, missed, invented]))
+    assert scored[list(METRICS)].to_numpy().tolist() == [[1, 1, 1, 0, 0], [0, 0, 0, 50, 50], [0, 0, 0, 50, 50]]
+    summary = summarize(scored).iloc[0]
+    assert (summary["missed"], summary["invented"]) == (1, 1)
+    assert summary["hd95"] == pytest.approx(100 / 3)
+
+
+def test_classes_are_averaged_for_every_case():
+    scored = score(table(rows("A", [0.2, 0.4]), rows("A", [0.6, 1.0], class_name="edema")))
+    assert scored.query("`class` == @ALL_CLASSES")["dice"].tolist() == pytest.approx([0.4, 0.7])
+    assert summarize(scored)["class"].tolist() == ["tumor", "edema", ALL_CLASSES]
+    assert summarize(score(table(rows("A", [0.2]))))["class"].tolist() == ["tumor"]
+
+
+def test_difference_is_paired_and_says_which_way_is_better():
+    # A and B have their cases in another order: pairing is by name
+    first, second = rows("A", [0.5, 0.6, 0.7]), rows("B", [0.6, 0.8, 0.65])
+    compared = compare(score(table(first, second[::-1])), "A").set_index("metric")
+    assert compared.loc["dice", "difference"] == pytest.approx(0.25 / 3)
+    assert compared.loc["dice", ["better", "worse"]].tolist() == [2, 1]
+    assert compared.loc["asd", "difference"] == pytest.approx(-0.25 / 3)
+    assert compared.loc["asd", ["better", "worse"]].tolist() == [2, 1]  # smaller distances are better
+    assert compared.loc["dice", "low"] < 0.25 / 3 < compared.loc["dice", "high"]
+
+
+def test_only_modalities_of_the_reference_are_compared():
+    scored = score(table(rows("A", [0.5, 0.6]), rows("B", [0.6, 0.8]), rows("C", [0.9, 0.9], modality="FLAIR + T1")))
+    compared = compare(scored, "A")
+    assert set(compared["method"]) == {"B"}
+    assert set(compared["modality"]) == {"FLAIR"}
+
+
+def test_a_reference_alone_has_no_comparison():
+    assert compare(score(table(rows("A", [0.5, 0.6]))), "A").empty
+
+
+def test_correction_spans_modalities_and_methods_of_a_metric():
+    rng = np.random.default_rng(0)
+    parts = []
+    for modality in ("FLAIR", "T1"):
+        parts.append(rows("A", rng.uniform(0.4, 0.6, 12), modality=modality))
+        parts += [rows(name, rng.uniform(0.5, 0.7, 12), modality=modality) for name in "BC"]
+    compared = compare(score(table(*parts)), "A")
+    dice = compared[compared["metric"] == "dice"]
+    assert len(dice) == 4
+    assert dice["p_holm"].tolist() == pytest.approx(holm(dice["p"].tolist()).tolist())
+    assert dice["p_holm"].min() == pytest.approx(4 * dice["p"].min())
+
+
+def test_interval_is_near_that_of_student_for_normal_values():
+    values = np.random.default_rng(1).normal(0.05, 0.1, 200)
+    student = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert interval(values) == pytest.approx(tuple(student), abs=0.002)
+    assert interval(values) == interval(values)
+
+
+def test_interval_without_spread():
+    assert interval(np.zeros(5)) == (0, 0)
+    assert interval(np.full(5, 0.25)) == (0.25, 0.25)
+    assert all(np.isnan(interval(np.array([0.3]))))
+
+
+def test_wilcoxon_by_hand():
+    # all five of one sign: two of the 2^5 sign patterns are as extreme
+    assert wilcoxon_p(np.array([0.1, 0.2, 0.3, 0.4, 0.5])) == pytest.approx(2 / 32)
+    # ranks 1 + 2 against 3: 3 of 8 patterns have a sum of at most 3 … each way, capped at 1
+    assert wilcoxon_p(np.array([0.1, 0.2, -0.3])) == pytest.approx(1)
+    # zeros drop out
+    assert wilcoxon_p(np.array([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0])) == pytest.approx(2 / 32)
+    assert wilcoxon_p(np.zeros(4)) == 1
+    assert wilcoxon_p(np.array([0.3])) == 1
+
+
+def test_holm_by_hand():
+    # sorted 0.01, 0.02, 0.03, 0.5 times 4, 3, 2, 1: 0.04, 0.06, 0.06 (not below the one before it), 0.5
+    assert holm([0.03, 0.01, 0.5, 0.02]).tolist() == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([0.6, 0.7]).tolist() == [1, 1]
+    assert holm([]).tolist() == []
