@@ -174,8 +174,8 @@ def _surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing: S
     *edges, of_reference, of_prediction = get_mask_edges(*masks, spacing=spacing)
     distances, areas, percentiles = [], [], []
     for (own, other), area in zip((edges, edges[::-1]), (of_reference, of_prediction), strict=True):
-        distance = get_surface_distance(own, other, spacing=spacing).numpy().astype(float)
-        weight = area[own].numpy().astype(float)
+        distance = np.asarray(get_surface_distance(own, other, spacing=spacing), dtype=float)
+        weight = np.asarray(area[own], dtype=float)
         order = distance.argsort()
         share = weight[order].cumsum() / weight.sum()
         percentiles.append(distance[order][np.searchsorted(share, 0.95)])

@@ -1,0 +1,377 @@
+"""The jobs of a leaderboard: train a fold, predict the test scans, evaluate the predictions.
+
+A job knows from the files alone whether it is done, so that a leaderboard can be interrupted anywhere and goes on where
+it was. submitit runs jobs in local processes or on SLURM; as these import this module, it imports nothing that is slow.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import submitit
+from filelock import FileLock, Timeout
+
+from nnunetv2_semicml.errors import UserError
+
+INPUTS_FILE = "inputs.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Something to do once.
+
+    Attributes:
+        name: what it does, unique within a leaderboard.
+        needs: names of the jobs before it.
+        gpus: value of CUDA_VISIBLE_DEVICES; None: as the executor sets it.
+    """
+
+    name: str
+    needs: tuple[str, ...] = ()
+    gpus: str | None = None
+
+    @property
+    def target(self) -> Path:
+        """The file or folder that the job makes."""
+        raise NotImplementedError
+
+    def missing(self) -> str:
+        """What is not there, or out of date, in words; empty if the job is done."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Make the target."""
+        raise NotImplementedError
+
+    def __call__(self) -> str:
+        """Run if something is missing, and return what went wrong, if anything, in words."""
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.target.with_name(f".{self.target.name}.lock"))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            # e.g. a job of an earlier call that goes on in the cluster; when it ends, nothing is left to do here
+            print(f"Waiting for another process that makes {self.target}", flush=True)
+            lock.acquire()
+        with lock:
+            if not self.missing():
+                return ""
+            try:
+                self.run()
+            except UserError as error:
+                return str(error)
+            except subprocess.CalledProcessError as error:
+                return f"exit status {error.returncode} of {shlex.join(error.cmd)}"
+            return self.missing()
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """Let submitit submit the job again when SLURM's time limit or another user interrupts it."""
+        return submitit.helpers.DelayedSubmission(self)
+
+    def _call(self, program: Path, *arguments: object, **environment: str) -> None:
+        command = [str(program), *map(str, arguments)]
+        environment = os.environ | environment
+        if self.gpus is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus
+        print("$", shlex.join(command), flush=True)
+        subprocess.run(command, env=environment, check=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Networks that nnU-Net trains together: one trainer, configuration and seed.
+
+    Attributes:
+        programs: folder of nnU-Net's command lines.
+        results: value of nnUNet_results.
+        trainer: class name.
+        plans: plans identifier.
+        configuration: e.g. 3d_fullres.
+        device: nnU-Net's -device.
+        seed: value of nnUNet_semicml_seed, which seeds this package's trainers; None: as the environment has it.
+    """
+
+    programs: Path
+    results: Path
+    trainer: str
+    plans: str
+    configuration: str
+    device: str
+    seed: int | None
+
+    def fold_folder(self, dataset: str, fold: str) -> Path:
+        """Where nnU-Net keeps a fold of one dataset."""
+        return self.results / dataset / f"{self.trainer}__{self.plans}__{self.configuration}" / f"fold_{fold}"
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables of the command lines."""
+        seed = {} if self.seed is None else {"nnUNet_semicml_seed": str(self.seed)}
+        return {"nnUNet_results": str(self.results), **seed}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Job):
+    """nnUNetv2_train of one fold, from the beginning or from where it was interrupted.
+
+    Attributes:
+        model: what to train.
+        dataset: the dataset to train.
+        fold: 0, 1, … or all.
+        validated: the datasets that have a validated network afterwards.
+        options: more options of nnUNetv2_train.
+    """
+
+    model: Model
+    dataset: str
+    fold: str
+    validated: tuple[str, ...]
+    options: tuple[str, ...]
+
+    @property
+    def target(self) -> Path:
+        """The fold's folder."""
+        return self.model.fold_folder(self.dataset, self.fold)
+
+    def missing(self) -> str:
+        """A final checkpoint or a validation."""
+        files = [self.target / "checkpoint_final.pth"]
+        for dataset in self.validated:
+            folder = self.model.fold_folder(dataset, self.fold)
+            files += [folder / "checkpoint_final.pth", folder / "validation" / "summary.json"]
+        return next((f"no {file}" for file in files if not file.is_file()), "")
+
+    def run(self) -> None:
+        """Train and validate, or what is left of it."""
+        if (self.target / "checkpoint_final.pth").is_file():
+            how = ["--val"]
+        else:
+            how = ["--c"] if any(self.target.glob("checkpoint_*.pth")) else []
+        model = self.model
+        arguments = [self.dataset, model.configuration, self.fold, "-tr", model.trainer, "-p", model.plans]
+        arguments += ["-device", model.device, *how, *self.options]
+        self._call(model.programs / "nnUNetv2_train", *arguments, **model.environment())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(Job):
+    """nnUNetv2_predict of the test scans with all folds.
+
+    Attributes:
+        model: what to predict with.
+        dataset: the dataset whose network predicts.
+        folds: 0, 1, … or all.
+        scans: case -> one file per channel of that dataset.
+        file_ending: of scans and predictions.
+        out: the folder of the predictions.
+        options: more options of nnUNetv2_predict.
+    """
+
+    model: Model
+    dataset: str
+    folds: tuple[str, ...]
+    scans: Mapping[str, Sequence[str]]
+    file_ending: str
+    out: Path
+    options: tuple[str, ...]
+
+    @property
+    def target(self) -> Path:
+        """The folder of the predictions."""
+        return self.out
+
+    def _arguments(self) -> list[str]:
+        model = self.model
+        named = ["-d", self.dataset, "-c", model.configuration, "-tr", model.trainer, "-p", model.plans]
+        return [*named, "-f", *self.folds, *self.options]
+
+    def _inputs(self) -> dict:
+        checkpoints = [self.model.fold_folder(self.dataset, fold) / "checkpoint_final.pth" for fold in self.folds]
+        scans = [file for files in self.scans.values() for file in files]
+        return {"arguments": self._arguments(), "files": [state(file) for file in [*checkpoints, *scans]]}
+
+    def missing(self) -> str:
+        """Predictions of the current checkpoints and scans."""
+        if read_json(self.out / INPUTS_FILE) != self._inputs():
+            return f"no predictions of the current model in {self.out}"
+        return absent(self.out, self.scans, self.file_ending)
+
+    def run(self) -> None:
+        """Predict into a folder beside the target that then takes its place."""
+        inputs = self._inputs()
+        temporary = self.out.with_name(f".{self.out.name}.partial")
+        shutil.rmtree(temporary, ignore_errors=True)  # of an interrupted run
+        scans, predictions = temporary / "scans", temporary / "predictions"
+        scans.mkdir(parents=True)
+        for case, files in self.scans.items():
+            for channel, file in enumerate(files):
+                _link(file, scans / f"{case}_{channel:04d}{self.file_ending}")
+        arguments = ["-i", scans, "-o", predictions, *self._arguments(), "-device", self.model.device]
+        self._call(self.model.programs / "nnUNetv2_predict", *arguments, **self.model.environment())
+        (predictions / INPUTS_FILE).write_text(json.dumps(inputs))
+        shutil.rmtree(self.out, ignore_errors=True)
+        predictions.rename(self.out)
+        shutil.rmtree(temporary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Job):
+    """Metrics of a folder of predictions.
+
+    Attributes:
+        predictions: the folder.
+        references: case -> reference segmentation.
+        dataset_json: of the reference dataset.
+        out: the JSON file.
+    """
+
+    predictions: Path
+    references: Mapping[str, str]
+    dataset_json: dict
+    out: Path
+
+    @property
+    def target(self) -> Path:
+        """The JSON file."""
+        return self.out
+
+    def _inputs(self) -> dict:
+        ending = self.dataset_json["file_ending"]
+        pairs = [(file, self.predictions / f"{case}{ending}") for case, file in self.references.items()]
+        definition = version("nnunetv2-semicml"), self.dataset_json["labels"]
+        # as JSON gives it back
+        return json.loads(json.dumps({"definition": definition, "files": [state(f) for pair in pairs for f in pair]}))
+
+    def missing(self) -> str:
+        """A prediction, or its metrics."""
+        if lacking := absent(self.predictions, self.references, self.dataset_json["file_ending"]):
+            return lacking
+        content = read_json(self.out)
+        return "" if content and content["inputs"] == self._inputs() else f"{self.predictions} is not evaluated"
+
+    def run(self) -> None:
+        """Evaluate all cases."""
+        from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
+        from nnunetv2_semicml.evaluation.metrics import evaluate_files
+
+        if absent(self.predictions, self.references, self.dataset_json["file_ending"]):
+            return
+        inputs = self._inputs()
+        example = next(iter(self.references.values()))
+        reader = determine_reader_writer_from_dataset_json(self.dataset_json, example, verbose=False)()
+        cases = {}
+        for case, reference in self.references.items():
+            print("Evaluating", case, flush=True)
+            prediction = self.predictions / f"{case}{self.dataset_json['file_ending']}"
+            cases[case] = evaluate_files(Path(reference), prediction, reader, self.dataset_json["labels"])
+        temporary = self.out.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"inputs": inputs, "cases": cases}))
+        temporary.replace(self.out)
+
+    def results(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Case -> class -> metrics, once done."""
+        return json.loads(self.out.read_text())["cases"]
+
+
+def run_jobs(
+    jobs: Sequence[Job], executor: submitit.Executor, at_once: int, gpus: Sequence[str] | None
+) -> dict[str, str]:
+    """Run what is not done, every job after those that it needs.
+
+    Args:
+        jobs: in an order in which each stands after those that it needs.
+        executor: of submitit.
+        at_once: number of jobs that run at a time.
+        gpus: GPUs of this machine to deal out among the jobs that run at a time, if these are its processes. They are
+            ended when this function is interrupted; those of a cluster go on.
+
+    Returns:
+        The names of the jobs that failed, or were not run since one that they need failed -> what went wrong.
+    """
+    failures: dict[str, str] = {}
+    waiting = list(jobs)
+    finished: set[str] = set()
+    running: dict[int, tuple[Job, submitit.Job]] = {}
+    try:
+        while waiting or running:
+            for job in list(waiting):
+                if failed := next((need for need in job.needs if need in failures), None):
+                    failures[job.name] = f'not run, since "{failed}" failed'
+                elif len(running) == at_once or not finished.issuperset(job.needs):
+                    continue
+                elif not job.missing():
+                    finished.add(job.name)
+                else:
+                    slot = next(i for i in range(at_once) if i not in running)
+                    handle = executor.submit(job if gpus is None else replace(job, gpus=_share(gpus, slot, at_once)))
+                    running[slot] = job, handle
+                    print(f"{time.strftime('%H:%M:%S')} {job.name}: {handle.paths.stdout}", flush=True)
+                waiting.remove(job)
+            for slot, (job, handle) in list(running.items()):
+                if handle.done():
+                    del running[slot]
+                    if problem := _problem(handle):
+                        failures[job.name] = f"{problem} (log: {handle.paths.stdout})"
+                        print(f"{time.strftime('%H:%M:%S')} {job.name} failed: {failures[job.name]}", flush=True)
+                    else:
+                        finished.add(job.name)
+            if running:
+                time.sleep(0.2)
+    finally:
+        for job, handle in running.values():
+            if gpus is None:
+                print(f"{job.name} goes on as job {handle.job_id}")
+            else:
+                handle.cancel()
+    return failures
+
+
+def state(file: str | Path) -> list:
+    """What changes when a file changes: [path, size, time], or nothing but the path if there is none."""
+    path = Path(file).absolute()
+    if not path.is_file():
+        return [str(path)]
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns]
+
+
+def absent(folder: Path, cases: Mapping[str, object], file_ending: str) -> str:
+    """Which cases a folder lacks, in words; empty if none."""
+    lacking = [case for case in cases if not (folder / f"{case}{file_ending}").is_file()]
+    if not lacking:
+        return ""
+    some = ", ".join(lacking[:5]) + (", …" if len(lacking) > 5 else "")
+    return f"no prediction of {len(lacking)} of {len(cases)} cases in {folder}: {some}"
+
+
+def read_json(file: Path) -> dict | None:
+    """Content of a file that an earlier call may have written; None if it has not, or not to the end."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _problem(handle: submitit.Job) -> str:
+    if error := handle.exception():
+        return str(error).strip().splitlines()[-1]
+    return handle.result()
+
+
+def _share(gpus: Sequence[str], slot: int, at_once: int) -> str:
+    """Every job that runs at a time has GPUs of its own, or shares one if there are fewer GPUs than jobs."""
+    return ",".join(gpus[slot::at_once] or gpus[slot % len(gpus) :][:1]) if gpus else ""
+
+
+def _link(source: str, target: Path) -> None:
+    try:
+        os.link(Path(source).resolve(), target)  # takes no space, and is no symbolic link, which Windows may refuse
+    except OSError:  # another file system
+        shutil.copy2(source, target)

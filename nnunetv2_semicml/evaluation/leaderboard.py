@@ -1,0 +1,572 @@
+"""Compares methods on the test scans of one dataset, each modality alone: `nnUNetv2_semicml_leaderboard`.
+
+Trains what is missing, predicts with nnU-Net's own command line, evaluates every case in 3D, and writes
+leaderboard.csv, .md and .html. May import nnU-Net, `errors`, `data`, `planning`; knows trainers by name alone.
+"""
+
+import argparse
+import datetime
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import submitit
+import torch
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_semicml.data.modality_group import (
+    MODALITIES_FILE,
+    ModalityGroup,
+    environment_folder,
+    preprocessed_folder,
+)
+from nnunetv2_semicml.errors import UserError, reports_user_errors
+from nnunetv2_semicml.evaluation.jobs import Evaluate, Job, Model, Predict, Train, read_json, run_jobs
+from nnunetv2_semicml.evaluation.leaderboard_page import Files, Incomplete, Report, write_markdown, write_page
+from nnunetv2_semicml.evaluation.metrics import METRICS
+from nnunetv2_semicml.planning.raw_dataset import RawDataset, read_raw_dataset, some_of
+
+PROGRAMS = Path(sys.executable).parent  # nnU-Net's command lines, installed beside this Python
+NOTATION = "[NAME=][each:|all:]TRAINER[@DATASET]"
+COLUMNS = ["dataset", "method", "modality", "seed", "case", "class", *METRICS, "n_ref", "n_pred", "diagonal"]
+COLUMNS += ["labeled", "unlabeled"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A trainer, how it is trained and what its networks predict.
+
+    Attributes:
+        name: for tables.
+        trainer: class name.
+        scope: "group": trained once on the multi-modal dataset, writes a network for every modality; "each": trained on
+            the dataset of every modality by itself; "all": trained on the multi-modal dataset by stock nnU-Net, all
+            channels at once.
+        trained: the datasets to train.
+        predicts: modality -> the dataset whose network predicts it.
+        labeled: number of labeled training cases.
+        unlabeled: number of unlabeled training cases, used or not.
+    """
+
+    name: str
+    trainer: str
+    scope: str
+    trained: tuple[str, ...]
+    predicts: dict[str, str]
+    labeled: int
+    unlabeled: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method on one modality: the evaluations of all seeds, and the jobs that these rest on."""
+
+    method: str
+    modality: str
+    chains: dict[int | None, list[Job]]
+    labeled: int | None = None
+    unlabeled: int | None = None
+
+
+def parse_method(text: str, raw: RawDataset, group: ModalityGroup) -> Method:
+    """Read one of --methods.
+
+    Args:
+        text: NAME=SCOPE:TRAINER@DATASET; all but TRAINER can be left out. The name is then the rest of the text, the
+            scope the whole group, the dataset that of the test scans.
+        raw: the dataset of the test scans.
+        group: its modalities.
+
+    Raises:
+        UserError: the text has another form, or the other dataset is not there, has other modalities, channels or
+            labels, or was made for training on some of the test cases.
+    """
+    match = re.fullmatch(r"(?:([^=]+)=)?((?:(each|all):)?(\w+)(?:@(\w+))?)", text)
+    if not match:
+        raise UserError("--methods", repr(text), NOTATION, "Write e.g. nnUNetTrainerSemiCML or each:nnUNetTrainer.")
+    name, spec, scope, trainer, other = match.groups()
+    dataset = raw.name if other is None else _dataset_name(other)
+    trained_group = group
+    if dataset != raw.name:
+        # stock nnU-Net on all channels needs no modality datasets
+        grouped = scope != "all" or (preprocessed_folder(dataset) / MODALITIES_FILE).is_file()
+        trained_group = ModalityGroup.load(dataset) if grouped else None
+    if trained_group:
+        labeled, unlabeled = trained_group.labeled, trained_group.unlabeled
+    else:
+        references = preprocessed_folder(dataset) / "gt_segmentations"
+        ending = raw.dataset_json["file_ending"]
+        labeled, unlabeled = [file.name.removesuffix(ending) for file in references.glob(f"*{ending}")], []
+    if shared := sorted(raw.test.keys() & {*labeled, *unlabeled}):
+        raise UserError(
+            f"--methods {text}",
+            f"test cases of {raw.name} among the training cases of {dataset}: {some_of(shared)}",
+            "test cases that no method is trained on",
+            "Name another dataset, or make one that leaves these cases out.",
+        )
+    if scope == "all":
+        trained, predicts = (dataset,), {" + ".join(raw.channel_names): dataset}
+    else:
+        dataset_of = {modality.name: modality.dataset_name for modality in trained_group.modalities}
+        wanted = [modality.name for modality in group.modalities]
+        if lacking := [modality for modality in wanted if modality not in dataset_of]:
+            raise UserError(
+                trained_group.file, f"the modalities {some_of(dataset_of)}", some_of(lacking), "Name another dataset."
+            )
+        predicts = {modality: dataset_of[modality] for modality in wanted}
+        trained = tuple(predicts.values()) if scope == "each" else (dataset,)
+    for modality, of_network in predicts.items():
+        channels = raw.dataset_json["channel_names"] if scope == "all" else {"0": modality}
+        expected = {"channel_names": channels, **{key: raw.dataset_json[key] for key in ("labels", "file_ending")}}
+        file = preprocessed_folder(of_network) / "dataset.json"
+        described = read_json(file)
+        found = described and {key: described.get(key) for key in expected}
+        if found != expected:
+            raise UserError(
+                file,
+                "no such file" if found is None else str(found),
+                f"{expected}, as in {raw.folder / 'dataset.json'}",
+                "Plan and preprocess this dataset, or name another one.",
+            )
+    return Method(name or spec, trainer, scope or "group", trained, predicts, len(labeled), len(unlabeled))
+
+
+def plan_method(
+    method: Method,
+    raw: RawDataset,
+    references: dict[str, str],
+    out: Path,
+    args: argparse.Namespace,
+    first_stages: dict[tuple, list[str]],
+) -> list[Entry]:
+    """Jobs of one method.
+
+    Args:
+        method: what to compare.
+        raw: the dataset of the test scans.
+        references: test case -> reference segmentation.
+        out: folder of the leaderboard.
+        args: the command line.
+        first_stages: (dataset, fold, seed) -> names of the jobs that train earlier methods there, which a method that
+            goes on from their networks needs; this adds to it.
+
+    Returns:
+        One entry per modality.
+    """
+    folds = tuple(args.f)
+    entries = {
+        modality: Entry(method.name, modality, {}, method.labeled, method.unlabeled) for modality in method.predicts
+    }
+    for seed in args.seeds or [None]:
+        # nnU-Net's result folders have no seed in their names, so every seed has result folders of its own
+        results = environment_folder("nnUNet_results") if seed is None else out / f"seed_{seed}" / "nnUNet_results"
+        model = Model(
+            programs=PROGRAMS,
+            results=results.absolute(),
+            trainer=method.trainer,
+            plans=args.p,
+            configuration=args.c,
+            device=args.device,
+            seed=seed,
+        )
+        of_seed = "" if seed is None else f", seed {seed}"
+        train: dict[str, list[Train]] = {}
+        for dataset in method.trained:
+            for fold in folds:
+                earlier = first_stages.setdefault((dataset, fold, seed), [])
+                job = Train(
+                    name=f"train {method.trainer} on {dataset}, fold {fold}{of_seed}",
+                    needs=tuple(earlier) if method.scope == "group" else (),
+                    model=model,
+                    dataset=dataset,
+                    fold=fold,
+                    validated=tuple(method.predicts.values()) if method.scope == "group" else (dataset,),
+                    options=tuple(shlex.split(args.train_options)),
+                )
+                if method.scope == "group":
+                    earlier.append(job.name)
+                train.setdefault(dataset, []).append(job)
+        for modality, dataset in method.predicts.items():
+            before = train[dataset if method.scope == "each" else method.trained[0]]
+            channel = None if method.scope == "all" else raw.channel_names.index(modality)
+            scans = {
+                c: files["images"] if channel is None else [files["images"][channel]] for c, files in raw.test.items()
+            }
+            place = Path(
+                f"{method.scope}_{method.trainer}",
+                "unseeded" if seed is None else f"seed_{seed}",
+                f"folds_{'_'.join(folds)}",
+                dataset,
+            )
+            predict = Predict(
+                name=f"predict {modality} with {method.trainer} of {dataset}{of_seed}",
+                needs=tuple(job.name for job in before),
+                model=model,
+                dataset=dataset,
+                folds=folds,
+                scans=scans,
+                file_ending=raw.dataset_json["file_ending"],
+                out=out / "predictions" / place,
+                options=tuple(shlex.split(args.predict_options)),
+            )
+            evaluate = Evaluate(
+                name=f"evaluate {modality} with {method.trainer} of {dataset}{of_seed}",
+                needs=(predict.name,),
+                predictions=predict.out,
+                references=references,
+                dataset_json=raw.dataset_json,
+                out=out / "metrics" / place.with_name(f"{dataset}.json"),
+            )
+            entries[modality].chains[seed] = [*before, predict, evaluate]
+    return list(entries.values())
+
+
+def plan_external(
+    text: str, modalities: Sequence[str], raw: RawDataset, references: dict[str, str], out: Path
+) -> Entry:
+    """Jobs of one of --external, NAME=MODALITY=FOLDER: predictions that were made elsewhere.
+
+    Raises:
+        UserError: the text has another form, or there is no such modality or folder.
+    """
+    name, _, rest = text.partition("=")
+    modality, _, folder = rest.partition("=")
+    if modality not in modalities:
+        raise UserError(
+            "--external",
+            repr(text),
+            f"NAME=MODALITY=FOLDER with one of the modalities {', '.join(modalities)}",
+            'Write e.g. "TransUNet=FLAIR=predictions/flair".',
+        )
+    if not Path(folder).is_dir():
+        raise UserError(folder, "no such folder", f"predictions of {name}", "Correct --external.")
+    file_name = re.sub(r"\W", "_", f"{name}_{modality}")
+    evaluate = Evaluate(
+        name=f"evaluate {modality} of {name}",
+        predictions=Path(folder).absolute(),
+        references=references,
+        dataset_json=raw.dataset_json,
+        out=out / "metrics" / "external" / f"{file_name}.json",
+    )
+    return Entry(name, modality, {None: [evaluate]})
+
+
+def collect(entries: Sequence[Entry], failures: dict[str, str], dataset: str) -> tuple[pd.DataFrame, list[Incomplete]]:
+    """Read the metrics of what is complete, and say what the rest lacks.
+
+    Args:
+        entries: what was planned.
+        failures: what `run_jobs` returned.
+        dataset: name for the column.
+
+    Returns:
+        One row per case, class, modality, method and seed, of entries without gaps; and the entries with gaps.
+    """
+    rows, incomplete = [], []
+    for entry in entries:
+        lacking = {}
+        for chain in entry.chains.values():
+            lacking |= {job.name: failures.get(job.name) or missing for job in chain if (missing := job.missing())}
+        if lacking:
+            incomplete.append(Incomplete(entry.method, entry.modality, lacking))
+            continue
+        about = {"dataset": dataset, "method": entry.method, "modality": entry.modality}
+        for seed, chain in entry.chains.items():
+            for case, classes in chain[-1].results().items():
+                for name, metrics in classes.items():
+                    row = {**about, "seed": seed, "case": case, "class": name, **metrics}
+                    rows.append(row | {"labeled": entry.labeled, "unlabeled": entry.unlabeled})
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return table.astype(dict.fromkeys(("seed", "labeled", "unlabeled"), "Int64")), incomplete
+
+
+def read_table(file: Path, own: pd.DataFrame) -> pd.DataFrame:
+    """Read the leaderboard.csv of another dataset, for curves over the labeled share.
+
+    Raises:
+        UserError: it is no such table, or has other test cases than one's own.
+    """
+    try:
+        names = dict.fromkeys(("dataset", "method", "modality", "case", "class"), str)
+        table = pd.read_csv(file, dtype=names | dict.fromkeys(("seed", "labeled", "unlabeled"), "Int64"))
+    except (OSError, ValueError) as error:
+        raise UserError(file, f"an unreadable file ({error})", "a leaderboard.csv", "Correct --compare.") from error
+    if list(table.columns) != COLUMNS:
+        raise UserError(
+            file,
+            f"the columns {', '.join(table.columns)}",
+            ", ".join(COLUMNS),
+            "Name a leaderboard.csv of this version.",
+        )
+    if different := set(table["case"]) ^ set(own["case"]):
+        raise UserError(
+            file,
+            f"other test cases than this leaderboard: {some_of(sorted(different))}",
+            "the same test cases, so that only the training differs",
+            "Split both datasets with the same test set.",
+        )
+    return table
+
+
+def _dataset_name(name_or_id: str) -> str:
+    try:
+        return maybe_convert_to_dataset_name(name_or_id)
+    except (RuntimeError, ValueError) as error:
+        raise UserError("--methods", f"dataset {name_or_id}", "a dataset of nnU-Net", str(error)) from error
+
+
+def _references(raw: RawDataset) -> dict[str, str]:
+    references = {case: raw.folder / "labelsTs" / f"{case}{raw.dataset_json['file_ending']}" for case in raw.test}
+    if not references:
+        raise UserError(
+            raw.folder / "imagesTs", "no test scan", "scans that no training sees", "Add them, and labelsTs."
+        )
+    if lacking := [file for file in references.values() if not file.is_file()]:
+        raise UserError(
+            lacking[0], "no such file", "a reference segmentation of every test scan", "Add it, or remove the scan."
+        )
+    return {case: str(file) for case, file in references.items()}
+
+
+def _require_preprocessed(job: Train) -> None:
+    for dataset in job.validated:
+        file = preprocessed_folder(dataset) / f"{job.model.plans}.json"
+        plans = read_json(file) or {"configurations": {}}
+        configuration = job.model.configuration
+        if configuration not in plans["configurations"]:
+            raise UserError(
+                file,
+                f"configurations {', '.join(plans['configurations']) or 'none'}",
+                configuration,
+                f"Plan and preprocess {dataset}.",
+            )
+        identifier = PlansManager(plans).get_configuration(configuration).data_identifier
+        if not (file.parent / identifier).is_dir():
+            raise UserError(
+                file.parent / identifier,
+                "no such folder",
+                f"preprocessed cases, to {job.name}",
+                "Run nnUNetv2_semicml_plan_and_preprocess; for all channels at once: "
+                f"nnUNetv2_preprocess -d {dataset} -plans_name {job.model.plans} -c {configuration}",
+            )
+
+
+def _parse_slurm(parameters: Sequence[str]) -> dict[str, str | int]:
+    pairs = [parameter.partition("=")[::2] for parameter in parameters]
+    if wrong := [key for key, value in pairs if not value]:
+        raise UserError("--slurm", repr(wrong[0]), "KEY=VALUE", "Write e.g. slurm_partition=gpu.")
+    if "timeout_min" not in dict(pairs):
+        # submitit's default of five minutes would end every training
+        raise UserError("--slurm", "no timeout_min", "the time limit of a job in minutes", "Add e.g. timeout_min=2880.")
+    return {key: int(value) if value.isdecimal() else value for key, value in pairs}
+
+
+def _run(jobs: Sequence[Job], args: argparse.Namespace, logs: Path) -> dict[str, str]:
+    """Run the jobs where the command line says."""
+    on_slurm = args.executor == "slurm"
+    # locally no time limit, where submitit's default is two minutes
+    parameters = _parse_slurm(args.slurm) if on_slurm else {"timeout_min": 60 * 24 * 365}
+    try:
+        executor = submitit.AutoExecutor(folder=logs, cluster=args.executor)
+        executor.update_parameters(name="leaderboard", stderr_to_stdout=True, **parameters)
+    except (NameError, RuntimeError, AssertionError) as error:  # what submitit raises
+        raise UserError(
+            "--executor, --slurm", str(error), "SLURM's programs and parameters of submitit", "Correct the options."
+        ) from error
+    if on_slurm:
+        return run_jobs(jobs, executor, args.jobs or len(jobs), gpus=None)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    return run_jobs(jobs, executor, args.jobs or 1, gpus=[gpu for gpu in visible.split(",") if gpu])
+
+
+def leaderboard(args: argparse.Namespace, command: str) -> Path:
+    """Make a leaderboard.
+
+    Args:
+        args: the command line.
+        command: the same as text, for the report.
+
+    Returns:
+        The HTML page.
+
+    Raises:
+        UserError: an option does not fit, or something could not be run; the tables then say what is missing.
+    """
+    raw = read_raw_dataset(args.d, require_unlabeled=False)
+    group = ModalityGroup.load(raw.name)
+    references = _references(raw)
+    default = environment_folder("nnUNet_results") / "leaderboards" / f"{raw.name}__{args.p}__{args.c}"
+    out = (args.o or default).absolute()
+
+    methods = [parse_method(text, raw, group) for text in args.methods]
+    first_stages: dict[tuple, list[str]] = {}
+    entries = [e for method in methods for e in plan_method(method, raw, references, out, args, first_stages)]
+    modalities = [modality.name for modality in group.modalities] + [" + ".join(raw.channel_names)]
+    entries += [plan_external(text, modalities, raw, references, out) for text in args.external]
+    rows = [(entry.method, entry.modality) for entry in entries]
+    if twice := [f"{method} on {modality}" for method, modality in rows if rows.count((method, modality)) > 1]:
+        raise UserError("--methods, --external", f"{twice[0]} twice", "different names", f"Write {NOTATION}.")
+    reference = args.reference or entries[0].method
+    if reference not in {method for method, _ in rows}:
+        names = ", ".join(dict.fromkeys(method for method, _ in rows))
+        raise UserError("--reference", reference, f"one of {names}", "Correct it, or leave it out.")
+
+    # methods may share jobs, e.g. when they differ in the name alone
+    jobs = {job.name: job for entry in entries for chain in entry.chains.values() for job in chain}
+    for job in jobs.values():
+        if isinstance(job, Train) and job.missing():
+            _require_preprocessed(job)
+    logs = out / "logs" / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    failures = _run(list(jobs.values()), args, logs)
+
+    cases, incomplete = collect(entries, failures, raw.name)
+    others = [read_table(file, cases) for file in args.compare]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    packages = ("nnunetv2-semicml", "nnunetv2", "torch", "monai", "scipy")
+    report = Report(
+        title=f"Leaderboard of {raw.name}",
+        command=command,
+        facts={
+            "Test cases": f"{len(references)}, each modality alone",
+            "Training cases": f"{len(group.labeled)} labeled, {len(group.unlabeled)} unlabeled",
+            "Configuration": f"{args.c}, {args.p}",
+            "Folds": f"{', '.join(args.f)}" + (", predicted as an ensemble" if len(args.f) > 1 else ""),
+            "Seeds": ", ".join(map(str, args.seeds)) if args.seeds else "none set, one run",
+            "Machine of this command": ", ".join(
+                [platform.system(), platform.machine(), f"{os.cpu_count()} CPU cores", *gpus]
+            ),
+            "Software": ", ".join(f"{name} {version(name)}" for name in packages),
+            "Date": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
+        },
+        reference=reference,
+        cases=cases,
+        incomplete=incomplete,
+        others=others,
+        files=_files(entries, incomplete, raw, references),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    for name, write in (
+        ("csv", lambda file: cases.to_csv(file, index=False, float_format="%.6g")),
+        ("md", lambda file: write_markdown(file, report)),
+        ("html", lambda file: write_page(file, report)),
+    ):
+        temporary = out / f".leaderboard.{name}"
+        write(temporary)
+        temporary.replace(out / f"leaderboard.{name}")
+    if incomplete:
+        job, problem = next(iter(incomplete[0].missing.items()))
+        raise UserError(
+            out / "leaderboard.html",
+            f'{len(incomplete)} incomplete results, the first of which lacks "{job}": {problem}',
+            "all jobs done",
+            "Put this right and repeat the command: it goes on from here.",
+        )
+    return out / "leaderboard.html"
+
+
+def _files(
+    entries: Sequence[Entry], incomplete: Sequence[Incomplete], raw: RawDataset, references: dict[str, str]
+) -> list[Files]:
+    """What to look at: scans, references and the predictions of the first seed."""
+    gaps = {(entry.method, entry.modality) for entry in incomplete}
+    reader = determine_reader_writer_from_dataset_json(raw.dataset_json, next(iter(references.values())), verbose=False)
+    predictions: dict[str, dict[str, Path]] = {}
+    for entry in entries:
+        if (entry.method, entry.modality) not in gaps:
+            chain = next(iter(entry.chains.values()))
+            predictions.setdefault(entry.modality, {})[entry.method] = chain[-1].predictions
+    return [
+        Files(
+            modality=modality,
+            # all channels at once: the first is shown
+            scans={
+                case: files["images"][raw.channel_names.index(modality) if modality in raw.channel_names else 0]
+                for case, files in raw.test.items()
+            },
+            references=references,
+            predictions=of_methods,
+            file_ending=raw.dataset_json["file_ending"],
+            reader=reader(),
+        )
+        for modality, of_methods in predictions.items()
+    ]
+
+
+@reports_user_errors
+def main() -> None:
+    """Command line of `leaderboard`."""
+    parser = argparse.ArgumentParser(
+        description="Train what is missing, predict the test scans (imagesTs) of every modality alone, evaluate them "
+        "against labelsTs, and write leaderboard.csv, .md and .html. Repeat the command to go on.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"""methods: {NOTATION}
+  nnUNetTrainerSemiCML        trained once on dataset -d, predicts every modality
+  each:nnUNetTrainer          trained on the dataset of every modality by itself
+  all:nnUNetTrainer           stock nnU-Net on all channels of dataset -d at once
+  each:nnUNetTrainer@600      trained on the modality datasets of dataset 600, e.g. the same patients, all labeled
+  "Upper bound=each:nnUNetTrainer@600"     the same with a name for the tables
+A method that goes on from another's networks stands after it.""",
+    )
+    add = parser.add_argument
+    add("-d", type=int, required=True, metavar="ID", help="the multi-modal dataset, planned and preprocessed")
+    add("-c", required=True, metavar="CONFIGURATION", help="e.g. 2d, 3d_fullres")
+    add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="folds (default: 0 1 2 3 4), or all")
+    add("--methods", nargs="+", required=True, metavar="METHOD", help="see below")
+    add("--reference", metavar="NAME", help="the method that the others are compared with (default: the first)")
+    add(
+        "--external",
+        nargs="+",
+        default=[],
+        metavar="NAME=MODALITY=FOLDER",
+        help="predictions of other people's models, files named like the test cases",
+    )
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="train everything once per seed, below the output folder; only this package's trainers are seeded, those "
+        "of nnU-Net differ by chance (default: one run, in nnUNet_results)",
+    )
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
+    add("-o", type=Path, metavar="FOLDER", help="output folder (default: nnUNet_results/leaderboards/…)")
+    add("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="(default: %(default)s)")
+    add("--train_options", default="", metavar="OPTIONS", help='of nnUNetv2_train: --train_options="-num_gpus 2"')
+    add(
+        "--predict_options",
+        default="",
+        metavar="OPTIONS",
+        help='of nnUNetv2_predict: --predict_options="--disable_tta -npp 1"',
+    )
+    add("--executor", default="local", choices=["local", "slurm"], help="(default: %(default)s)")
+    add("--jobs", type=int, metavar="N", help="jobs at a time (default: one locally, all on SLURM); GPUs are dealt out")
+    add(
+        "--slurm",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="parameters of submitit, e.g. timeout_min=2880 slurm_partition=gpu gpus_per_node=1 cpus_per_task=12",
+    )
+    add(
+        "--compare",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="CSV",
+        help="leaderboard.csv of datasets with other labeled shares, for curves",
+    )
+    page = leaderboard(parser.parse_args(), shlex.join(["nnUNetv2_semicml_leaderboard", *sys.argv[1:]]))
+    print(f"Leaderboard: {page}")
+
+
+if __name__ == "__main__":
+    main()

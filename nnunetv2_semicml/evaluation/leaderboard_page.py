@@ -1,0 +1,365 @@
+"""The leaderboard for reading: Markdown, and one self-contained HTML page with plots and overlays.
+
+From a table of cases and the image files alone; numbers come from `statistics`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+
+from nnunetv2_semicml.evaluation.figures import COLORS, MARKERS, REFERENCE_COLOR, overlay, themed
+from nnunetv2_semicml.evaluation.metrics import METRICS
+from nnunetv2_semicml.evaluation.statistics import (
+    average_seeds,
+    compare,
+    interval,
+    score,
+    summarize,
+)
+
+PLOTTED = ("dice", "hd95")  # overlap and distance; the tables have all metrics
+DEFINITIONS = (
+    "Every number is per patient, in 3D. Dice, PPV and sensitivity count voxels. ASD is the average symmetric surface "
+    "distance, HD95 the larger of the 95th percentiles of the distances from either surface to the other; surface "
+    "elements count by their area.",
+    "A patient with nothing to find in whom nothing was found counts as perfect: 1, or 0 mm. Where only one of "
+    "prediction and reference is empty, undefined metrics count as the worst: 0, or the diagonal of the image in mm. "
+    "“Missed” and “invented” are the numbers of such patients. In leaderboard.csv, undefined values are left empty.",
+    "Mean ± standard deviation over the patients; seeds are averaged first, and their lowest and highest mean follows. "
+    "Differences are paired by patient, with 95 % bootstrap intervals (BCa) and two-sided Wilcoxon signed-rank tests, "
+    "Holm-corrected for all comparisons of the same metric on this page.",
+)
+
+
+@dataclass(frozen=True)
+class Incomplete:
+    """A method that has no results on a modality.
+
+    Attributes:
+        method: its name.
+        modality: the modality.
+        missing: job that is not done -> why, or what is missing.
+    """
+
+    method: str
+    modality: str
+    missing: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Files:
+    """What to look at in one modality.
+
+    Attributes:
+        modality: the modality.
+        scans: case -> image file.
+        references: case -> reference segmentation.
+        predictions: method -> folder.
+        file_ending: of the predictions.
+        reader: for all of these.
+    """
+
+    modality: str
+    scans: Mapping[str, str]
+    references: Mapping[str, str]
+    predictions: Mapping[str, Path]
+    file_ending: str
+    reader: BaseReaderWriter
+
+
+@dataclass(frozen=True)
+class Report:
+    """What Markdown and HTML are made of.
+
+    Attributes:
+        title: the heading.
+        command: the command line.
+        facts: what was run, name -> value.
+        reference: the method that the others are compared with.
+        cases: rows of leaderboard.csv.
+        incomplete: what is not in these rows.
+        others: leaderboard.csv of datasets with other labeled shares.
+        files: for overlays, of every modality that has results.
+    """
+
+    title: str
+    command: str
+    facts: Mapping[str, str]
+    reference: str
+    cases: pd.DataFrame
+    incomplete: Sequence[Incomplete]
+    others: Sequence[pd.DataFrame]
+    files: Sequence[Files]
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """What enters means and tests."""
+        return score(self.cases)
+
+    @cached_property
+    def summary(self) -> list[dict]:
+        """Rows of `summarize`."""
+        return summarize(self.scores).to_dict("records")
+
+    @cached_property
+    def differences(self) -> pd.DataFrame:
+        """Of every method to the reference."""
+        return compare(self.scores, self.reference)
+
+
+def write_markdown(file: Path, report: Report) -> None:
+    """Write all tables as Markdown."""
+    lines = [f"# {report.title}", "", f"`{report.command}`", ""]
+    lines += [f"- {name}: {value}" for name, value in report.facts.items()]
+    if report.incomplete:
+        lines += ["", "**Incomplete, and therefore not in the tables:**", ""]
+        lines += [
+            f"- {entry.method}, {entry.modality}: {job}: {why}"
+            for entry in report.incomplete
+            for job, why in entry.missing.items()
+        ]
+    titles = [_title(metric) for metric in METRICS]
+    lines += ["", "## Results", "", _line(["modality", "class", "method", *titles, "missed", "invented"])]
+    lines.append("|---" * (len(METRICS) + 5) + "|")
+    for row in report.summary:
+        cells = [
+            f"{_number(row[metric], metric)} ± {_number(row[f'{metric}_sd'], metric)}{_seed_range(row, metric)}"
+            for metric in METRICS
+        ] + [_count(row["missed"]), _count(row["invented"])]
+        lines.append(_line([row["modality"], row["class"], row["method"], *cells]))
+    lines += ["", f"## Differences to {report.reference}", ""]
+    columns = [
+        "metric",
+        "modality",
+        "class",
+        "method",
+        "difference",
+        "95 % interval",
+        "better / worse",
+        "p",
+        "p (Holm)",
+    ]
+    lines += [_line(columns), "|---" * len(columns) + "|"]
+    for row in report.differences.to_dict("records"):
+        of = [_title(row["metric"]), row["modality"], row["class"], row["method"]]
+        counts = f"{row['better']} / {row['worse']}"
+        lines.append(_line([*of, _signed(row, "difference"), _interval(row), counts, _p(row["p"]), _p(row["p_holm"])]))
+    lines += ["", "## Definitions", "", *(line for text in DEFINITIONS for line in (text, ""))]
+    file.write_text("\n".join(lines), encoding="utf-8")
+
+
+def write_page(file: Path, report: Report) -> None:
+    """Write the HTML page."""
+    scores, differences = report.scores, report.differences
+    methods = list(dict.fromkeys(report.cases["method"]))
+    classes = list(dict.fromkeys(scores["class"]))[::-1]  # the mean of several comes first
+    patients = average_seeds(scores[scores["class"].isin(classes[:1])])
+    modalities = list(dict.fromkeys(patients["modality"]))
+    curves = _read_curves(report, classes[:1])
+    width = 4.2 * len(modalities) + 0.6
+    plots = {}
+    if methods:
+        size = (width, 2.6 * len(PLOTTED) + 0.07 * max(map(len, methods)))
+        plots["distributions"] = themed(lambda figure: _plot_distributions(figure, patients, methods), size)
+    if not (plotted := differences[differences["class"].isin(classes[:1])]).empty:
+        rows = len(plotted) // len(METRICS)
+        plots["differences"] = themed(lambda figure: _plot_differences(figure, plotted, methods), (9, 1 + 0.32 * rows))
+    if curves["share"].nunique() > 1:
+        size = (width, 2.8 * len(PLOTTED) + 0.4)
+        plots["curves"] = themed(lambda figure: _plot_curves(figure, curves), size)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"title_of": _title, "count": _count, "p": _p}
+    environment.globals |= {"number": _number, "seed_range": _seed_range, "signed": _signed, "interval": _interval}
+    page = environment.get_template("leaderboard.html.jinja").render(
+        report=report,
+        metrics=list(METRICS),
+        definitions=DEFINITIONS,
+        methods=methods,
+        colors=_colors(methods),
+        reference_color=REFERENCE_COLOR,
+        modalities=modalities,
+        classes=classes,
+        several_seeds=any(row["seeds"] > 1 for row in report.summary),
+        differences=differences.to_dict("records"),
+        plots=plots,
+        overlays={files.modality: _overlays(files, patients) for files in report.files},
+    )
+    file.write_text(page, encoding="utf-8")
+
+
+def _colors(methods: Sequence[str]) -> dict[str, str]:
+    return {method: COLORS[i % len(COLORS)] for i, method in enumerate(methods)}
+
+
+def _read_curves(report: Report, classes: Sequence[str]) -> pd.DataFrame:
+    """Patients of all tables whose labeled share is known, with the columns share (in %) and dataset."""
+    parts = []
+    for table in [report.cases, *report.others]:
+        scores = score(table)
+        patients = average_seeds(scores[scores["class"].isin(classes)])
+        about = table.groupby(["method", "modality"], sort=False)[["dataset", "labeled", "unlabeled"]].first()
+        about["share"] = 100 * about["labeled"] / (about["labeled"] + about["unlabeled"])
+        parts.append(patients.join(about, on=["method", "modality"]).dropna(subset="share"))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _plot_distributions(figure: Figure, patients: pd.DataFrame, methods: Sequence[str]) -> None:
+    """Every patient as a dot, median and quartiles as a box."""
+    modalities = list(dict.fromkeys(patients["modality"]))
+    colors, spread = _colors(methods), np.random.default_rng(0)
+    axes = figure.subplots(len(PLOTTED), len(modalities), sharex="col", sharey="row", squeeze=False)
+    for row, metric in zip(axes, PLOTTED, strict=True):
+        for axis, modality in zip(row, modalities, strict=True):
+            present = patients[patients["modality"] == modality]
+            shown = [method for method in methods if (present["method"] == method).any()]
+            for place, method in enumerate(shown):
+                values = present.loc[present["method"] == method, metric].to_numpy()
+                axis.scatter(
+                    place + spread.uniform(-0.18, 0.18, len(values)), values, color=colors[method], s=16, alpha=0.75
+                )
+                axis.boxplot(
+                    values,
+                    positions=[place],
+                    widths=0.55,
+                    showfliers=False,
+                    boxprops={"color": colors[method], "linewidth": 1.5},
+                    medianprops={"color": colors[method], "linewidth": 2.5},
+                    whiskerprops={"color": colors[method]},
+                    capprops={"color": colors[method]},
+                )
+            axis.set_xticks(range(len(shown)), shown, rotation=30, ha="right", rotation_mode="anchor")
+            axis.set_xlim(-0.6, len(shown) - 0.4)
+            _scale_axis(axis, metric)
+            axis.grid(axis="y", alpha=0.25)
+    for axis, modality in zip(axes[0], modalities, strict=True):
+        axis.set_title(modality)
+    for axis, metric in zip(axes[:, 0], PLOTTED, strict=True):
+        axis.set_ylabel(f"{_title(metric)} per patient")
+
+
+def _scale_axis(axis: Axes, metric: str) -> None:
+    if METRICS[metric].higher_is_better:
+        axis.set_ylim(-0.02, 1.02)
+    else:
+        # missed patients are at the diagonal of the image, far from all others
+        axis.set_yscale("symlog", linthresh=10)
+        axis.set_ylim(bottom=0)
+        axis.yaxis.set_major_formatter("{x:g}")
+
+
+def _plot_differences(figure: Figure, differences: pd.DataFrame, methods: Sequence[str]) -> None:
+    """Mean difference and interval, a row per modality and method."""
+    colors = _colors(methods)
+    for axis, metric in zip(figure.subplots(1, len(PLOTTED), sharey=True), PLOTTED, strict=True):
+        rows = differences[differences["metric"] == metric].to_dict("records")
+        for place, row in enumerate(rows):
+            axis.plot([row["low"], row["high"]], [place, place], color=colors[row["method"]], linewidth=2.5)
+            axis.plot(row["difference"], place, "o", color=colors[row["method"]], markersize=7)
+        axis.axvline(0, color="#8a94a3", linewidth=1)
+        axis.set_yticks(range(len(rows)), [f"{row['modality']}: {row['method']}" for row in rows])
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        better = "right" if METRICS[metric].higher_is_better else "left"
+        axis.set_title(f"difference in {_title(metric)}, better to the {better}")
+        axis.grid(axis="x", alpha=0.25)
+
+
+def _plot_curves(figure: Figure, patients: pd.DataFrame) -> None:
+    """Mean over the patients and its interval against the labeled share."""
+    modalities = list(dict.fromkeys(patients["modality"]))
+    methods = list(dict.fromkeys(patients["method"]))
+    axes = figure.subplots(len(PLOTTED), len(modalities), sharex=True, sharey="row", squeeze=False)
+    for row, metric in zip(axes, PLOTTED, strict=True):
+        for axis, modality in zip(row, modalities, strict=True):
+            for i, method in enumerate(methods):
+                selected = patients[(patients["modality"] == modality) & (patients["method"] == method)]
+                shares = sorted(selected["share"].unique())
+                values = [selected.loc[selected["share"] == share, metric].to_numpy() for share in shares]
+                means = np.array([v.mean() for v in values])
+                bounds = np.array([interval(v) for v in values]).reshape(-1, 2)
+                axis.errorbar(
+                    shares,
+                    means,
+                    yerr=np.abs(bounds.T - means),
+                    color=COLORS[i % len(COLORS)],
+                    marker=MARKERS[i % len(MARKERS)],
+                    linewidth=2,
+                    capsize=3,
+                    label=method,
+                )
+            axis.grid(alpha=0.25)
+            _scale_axis(axis, metric)
+    for axis, modality in zip(axes[0], modalities, strict=True):
+        axis.set_title(modality)
+    for axis in axes[-1]:
+        axis.set_xlabel("labeled share of the training cases (%)")
+    for axis, metric in zip(axes[:, 0], PLOTTED, strict=True):
+        axis.set_ylabel(f"mean {_title(metric)}")
+    axes[0, -1].legend(fontsize=8)
+
+
+def _overlays(files: Files, patients: pd.DataFrame) -> list[dict]:
+    """Median and worst patient by the mean Dice of all methods, in the slice with the largest reference area."""
+    dice = patients[patients["modality"] == files.modality].pivot(index="case", columns="method", values="dice")
+    ranked = dice.mean(axis=1).sort_values(kind="stable").index
+    colors = _colors(list(dict.fromkeys(patients["method"])))
+    shown = []
+    for rank, case in {"median": ranked[(len(ranked) - 1) // 2], "worst": ranked[0]}.items():
+        image, properties = files.reader.read_images([files.scans[case]])
+        spacing = properties["spacing"][1:]
+        reference = files.reader.read_seg(files.references[case])[0][0]
+        z = int((reference > 0).sum((1, 2)).argmax())
+        panels = {"": overlay(image[0, z], [], spacing)}
+        for method, folder in files.predictions.items():
+            prediction = files.reader.read_seg(str(folder / f"{case}{files.file_ending}"))[0][0]
+            outlines = [(reference[z], REFERENCE_COLOR, 1.2), (prediction[z], colors[method], 1.8)]
+            panels[method] = overlay(image[0, z], outlines, spacing)
+        place = {"rank": rank, "case": case, "slice": z + 1, "slices": len(reference)}
+        shown.append({**place, "dice": dice.loc[case].to_dict(), "panels": panels})
+    return shown
+
+
+def _title(metric: str) -> str:
+    unit = METRICS[metric].unit
+    return METRICS[metric].title + (f" ({unit})" if unit else "")
+
+
+def _number(value: float, metric: str, sign: str = "") -> str:
+    if np.isnan(value):
+        return "n/a"
+    return f"{value:{sign}.{2 if METRICS[metric].unit else 3}f}".replace("-", "−")
+
+
+def _seed_range(row: Mapping, metric: str) -> str:
+    if row["seeds"] == 1:
+        return ""
+    return f" ({_number(row[f'{metric}_low'], metric)} … {_number(row[f'{metric}_high'], metric)})"
+
+
+def _signed(row: Mapping, column: str) -> str:
+    return _number(row[column], row["metric"], "+")
+
+
+def _interval(row: Mapping) -> str:
+    return f"{_signed(row, 'low')} … {_signed(row, 'high')}"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _count(value: float) -> str:
+    return f"{value:.1f}" if value % 1 else f"{value:.0f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
