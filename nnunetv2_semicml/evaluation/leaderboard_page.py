@@ -130,11 +130,11 @@ def write_markdown(file: Path, report: Report) -> None:
     lines += ["", "## Results", "", _line(["modality", "class", "method", *titles, "missed", "invented"])]
     lines.append("|---" * (len(METRICS) + 5) + "|")
     for row in report.summary:
-        cells = [
-            f"{_number(row[metric], metric)} ± {_number(row[f'{metric}_sd'], metric)}{_seed_range(row, metric)}"
-            for metric in METRICS
-        ] + [_count(row["missed"]), _count(row["invented"])]
-        lines.append(_line([row["modality"], row["class"], row["method"], *cells]))
+        cells = [row["modality"], row["class"], row["method"]]
+        for metric in METRICS:
+            mean, sd = _number(row[metric], metric), _number(row[f"{metric}_sd"], metric)
+            cells.append(f"{mean} ± {sd} {_seed_range(row, metric)}".rstrip())
+        lines.append(_line([*cells, _count(row["missed"]), _count(row["invented"])]))
     lines += ["", f"## Differences to {report.reference}", ""]
     columns = [
         "metric",
@@ -160,16 +160,18 @@ def write_page(file: Path, report: Report) -> None:
     """Write the HTML page."""
     scores, differences = report.scores, report.differences
     methods = list(dict.fromkeys(report.cases["method"]))
-    classes = list(dict.fromkeys(scores["class"]))[::-1]  # the mean of several comes first
-    patients = average_seeds(scores[scores["class"].isin(classes[:1])])
+    *single, last = dict.fromkeys(scores["class"]) or [""]
+    classes = [last, *single]  # the mean of several comes first
+    shown = scores[scores["class"] == classes[0]]
+    patients = average_seeds(shown)
     modalities = list(dict.fromkeys(patients["modality"]))
-    curves = _read_curves(report, classes[:1])
+    curves = _read_curves(report, classes[0])
     width = 4.2 * len(modalities) + 0.6
     plots = {}
     if methods:
         size = (width, 2.6 * len(PLOTTED) + 0.07 * max(map(len, methods)))
         plots["distributions"] = themed(lambda figure: _plot_distributions(figure, patients, methods), size)
-    if not (plotted := differences[differences["class"].isin(classes[:1])]).empty:
+    if not (plotted := differences[differences["class"] == classes[0]]).empty:
         rows = len(plotted) // len(METRICS)
         plots["differences"] = themed(lambda figure: _plot_differences(figure, plotted, methods), (9, 1 + 0.32 * rows))
     if curves["share"].nunique() > 1:
@@ -192,7 +194,10 @@ def write_page(file: Path, report: Report) -> None:
         several_seeds=any(row["seeds"] > 1 for row in report.summary),
         differences=differences.to_dict("records"),
         plots=plots,
-        overlays={files.modality: _overlays(files, patients) for files in report.files},
+        overlays={
+            files.modality: _overlays(files, shown[shown["modality"] == files.modality], _colors(methods))
+            for files in report.files
+        },
     )
     file.write_text(page, encoding="utf-8")
 
@@ -201,12 +206,12 @@ def _colors(methods: Sequence[str]) -> dict[str, str]:
     return {method: COLORS[i % len(COLORS)] for i, method in enumerate(methods)}
 
 
-def _read_curves(report: Report, classes: Sequence[str]) -> pd.DataFrame:
+def _read_curves(report: Report, of_class: str) -> pd.DataFrame:
     """Patients of all tables whose labeled share is known, with the columns share (in %) and dataset."""
     parts = []
     for table in [report.cases, *report.others]:
         scores = score(table)
-        patients = average_seeds(scores[scores["class"].isin(classes)])
+        patients = average_seeds(scores[scores["class"] == of_class])
         about = table.groupby(["method", "modality"], sort=False)[["dataset", "labeled", "unlabeled"]].first()
         about["share"] = 100 * about["labeled"] / (about["labeled"] + about["unlabeled"])
         parts.append(patients.join(about, on=["method", "modality"]).dropna(subset="share"))
@@ -307,11 +312,13 @@ def _plot_curves(figure: Figure, patients: pd.DataFrame) -> None:
     axes[0, -1].legend(fontsize=8)
 
 
-def _overlays(files: Files, patients: pd.DataFrame) -> list[dict]:
-    """Median and worst patient by the mean Dice of all methods, in the slice with the largest reference area."""
-    dice = patients[patients["modality"] == files.modality].pivot(index="case", columns="method", values="dice")
+def _overlays(files: Files, scores: pd.DataFrame, colors: Mapping[str, str]) -> list[dict]:
+    """Median and worst patient by the mean Dice of all methods, in the slice with the largest reference area.
+
+    Dice is that of the predictions shown, which are of the first seed.
+    """
+    dice = scores.drop_duplicates(["method", "case"]).pivot(index="case", columns="method", values="dice")
     ranked = dice.mean(axis=1).sort_values(kind="stable").index
-    colors = _colors(list(dict.fromkeys(patients["method"])))
     shown = []
     for rank, case in {"median": ranked[(len(ranked) - 1) // 2], "worst": ranked[0]}.items():
         image, properties = files.reader.read_images([files.scans[case]])
@@ -324,7 +331,7 @@ def _overlays(files: Files, patients: pd.DataFrame) -> list[dict]:
             outlines = [(reference[z], REFERENCE_COLOR, 1.2), (prediction[z], colors[method], 1.8)]
             panels[method] = overlay(image[0, z], outlines, spacing)
         place = {"rank": rank, "case": case, "slice": z + 1, "slices": len(reference)}
-        shown.append({**place, "dice": dice.loc[case].to_dict(), "panels": panels})
+        shown.append({**place, "dice": dice.loc[case, list(files.predictions)].to_dict(), "panels": panels})
     return shown
 
 
@@ -342,7 +349,7 @@ def _number(value: float, metric: str, sign: str = "") -> str:
 def _seed_range(row: Mapping, metric: str) -> str:
     if row["seeds"] == 1:
         return ""
-    return f" ({_number(row[f'{metric}_low'], metric)} … {_number(row[f'{metric}_high'], metric)})"
+    return f"({_number(row[f'{metric}_low'], metric)} … {_number(row[f'{metric}_high'], metric)})"
 
 
 def _signed(row: Mapping, column: str) -> str:
