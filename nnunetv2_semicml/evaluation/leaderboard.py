@@ -430,23 +430,10 @@ def leaderboard(args: argparse.Namespace, command: str) -> Path:
 
     cases, incomplete = collect(entries, failures, raw.name)
     others = [read_table(file, cases) for file in args.compare]
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    packages = ("nnunetv2-semicml", "nnunetv2", "torch", "monai", "scipy")
     report = Report(
         title=f"Leaderboard of {raw.name}",
         command=command,
-        facts={
-            "Test cases": f"{len(references)}, each modality alone",
-            "Training cases": f"{len(group.labeled)} labeled, {len(group.unlabeled)} unlabeled",
-            "Configuration": f"{args.c}, {args.p}",
-            "Folds": f"{', '.join(args.f)}" + (", predicted as an ensemble" if len(args.f) > 1 else ""),
-            "Seeds": ", ".join(map(str, args.seeds)) if args.seeds else "none set, one run",
-            "Machine of this command": ", ".join(
-                [platform.system(), platform.machine(), f"{os.cpu_count()} CPU cores", *gpus]
-            ),
-            "Software": ", ".join(f"{name} {version(name)}" for name in packages),
-            "Date": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
-        },
+        facts=_facts(raw, group, args),
         reference=reference,
         cases=cases,
         incomplete=incomplete,
@@ -471,6 +458,23 @@ def leaderboard(args: argparse.Namespace, command: str) -> Path:
             "Put this right and repeat the command: it goes on from here.",
         )
     return out / "leaderboard.html"
+
+
+def _facts(raw: RawDataset, group: ModalityGroup, args: argparse.Namespace) -> dict[str, str]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    packages = ("nnunetv2-semicml", "nnunetv2", "torch", "monai", "scipy")
+    return {
+        "Test cases": f"{len(raw.test)}, each modality alone",
+        "Training cases": f"{len(group.labeled)} labeled, {len(group.unlabeled)} unlabeled",
+        "Configuration": f"{args.c}, {args.p}",
+        "Folds": ", ".join(args.f) + (", predicted as an ensemble" if len(args.f) > 1 else ""),
+        "Seeds": ", ".join(map(str, args.seeds)) if args.seeds else "none set, one run",
+        "Machine of this command": ", ".join(
+            [platform.system(), platform.machine(), f"{os.cpu_count()} CPU cores", *gpus]
+        ),
+        "Software": ", ".join(f"{name} {version(name)}" for name in packages),
+        "Date": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
+    }
 
 
 def _files(
