@@ -437,6 +437,8 @@ def test_curves_over_the_labeled_share_of_several_leaderboards(study, call):
         (["--methods", SEMI, "--external", "Theirs=CT=."], r"--external: found 'Theirs=CT=\.'"),
         (["--methods", SEMI, "--external", "Theirs=T1=nowhere"], "nowhere: found no such folder"),
         (["--methods", SEMI, "-c", "3d_fullres"], "found configurations 2d; expected 3d_fullres"),
+        (["--methods", SEMI, "--jobs", "0"], "--jobs: found 0"),
+        (["--methods", SEMI, "--slurm", "timeout_min=60"], "Add --executor slurm"),
         (["--methods", SEMI, "--executor", "slurm"], "--slurm: found no timeout_min"),
         (["--methods", SEMI, "--executor", "slurm", "--slurm", "gpu"], "--slurm: found 'gpu'; expected KEY=VALUE"),
     ],

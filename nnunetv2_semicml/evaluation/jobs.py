@@ -212,6 +212,9 @@ class Predict(Job):
         for case, files in self.scans.items():
             for channel, file in enumerate(files):
                 _link(file, scans / f"{case}_{channel:04d}{self.file_ending}")
+            # nnU-Net reads the spacing of a TIFF from a file beside it
+            if (spacing := Path(files[0]).with_name(f"{case}.json")).is_file():
+                _link(spacing, scans / spacing.name)
         arguments = ["-i", scans, "-o", predictions, *self._arguments(), "-device", self.model.device]
         self._call(self.model.programs / "nnUNetv2_predict", *arguments, **self.model.environment())
         (predictions / INPUTS_FILE).write_text(json.dumps(inputs))
@@ -370,7 +373,7 @@ def _share(gpus: Sequence[str], slot: int, at_once: int) -> str:
     return ",".join(gpus[slot::at_once] or gpus[slot % len(gpus) :][:1]) if gpus else ""
 
 
-def _link(source: str, target: Path) -> None:
+def _link(source: str | Path, target: Path) -> None:
     try:
         os.link(Path(source).resolve(), target)  # takes no space, and is no symbolic link, which Windows may refuse
     except OSError:  # another file system

@@ -11,7 +11,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -90,7 +90,7 @@ def parse_method(text: str, raw: RawDataset, group: ModalityGroup) -> Method:
         UserError: the text has another form, or the other dataset is not there, has other modalities, channels or
             labels, or was made for training on some of the test cases.
     """
-    match = re.fullmatch(r"(?:([^=]+)=)?((?:(each|all):)?(\w+)(?:@(\w+))?)", text)
+    match = re.fullmatch(r"(?:([^=]+)=)?((?:(each|all):)?(\w+)(?:@([\w.-]+))?)", text)
     if not match:
         raise UserError("--methods", repr(text), NOTATION, "Write e.g. nnUNetTrainerSemiCML or each:nnUNetTrainer.")
     name, spec, scope, trainer, other = match.groups()
@@ -289,11 +289,11 @@ def collect(entries: Sequence[Entry], failures: dict[str, str], dataset: str) ->
     return table.astype(dict.fromkeys(("seed", "labeled", "unlabeled"), "Int64")), incomplete
 
 
-def read_table(file: Path, own: pd.DataFrame) -> pd.DataFrame:
+def read_table(file: Path, cases: Collection[str]) -> pd.DataFrame:
     """Read the leaderboard.csv of another dataset, for curves over the labeled share.
 
     Raises:
-        UserError: it is no such table, or has other test cases than one's own.
+        UserError: it is no such table, or has other test cases than these.
     """
     try:
         names = dict.fromkeys(("dataset", "method", "modality", "case", "class"), str)
@@ -307,7 +307,7 @@ def read_table(file: Path, own: pd.DataFrame) -> pd.DataFrame:
             ", ".join(COLUMNS),
             "Name a leaderboard.csv of this version.",
         )
-    if different := set(table["case"]) ^ set(own["case"]):
+    if different := set(table["case"]) ^ set(cases):
         raise UserError(
             file,
             f"other test cases than this leaderboard: {some_of(sorted(different))}",
@@ -373,6 +373,10 @@ def _parse_slurm(parameters: Sequence[str]) -> dict[str, str | int]:
 def _run(jobs: Sequence[Job], args: argparse.Namespace, logs: Path) -> dict[str, str]:
     """Run the jobs where the command line says."""
     on_slurm = args.executor == "slurm"
+    if args.jobs is not None and args.jobs < 1:
+        raise UserError("--jobs", str(args.jobs), "at least 1", "Correct it.")
+    if args.slurm and not on_slurm:
+        raise UserError("--slurm", "parameters", "none with --executor local", "Add --executor slurm.")
     # locally no time limit, where submitit's default is two minutes
     parameters = _parse_slurm(args.slurm) if on_slurm else {"timeout_min": 60 * 24 * 365}
     try:
@@ -420,6 +424,8 @@ def leaderboard(args: argparse.Namespace, command: str) -> Path:
         names = ", ".join(dict.fromkeys(method for method, _ in rows))
         raise UserError("--reference", reference, f"one of {names}", "Correct it, or leave it out.")
 
+    others = [read_table(file, references) for file in args.compare]
+
     # methods may share jobs, e.g. when they differ in the name alone
     jobs = {job.name: job for entry in entries for chain in entry.chains.values() for job in chain}
     for job in jobs.values():
@@ -429,7 +435,6 @@ def leaderboard(args: argparse.Namespace, command: str) -> Path:
     failures = _run(list(jobs.values()), args, logs)
 
     cases, incomplete = collect(entries, failures, raw.name)
-    others = [read_table(file, cases) for file in args.compare]
     report = Report(
         title=f"Leaderboard of {raw.name}",
         command=command,
