@@ -4,10 +4,8 @@ It reads nnU-Net's `summary.json` files, the images and segmentations they name,
 knows nothing of trainers.
 """
 
-import base64
-import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,18 +13,15 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import SimpleITK as sitk
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 
 from nnunetv2_semicml.errors import UserError
+from nnunetv2_semicml.evaluation import figures
+from nnunetv2_semicml.evaluation.figures import COLORS, REFERENCE_COLOR, overlay, themed
 
-# Okabe and Ito's colours, which people with colour vision deficiencies can tell apart too.
-REFERENCE_COLOUR = "#ffffff"
-METHOD_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7")
+METHOD_COLOURS = COLORS[:4]
 TERM_COLOURS = ("#cc79a7", "#009e73", "#0072b2", "#d55e00", "#8a6d00", "#7a7a7a")
-_THEMES = {"light": "#3a4250", "dark": "#c9d1dc"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,9 @@ def write_report(
     methods = list(modalities[0].summaries)
     cases = {modality.name: _read_cases(modality) for modality in modalities}
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader([Path(module).parent for module in (__file__, figures.__file__)]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters["signed"] = lambda value: f"{value:+.3f}".replace("-", "−")
     page = environment.get_template("report.html.jinja").render(
@@ -98,14 +95,14 @@ def write_report(
         facts=facts,
         methods=methods,
         steps=list(pairwise(methods)),
-        colours={**dict(zip(methods, METHOD_COLOURS, strict=False)), "reference": REFERENCE_COLOUR},
+        colours={**dict(zip(methods, METHOD_COLOURS, strict=False)), "reference": REFERENCE_COLOR},
         rows=[_row(name, of_modality, methods) for name, of_modality in cases.items()],
         cases=cases,
-        paired=_themed(lambda figure: _plot_paired(figure, cases, methods), (4.2 * len(cases) + 0.6, 3.4)),
-        curves={m.name: _themed(lambda figure, m=m: _plot_curves(figure, m), (8.4, 2.8)) for m in modalities},
+        paired=themed(lambda figure: _plot_paired(figure, cases, methods), (4.2 * len(cases) + 0.6, 3.4)),
+        curves={m.name: themed(lambda figure, m=m: _plot_curves(figure, m), (8.4, 2.8)) for m in modalities},
         explanation=explanation,
         terms={
-            method: (note, _themed(lambda figure, log=log: _plot_terms(figure, log), (8.4, 2.8)))
+            method: (note, themed(lambda figure, log=log: _plot_terms(figure, log), (8.4, 2.8)))
             for method, (note, log) in joint_logs.items()
         },
         overlays={m.name: _overlays(m, cases[m.name], methods[-1]) for m in modalities},
@@ -154,32 +151,6 @@ def _row(modality: str, cases: Sequence[_Case], methods: Sequence[str]) -> dict:
         "differences": {step: (d.mean(), d.std(ddof=1), int((d > 0).sum())) for step, d in differences.items()},
         "cases": len(cases),
     }
-
-
-def _png(figure: Figure, **options: object) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, **options)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _themed(plot: Callable[[Figure], None], size: tuple[float, float]) -> dict:
-    """The same plot with ink for a light and for a dark page as data URIs, and its width on the page in pixels."""
-    images: dict = {"width": round(100 * size[0])}
-    for theme, ink in _THEMES.items():
-        style = {
-            **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink),
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": 10,
-            "font.size": 9,
-            "legend.frameon": False,
-            "figure.constrained_layout.use": True,
-        }
-        with rc_context(style):
-            figure = Figure(figsize=size)
-            plot(figure)
-            images[theme] = _png(figure, transparent=True)
-    return images
 
 
 def _plot_paired(figure: Figure, cases: Mapping[str, Sequence[_Case]], methods: Sequence[str]) -> None:
@@ -249,34 +220,15 @@ def _overlays(modality: ModalityResults, cases: Sequence[_Case], judged_by: str)
     overlays = []
     for rank, case in chosen.items():
         image = sitk.GetArrayFromImage(sitk.ReadImage(str(modality.images / f"{case.name}_0000.nii.gz")))
-        spacing = sitk.ReadImage(str(case.reference)).GetSpacing()
-        reference = sitk.GetArrayFromImage(sitk.ReadImage(str(case.reference)))
-        z = int((reference > 0).sum((1, 2)).argmax())
-        panels = {"scan": _overlay(image[z], None, None, "", spacing)}
+        reference_image = sitk.ReadImage(str(case.reference))
+        spacing = reference_image.GetSpacing()[1::-1]
+        reference = sitk.GetArrayFromImage(reference_image) > 0
+        z = int(reference.sum((1, 2)).argmax())
+        panels = {"scan": overlay(image[z], [], spacing)}
         for (method, file), colour in zip(case.predictions.items(), METHOD_COLOURS, strict=False):
-            prediction = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
-            panels[method] = _overlay(image[z], reference[z], prediction[z], colour, spacing)
+            prediction = sitk.GetArrayFromImage(sitk.ReadImage(str(file))) > 0
+            outlines = [(reference[z], REFERENCE_COLOR, 1.2), (prediction[z], colour, 1.8)]
+            panels[method] = overlay(image[z], outlines, spacing)
         place = {"rank": rank, "case": case.name, "slice": z + 1, "slices": len(image)}
         overlays.append({**place, "dice": case.dice, "panels": panels})
     return overlays
-
-
-def _overlay(
-    image: np.ndarray, reference: np.ndarray | None, prediction: np.ndarray | None, colour: str, spacing: Sequence
-) -> str:
-    """One slice (y, x) as a data URI, cropped to the scanned field, with the outlines of reference and prediction."""
-    rows, columns = (np.flatnonzero((image != 0).any(axis)) for axis in (1, 0))
-    crop = slice(max(rows[0] - 1, 0), rows[-1] + 2), slice(max(columns[0] - 1, 0), columns[-1] + 2)
-    image = image[crop]
-    height, width = image.shape[0] * spacing[1], image.shape[1] * spacing[0]
-    figure = Figure(figsize=(2.2, 2.2), facecolor="black")
-    scale = max(height, width)
-    axis = figure.add_axes((0.5 - width / scale / 2, 0.5 - height / scale / 2, width / scale, height / scale))
-    axis.set_axis_off()
-    # the axes already have the proportions of the slice in mm
-    axis.imshow(image, cmap="gray", vmin=0, vmax=np.percentile(image, 99.5), interpolation="bicubic", aspect="auto")
-    for mask, line_colour, line_width in ((reference, REFERENCE_COLOUR, 1.2), (prediction, colour, 1.8)):
-        if mask is not None and (mask[crop] > 0).any():
-            outline = axis.contour(mask[crop] > 0, [0.5], colors=line_colour, linewidths=line_width)
-            outline.set_path_effects([withStroke(linewidth=line_width + 1.2, foreground="#000000a0")])
-    return _png(figure)
