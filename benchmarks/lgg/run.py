@@ -3,6 +3,7 @@
     python benchmarks/lgg/run.py --data FOLDER_OF_Dataset700_LGG --work SCRATCH --seed 0       # and 1, 2
     python benchmarks/lgg/run.py --data FOLDER_OF_Dataset700_LGG --work SCRATCH --choose PReL  # what defaults rest on
     python benchmarks/lgg/run.py --data FOLDER_OF_Dataset700_LGG --work SCRATCH --choose SECL  # the same
+    python benchmarks/lgg/run.py --data FOLDER_OF_Dataset700_LGG --work SCRATCH --choose SECL_again --seed 1
 
 Dataset700_LGG is a raw nnU-Net dataset of 70 patients (TCGA-LGG; FLAIR, T1 post-contrast; label: FLAIR abnormality).
 Three tenths of the patients, stratified by site and the same for every seed, are for testing; of the others, a tenth
@@ -13,8 +14,7 @@ modality are predicted alone, without test-time mirroring. Dice is per patient, 
 patients, the initial weights and the data loading.
 
 --choose leaves the test patients out altogether: three tenths of the others are for validation, and as many as before
-are labeled. Variants of PReL start from one run of Semi-CML; those of SECL differ in one hyper-parameter each and
-take 300 steps.
+are labeled. Variants of PReL start from one run of Semi-CML.
 
 A run goes on where it was interrupted. Two can go on at a time: seeds, or with --only different methods of one seed,
 after one of them has prepared the data (--only with no name).
@@ -52,17 +52,24 @@ VARIANTS = {
         "PReL, labeled weight 0": "nnUNetTrainerSemiCMLPReL_short_unlabeled",
         "PReL, learning rate 0.005": "nnUNetTrainerSemiCMLPReL_short_fast",
     },
-    "SECL": {
+    "SECL": {  # 300 steps
         "no contrast": "nnUNetTrainerSECL_none",
-        # weight 0.1, temperature 0.1, stage 2 of the encoder, EMA 0.99
+        # weight 0.1, temperature 0.1, stage 2 of the encoder, 4 regions along each axis
         "anatomical": "nnUNetTrainerSECLAnatomical_short",
         "anatomical, weight 1": "nnUNetTrainerSECLAnatomical_heavy",
         "anatomical, temperature 0.5": "nnUNetTrainerSECLAnatomical_warm",
         "anatomical, last stage": "nnUNetTrainerSECLAnatomical_deep",
-        # the same, and 4 regions along each axis
         "region": "nnUNetTrainerSECLRegion_short",
         "region, weight 1": "nnUNetTrainerSECLRegion_heavy",
         "region, last stage": "nnUNetTrainerSECLRegion_deep",
+    },
+    "SECL_again": {  # what was better there, in 600 steps; to be run with another seed, for other patients
+        "no contrast": "nnUNetTrainerSECL_none_long",
+        "anatomical, temperature 0.5": "nnUNetTrainerSECLAnatomical_long",
+        "region, weight 1": "nnUNetTrainerSECLRegion_heavy_long",
+        "region, last stage": "nnUNetTrainerSECLRegion_deep_long",
+        "region, weight 1, last stage": "nnUNetTrainerSECLRegion_heavy_deep_long",
+        "region, weight 1, last stage, 2 along each axis": "nnUNetTrainerSECLRegion_coarse_long",
     },
 }
 NUM_LABELED = 5  # a tenth of the 49 patients that are not for testing

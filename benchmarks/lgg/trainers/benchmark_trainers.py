@@ -102,9 +102,10 @@ class nnUNetTrainerSemiCMLPReL_short_fast(nnUNetTrainerSemiCMLPReL_short):
         self.initial_lr = 5e-3
 
 
-class nnUNetTrainerSECLAnatomical_short(nnUNetTrainerSECLAnatomical):
-    """SECL with its default hyper-parameters but for `changes`, 300 steps."""
+class _ShortSECL:
+    """SECL with its default hyper-parameters but for `changes`."""
 
+    epochs = 6  # of 50 steps
     changes: ClassVar = {}
 
     def __init__(
@@ -116,15 +117,27 @@ class nnUNetTrainerSECLAnatomical_short(nnUNetTrainerSECLAnatomical):
         device: torch.device = torch.device("cuda"),
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        _shorten(self, epochs=6, steps_per_epoch=50)
-        for name, value in self.changes.items():
+        _shorten(self, self.epochs, steps_per_epoch=50)
+        for name, value in {**_FIRST_CHOICE, **self.changes}.items():
             setattr(self, name, value)
 
 
-class nnUNetTrainerSECL_none(nnUNetTrainerSECLAnatomical_short):
+# where the first round of choices started from
+_FIRST_CHOICE = {"contrast_weight": 0.1, "contrast_temperature": 0.1, "feature_stage": 2}
+
+
+class nnUNetTrainerSECL_none(_ShortSECL, nnUNetTrainerSECLAnatomical):
     """Step for step stock nnU-Net on the labeled cases, by a weight of 0."""
 
     changes: ClassVar = {"contrast_weight": 0.0}
+
+
+class nnUNetTrainerSECLAnatomical_short(_ShortSECL, nnUNetTrainerSECLAnatomical):
+    """The first choice."""
+
+
+class nnUNetTrainerSECLRegion_short(_ShortSECL, nnUNetTrainerSECLRegion):
+    """The first choice."""
 
 
 class nnUNetTrainerSECLAnatomical_heavy(nnUNetTrainerSECLAnatomical_short):
@@ -145,25 +158,6 @@ class nnUNetTrainerSECLAnatomical_deep(nnUNetTrainerSECLAnatomical_short):
     changes: ClassVar = {"feature_stage": 99}
 
 
-class nnUNetTrainerSECLRegion_short(nnUNetTrainerSECLRegion):
-    """SECL with its default hyper-parameters but for `changes`, 300 steps."""
-
-    changes: ClassVar = {}
-
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        _shorten(self, epochs=6, steps_per_epoch=50)
-        for name, value in self.changes.items():
-            setattr(self, name, value)
-
-
 class nnUNetTrainerSECLRegion_heavy(nnUNetTrainerSECLRegion_short):
     """One change."""
 
@@ -174,3 +168,44 @@ class nnUNetTrainerSECLRegion_deep(nnUNetTrainerSECLRegion_short):
     """One change."""
 
     changes: ClassVar = {"feature_stage": 99}
+
+
+class nnUNetTrainerSECL_none_long(nnUNetTrainerSECL_none):
+    """Twice the steps."""
+
+    epochs = 12
+
+
+class nnUNetTrainerSECLAnatomical_long(nnUNetTrainerSECLAnatomical_short):
+    """Twice the steps."""
+
+    epochs = 12
+    changes: ClassVar = {"contrast_temperature": 0.5}
+
+
+class nnUNetTrainerSECLRegion_heavy_long(nnUNetTrainerSECLRegion_short):
+    """Twice the steps."""
+
+    epochs = 12
+    changes: ClassVar = {"contrast_weight": 1.0}
+
+
+class nnUNetTrainerSECLRegion_deep_long(nnUNetTrainerSECLRegion_short):
+    """Twice the steps."""
+
+    epochs = 12
+    changes: ClassVar = {"feature_stage": 99}
+
+
+class nnUNetTrainerSECLRegion_heavy_deep_long(nnUNetTrainerSECLRegion_short):
+    """Twice the steps."""
+
+    epochs = 12
+    changes: ClassVar = {"contrast_weight": 1.0, "feature_stage": 99}
+
+
+class nnUNetTrainerSECLRegion_coarse_long(nnUNetTrainerSECLRegion_short):
+    """Twice the steps."""
+
+    epochs = 12
+    changes: ClassVar = {"contrast_weight": 1.0, "feature_stage": 99, "regions_per_axis": 2}
