@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/nnUNetv2_semicml_demo --out demo_output
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

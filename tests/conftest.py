@@ -26,6 +26,17 @@ torch.set_num_threads(1)  # the networks here are so small that threads would on
 LABELS, REGIONS = "Dataset500_Labels", "Dataset510_Regions"
 
 
+# without fixtures of their own that take long: they need not stay on one process of pytest-xdist
+SPREAD = ("test_methods", "test_step", "test_planning", "test_raw_dataset", "test_withhold_labels")
+
+
+def pytest_collection_modifyitems(items):
+    """Keep the tests of the other files together, for --dist loadgroup."""
+    for item in items:
+        if item.path.stem not in SPREAD:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def once(root, name, make):
     """Let one of the processes of pytest-xdist make what the session shares."""
     with FileLock(root / f"{name}.lock"):

@@ -4,6 +4,7 @@ A miniature is written by its function into a folder, as it would be found after
 """
 
 import json
+import locale
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -479,6 +480,7 @@ GRAY = np.array([0, 63, 126, 189, 252])
 def write_series(folder: Path, stems: list[str], voxels: np.ndarray, positions_of_slices: list[float]) -> None:
     """A DICOM series, slice by slice in the order of names; all slices carry the same UID of their series."""
     folder.mkdir(parents=True)
+    before = locale.setlocale(locale.LC_ALL)
     for number, (stem, pixels, z) in enumerate(zip(stems, voxels, positions_of_slices, strict=True)):
         image = sitk.GetImageFromArray(pixels.astype(np.uint16))
         image.SetSpacing((1.5, 1.25))
@@ -496,6 +498,7 @@ def write_series(folder: Path, stems: list[str], voxels: np.ndarray, positions_o
         writer.KeepOriginalImageUIDOn()
         writer.SetFileName(str(folder / f"{stem}.dcm"))
         writer.Execute(image)
+    locale.setlocale(locale.LC_ALL, before)  # writing DICOM sets it to C, in which later tests could read no UTF-8
 
 
 def chaos_patient(folder: Path, seed: int, downwards: bool, labeled: bool = True, shape=(11, 6, 5)) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
@@ -522,12 +523,13 @@ class Once(Nothing):
         self.target.touch(exist_ok=False)
 
 
-def test_a_job_waits_for_the_process_that_does_the_same(tmp_path, capsys):
-    job = Once(name=str(tmp_path / "file"))
+def test_a_job_waits_for_the_process_that_does_the_same(tmp_path, monkeypatch):
+    job, said = Once(name=str(tmp_path / "file")), threading.Event()
+    monkeypatch.setattr("builtins.print", lambda text, **_: said.set() if text.startswith("Waiting for") else None)
     with ThreadPoolExecutor() as threads, FileLock(tmp_path / ".file.lock"):
         waiting = threads.submit(job)
-        while "Waiting for another process" not in capsys.readouterr().out:
-            assert not waiting.done()
+        assert said.wait(60)
+        assert not waiting.done()
         job.run()
         # only now can the other go on, and finds nothing to do
     assert waiting.result() == ""
