@@ -477,7 +477,13 @@ def test_contrast_equals_its_formula(method, dataset, configuration):
     present = (parts.flatten(2).sum(2).flatten() >= trainer.min_part).tolist()
     assert 2 < sum(present) < len(present)
     expected = slow_contrast(
-        pooled(features[name].detach()), pooled(of_teacher), part_of, image_of, present, trainer.own_image, 0.1
+        pooled(features[name].detach()),
+        pooled(of_teacher),
+        part_of,
+        image_of,
+        present,
+        trainer.own_image,
+        trainer.contrast_temperature,
     )
     assert float(found) == pytest.approx(expected, rel=1e-4)
 
