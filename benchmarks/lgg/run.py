@@ -63,13 +63,10 @@ VARIANTS = {
         "region, weight 1": "nnUNetTrainerSECLRegion_heavy",
         "region, last stage": "nnUNetTrainerSECLRegion_deep",
     },
-    "SECL_again": {  # what was better there, in 600 steps; to be run with another seed, for other patients
+    "SECL_again": {  # what was chosen there, in 600 steps; to be run with another seed, for other patients
         "no contrast": "nnUNetTrainerSECL_none_long",
         "anatomical, temperature 0.5": "nnUNetTrainerSECLAnatomical_long",
         "region, weight 1": "nnUNetTrainerSECLRegion_heavy_long",
-        "region, last stage": "nnUNetTrainerSECLRegion_deep_long",
-        "region, weight 1, last stage": "nnUNetTrainerSECLRegion_heavy_deep_long",
-        "region, weight 1, last stage, 2 along each axis": "nnUNetTrainerSECLRegion_coarse_long",
     },
 }
 NUM_LABELED = 5  # a tenth of the 49 patients that are not for testing

@@ -188,24 +188,3 @@ class nnUNetTrainerSECLRegion_heavy_long(nnUNetTrainerSECLRegion_short):
 
     epochs = 12
     changes: ClassVar = {"contrast_weight": 1.0}
-
-
-class nnUNetTrainerSECLRegion_deep_long(nnUNetTrainerSECLRegion_short):
-    """Twice the steps."""
-
-    epochs = 12
-    changes: ClassVar = {"feature_stage": 99}
-
-
-class nnUNetTrainerSECLRegion_heavy_deep_long(nnUNetTrainerSECLRegion_short):
-    """Twice the steps."""
-
-    epochs = 12
-    changes: ClassVar = {"contrast_weight": 1.0, "feature_stage": 99}
-
-
-class nnUNetTrainerSECLRegion_coarse_long(nnUNetTrainerSECLRegion_short):
-    """Twice the steps."""
-
-    epochs = 12
-    changes: ClassVar = {"contrast_weight": 1.0, "feature_stage": 99, "regions_per_axis": 2}
