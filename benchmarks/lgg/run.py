@@ -63,7 +63,7 @@ VARIANTS = {
         "region, weight 1": "nnUNetTrainerSECLRegion_heavy",
         "region, last stage": "nnUNetTrainerSECLRegion_deep",
     },
-    "SECL_again": {  # what was chosen there, in 600 steps; to be run with another seed, for other patients
+    "SECL_again": {  # what was chosen there, in 600 steps; to be run with another seed, for another draw
         "no contrast": "nnUNetTrainerSECL_none_long",
         "anatomical, temperature 0.5": "nnUNetTrainerSECLAnatomical_long",
         "region, weight 1": "nnUNetTrainerSECLRegion_heavy_long",
