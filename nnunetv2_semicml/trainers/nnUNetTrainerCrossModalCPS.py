@@ -9,7 +9,6 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from nnunetv2_semicml.losses.consistency import sigmoid_rampup
 from nnunetv2_semicml.losses.soft_pseudo_label import soft_cross_entropy, soft_dice_loss
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
 
@@ -35,7 +34,6 @@ class nnUNetTrainerCrossModalCPS(nnUNetTrainerSemiSupervised):
         # Published: 1.5, without a ramp, on natural images. Half the weight of the labels, ramped as in Semi-CML, was
         # the best of few in development: segmentations of the beginning are wrong.
         self.pseudo_label_weight = 0.5
-        self.rampup_fraction = 0.4
 
     def labelers(self, learner: nnUNetTrainer) -> list[nnUNetTrainer]:
         """Whose segmentations a network learns from: those of the other modalities."""
@@ -57,7 +55,7 @@ class nnUNetTrainerCrossModalCPS(nnUNetTrainerSemiSupervised):
 
     def unsupervised_weights(self) -> dict[str, float]:
         """The ramped weight, of both."""
-        weight = sigmoid_rampup(self.current_epoch, self.rampup_fraction * self.num_epochs) * self.pseudo_label_weight
+        weight = self.ramp() * self.pseudo_label_weight
         return {"ce": weight, "dice": weight}
 
     def hard_pseudo_labels(self, logits: Tensor) -> Tensor:

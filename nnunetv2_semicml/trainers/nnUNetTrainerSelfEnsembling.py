@@ -3,7 +3,6 @@
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunetv2_semicml.losses.consistency import sigmoid_rampup
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
 from nnunetv2_semicml.trainers.teacher import Teacher
 
@@ -28,7 +27,6 @@ class nnUNetTrainerSelfEnsembling(nnUNetTrainerSemiSupervised):
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.ema_decay = 0.99
-        self.rampup_fraction = 0.4  # of the weight of the unsupervised loss, as in Semi-CML
         # of the teacher's images, in their standard deviations
         self.noise_std = 0.1
         self.noise_bounds = (-0.2, 0.2)
@@ -44,10 +42,6 @@ class nnUNetTrainerSelfEnsembling(nnUNetTrainerSemiSupervised):
     def student(self, trainer: nnUNetTrainer) -> torch.nn.Module:
         """What the teacher follows."""
         return trainer.unwrapped_network()
-
-    def ramp(self) -> float:
-        """Share of the full unsupervised weight in this epoch."""
-        return sigmoid_rampup(self.current_epoch, self.rampup_fraction * self.num_epochs)
 
     def train_step(self, batch: dict) -> dict:
         """Make a step; the teachers follow."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
-from nnunetv2_semicml.losses.consistency import prediction_consistency, sigmoid_rampup
+from nnunetv2_semicml.losses.consistency import prediction_consistency
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
 from nnunetv2_semicml.trainers.teacher import BestModelPool, Teacher
 
@@ -64,7 +64,7 @@ class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
 
     def unsupervised_weights(self) -> dict[str, float]:
         """Both weights, ramped over the first epochs."""
-        ramp = sigmoid_rampup(self.current_epoch, self.rampup_fraction * self.num_epochs)
+        ramp = self.ramp()
         return {"mse": ramp * self.mse_weight, "asc": ramp * self.asc_weight}
 
     def train_step(self, batch: dict) -> dict:

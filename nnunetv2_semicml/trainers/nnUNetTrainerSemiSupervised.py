@@ -35,6 +35,7 @@ from nnunetv2_semicml.data.modality_group import (
 )
 from nnunetv2_semicml.data.paired_dataset import PairedDataset
 from nnunetv2_semicml.data.streams import PairedTransform, SemiSupervisedDataLoader, UnlabeledDataLoader
+from nnunetv2_semicml.losses.consistency import sigmoid_rampup
 from nnunetv2_semicml.trainers.checkpoint import (
     get_random_state,
     load_checkpoint,
@@ -81,6 +82,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         asc_cases: unlabeled cases per step that an ASC loss contrasts; None takes those of the unlabeled batch. If
             there are more, the step draws as many, and the other terms see the batch alone.
         supervised_weight: weight of nnU-Net's loss on labeled cases; 0 leaves these out.
+        rampup_fraction: share of the schedule over which `ramp` rises, for methods that call it.
         two_pass: how a step is computed, see `train_step`; None chooses, and says why in the log.
         cases_per_pass: in two passes, the cases that a network sees at a time; None takes the batch size, for which the
             plans were made. Fewer need less memory and more time.
@@ -136,6 +138,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         self.unlabeled_batch_size: int | None = None
         self.asc_cases: int | None = None
         self.supervised_weight = 1.0
+        self.rampup_fraction = 0.4
         self.two_pass: bool | None = None
         self.cases_per_pass: int | None = None
         self._random_state: dict | None = None
@@ -179,6 +182,10 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
     def learners(self) -> list[nnUNetTrainer]:
         """The modality trainers whose networks learn in the current epoch; the others rest."""
         return self.trainers
+
+    def ramp(self) -> float:
+        """Share of the full unsupervised weight in this epoch: 1 from `rampup_fraction` of the schedule on."""
+        return sigmoid_rampup(self.current_epoch, self.rampup_fraction * self.num_epochs)
 
     def get_method_state(self) -> dict:
         """What the method adds to the joint checkpoint, e.g. teachers; readable with weights_only."""
