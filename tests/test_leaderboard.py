@@ -289,6 +289,16 @@ def test_interrupted_training_goes_on(study, call):
     assert trained(call("--methods", SEMI)) == [("Dataset500_Toy", "0", SEMI, "--c")]
 
 
+def test_training_of_one_modality_goes_on_from_its_training_state(study, call):
+    # interrupted after the model was written and before the state that nnU-Net's --val would read
+    folder = fold_folder(study, "Dataset501_Toy_FLAIR")
+    (folder / "training_state").mkdir(parents=True)
+    (folder / "checkpoint_final.pth").touch()
+    (folder / "training_state" / "checkpoint_latest.pth").touch()
+    calls = trained(call("--methods", f"each:{SEMI}"))
+    assert calls == [("Dataset501_Toy_FLAIR", "0", SEMI, "--c"), ("Dataset502_Toy_T1", "0", SEMI, "")]
+
+
 def test_training_that_lacks_its_validation_is_validated(study, call):
     call("--methods", SEMI)
     (fold_folder(study, "Dataset502_Toy_T1") / "validation" / "summary.json").unlink()

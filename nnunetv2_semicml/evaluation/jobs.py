@@ -149,10 +149,13 @@ class Train(Job):
 
     def run(self) -> None:
         """Train and validate, or what is left of it."""
-        if (self.target / "checkpoint_final.pth").is_file():
+        # where a trainer of a single modality keeps what continues its training, beside the model
+        state = self.target / "training_state"
+        state = state if state.is_dir() else self.target
+        if (state / "checkpoint_final.pth").is_file():
             how = ["--val"]
         else:
-            how = ["--c"] if any(self.target.glob("checkpoint_*.pth")) else []
+            how = ["--c"] if any(state.glob("checkpoint_*.pth")) else []
         model = self.model
         arguments = [self.dataset, model.configuration, self.fold, "-tr", model.trainer, "-p", model.plans]
         arguments += ["-device", model.device, *how, *self.options]

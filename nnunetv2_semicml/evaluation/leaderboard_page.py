@@ -165,18 +165,18 @@ def write_page(file: Path, report: Report) -> None:
     shown = scores[scores["class"] == classes[0]]
     patients = average_seeds(shown)
     modalities = list(dict.fromkeys(patients["modality"]))
-    curves = _read_curves(report, classes[0])
+    curves = read_curves(report, classes[0])
     width = 4.2 * len(modalities) + 0.6
     plots = {}
     if methods:
         size = (width, 2.6 * len(PLOTTED) + 0.07 * max(map(len, methods)))
-        plots["distributions"] = themed(lambda figure: _plot_distributions(figure, patients, methods), size)
+        plots["distributions"] = themed(lambda figure: plot_distributions(figure, patients, methods), size)
     if not (plotted := differences[differences["class"] == classes[0]]).empty:
         rows = len(plotted) // len(METRICS)
-        plots["differences"] = themed(lambda figure: _plot_differences(figure, plotted, methods), (9, 1 + 0.32 * rows))
+        plots["differences"] = themed(lambda figure: plot_differences(figure, plotted, methods), (9, 1 + 0.32 * rows))
     if curves["share"].nunique() > 1:
         size = (width, 2.8 * len(PLOTTED) + 0.4)
-        plots["curves"] = themed(lambda figure: _plot_curves(figure, curves), size)
+        plots["curves"] = themed(lambda figure: plot_curves(figure, curves), size)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -206,7 +206,7 @@ def _colors(methods: Sequence[str]) -> dict[str, str]:
     return {method: COLORS[i % len(COLORS)] for i, method in enumerate(methods)}
 
 
-def _read_curves(report: Report, of_class: str) -> pd.DataFrame:
+def read_curves(report: Report, of_class: str) -> pd.DataFrame:
     """Patients of all tables whose labeled share is known, with the columns share (in %) and dataset."""
     parts = []
     for table in [report.cases, *report.others]:
@@ -218,7 +218,7 @@ def _read_curves(report: Report, of_class: str) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _plot_distributions(figure: Figure, patients: pd.DataFrame, methods: Sequence[str]) -> None:
+def plot_distributions(figure: Figure, patients: pd.DataFrame, methods: Sequence[str]) -> None:
     """Every patient as a dot, median and quartiles as a box."""
     modalities = list(dict.fromkeys(patients["modality"]))
     colors, spread = _colors(methods), np.random.default_rng(0)
@@ -262,7 +262,7 @@ def _scale_axis(axis: Axes, metric: str) -> None:
         axis.yaxis.set_major_formatter("{x:g}")
 
 
-def _plot_differences(figure: Figure, differences: pd.DataFrame, methods: Sequence[str]) -> None:
+def plot_differences(figure: Figure, differences: pd.DataFrame, methods: Sequence[str]) -> None:
     """Mean difference and interval, a row per modality and method."""
     colors = _colors(methods)
     for axis, metric in zip(figure.subplots(1, len(PLOTTED), sharey=True), PLOTTED, strict=True):
@@ -278,7 +278,7 @@ def _plot_differences(figure: Figure, differences: pd.DataFrame, methods: Sequen
         axis.grid(axis="x", alpha=0.25)
 
 
-def _plot_curves(figure: Figure, patients: pd.DataFrame) -> None:
+def plot_curves(figure: Figure, patients: pd.DataFrame) -> None:
     """Mean over the patients and its interval against the labeled share."""
     modalities = list(dict.fromkeys(patients["modality"]))
     methods = list(dict.fromkeys(patients["method"]))
