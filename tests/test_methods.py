@@ -42,26 +42,30 @@ from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMean
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLAnatomical import nnUNetTrainerSECLAnatomical
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLRegion import nnUNetTrainerSECLRegion
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPlus import nnUNetTrainerSemiCMLPlus, nnUNetTrainerSemiCMLPlusPReL
 from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
 
 FLAIR, REGIONS_T1 = "Dataset501_Labels_FLAIR", "Dataset522_Regions_T1"
 SECL = [nnUNetTrainerSECLRegion, nnUNetTrainerSECLAnatomical]
 SELF_ENSEMBLING = [nnUNetTrainerMeanTeacher, nnUNetTrainerUAMT, *SECL]
 ALONE = [*SELF_ENSEMBLING, nnUNetTrainerCPS]  # need one modality
-METHODS = [*ALONE, nnUNetTrainerCrossModalCPS]
-WEIGHT = {
-    nnUNetTrainerMeanTeacher: "consistency_weight",
-    nnUNetTrainerUAMT: "consistency_weight",
-    nnUNetTrainerCPS: "pseudo_label_weight",
-    nnUNetTrainerCrossModalCPS: "pseudo_label_weight",
-    **dict.fromkeys(SECL, "contrast_weight"),
+COUPLED = [nnUNetTrainerCrossModalCPS, nnUNetTrainerSemiCMLPlus]  # need two
+METHODS = [*ALONE, *COUPLED]
+WEIGHTS = {
+    nnUNetTrainerMeanTeacher: ["consistency_weight"],
+    nnUNetTrainerUAMT: ["consistency_weight"],
+    nnUNetTrainerCPS: ["pseudo_label_weight"],
+    nnUNetTrainerCrossModalCPS: ["pseudo_label_weight"],
+    nnUNetTrainerSemiCMLPlus: ["pseudo_label_weight", "asc_weight"],
+    nnUNetTrainerSECLRegion: ["contrast_weight"],
+    nnUNetTrainerSECLAnatomical: ["contrast_weight"],
 }
 SETTINGS = [
     (method, dataset, configuration)
     for method in METHODS
     for dataset, configuration in (
         [(LABELS, "2d"), (LABELS, "3d_fullres"), (REGIONS, "3d_fullres")]
-        if method is nnUNetTrainerCrossModalCPS
+        if method in COUPLED
         else [(FLAIR, "2d"), (FLAIR, "3d_fullres"), (REGIONS_T1, "3d_fullres")]
     )
 ]
@@ -78,7 +82,7 @@ def with_labels_seen(trainer):
         with torch.no_grad():
             t.network.decoder.seg_layers[-1].weight.mul_(20)
     for t in trainer.trainers:
-        if hasattr(trainer, "teachers"):
+        if hasattr(trainer, "student"):
             trainer.teachers[t.name].average(trainer.student(t), 0.0)
     return trainer
 
@@ -139,7 +143,7 @@ def test_teacher_follows_its_closed_form(method):
 @pytest.mark.parametrize("two_pass", [False, True])
 @each_setting
 def test_without_unsupervised_weight_every_step_is_that_of_the_stock_trainer(method, dataset, configuration, two_pass):
-    trainer = initialized(dataset, configuration, method, two_pass=two_pass, **{WEIGHT[method]: 0.0})
+    trainer = initialized(dataset, configuration, method, two_pass=two_pass, **dict.fromkeys(WEIGHTS[method], 0.0))
     stock = []
     for own in trainer.trainers:
         plans, dataset_json = load_plans(trainer.group.modalities[own.channel].dataset_name)
@@ -158,7 +162,9 @@ def test_without_unsupervised_weight_every_step_is_that_of_the_stock_trainer(met
 @each_method
 def test_unsupervised_weight_changes_the_step(method, dataset, configuration):
     trainers = [
-        with_labels_seen(initialized(dataset, configuration, method, rampup_fraction=0.0, **{WEIGHT[method]: w}))
+        with_labels_seen(
+            initialized(dataset, configuration, method, rampup_fraction=0.0, **dict.fromkeys(WEIGHTS[method], w))
+        )
         for w in (1.0, 0.0)
     ]
     (batch,) = draw_batches(trainers[0], 1)
@@ -170,11 +176,12 @@ def test_unsupervised_weight_changes_the_step(method, dataset, configuration):
 
 @each_method
 def test_weights_are_ramped(method, dataset, configuration):
-    trainer = initialized(dataset, configuration, method, num_epochs=10, rampup_fraction=0.4)
+    full = dict.fromkeys(WEIGHTS[method], 0.7)
+    trainer = initialized(dataset, configuration, method, num_epochs=10, rampup_fraction=0.4, **full)
     ramp = []
     for trainer.current_epoch in range(10):
         (value,) = set(trainer.unsupervised_weights().values())
-        ramp.append(value / getattr(trainer, WEIGHT[method]))
+        ramp.append(value / 0.7)
     assert ramp == pytest.approx([np.exp(-5 * (1 - min(e / 4, 1)) ** 2) for e in range(10)])
 
 
@@ -427,6 +434,36 @@ def test_cps_learns_from_the_segmentations_of_the_others(method, dataset, labele
     torch.testing.assert_close(found, {"ce": ce, "dice": dice})
 
 
+def test_plus_is_cross_modal_cps_and_the_contrast_of_semicml(groups):
+    """Cases beyond the batch, which `asc_cases` adds, are contrasted and nothing else."""
+    plus, cps, semicml = (
+        initialized(LABELS, "2d", method, asc_temperature=0.5, asc_cases=4, unlabeled_batch_size=2)
+        for method in (nnUNetTrainerSemiCMLPlus, nnUNetTrainerCrossModalCPS, nnUNetTrainerSemiCML)
+    )
+    torch.manual_seed(0)
+    outputs = {name: torch.randn(4, plus.label_manager.num_segmentation_heads, 8, 8) for name in ("FLAIR", "T1")}
+    found = plus.unsupervised_terms(outputs, None)
+    expected = cps.unsupervised_terms({name: logits[:2] for name, logits in outputs.items()}, None)
+    torch.testing.assert_close(found, expected | {"asc": semicml.unsupervised_terms(outputs, None)["asc"]})
+    assert not hasattr(plus, "mse_weight")
+
+
+def test_prel_goes_on_from_plus(groups):
+    first = initialized(LABELS, "2d", nnUNetTrainerSemiCMLPlus)
+    with pytest.raises(RuntimeError, match=r"nnUNetv2_train 500 2d 0 -tr nnUNetTrainerSemiCMLPlus -p"):
+        make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPlusPReL)
+    first.run_training()
+    second = initialized(LABELS, "2d", nnUNetTrainerSemiCMLPlusPReL, num_epochs=1)
+    second.on_train_start()
+    assert_same_weights(weights(first), weights(second))
+    (teacher,) = (first.teachers[name] for name in [second.better_modality])
+    assert_same_weights([teacher.network.state_dict()], [second.teacher.network.state_dict()])
+    for epochs in (5, 50, 250):
+        stages = (getattr(semicml_trainers, f"nnUNetTrainerSemiCMLPlus{x}_{epochs}epochs") for x in ("PReL", ""))
+        variant, before = stages
+        assert variant.first_stage is before
+
+
 def test_networks_of_one_modality_start_from_different_weights(groups):
     a, b = weights(initialized(FLAIR, "2d", nnUNetTrainerCPS))
     assert not all(torch.equal(a[k], b[k]) for k in a)
@@ -626,13 +663,13 @@ def test_schedules(method):
     for epochs in (5, 50, 250):
         variant = getattr(semicml_trainers, f"{method.__name__}_{epochs}epochs")
         assert issubclass(variant, method)
-        dataset = LABELS if method is nnUNetTrainerCrossModalCPS else FLAIR
+        dataset = LABELS if method in COUPLED else FLAIR
         plans, dataset_json = load_plans(dataset)
         assert variant(plans, "2d", 0, dataset_json, torch.device("cpu")).num_epochs == epochs
     assert method.epochs == 1000
 
 
-@pytest.mark.parametrize("method", [nnUNetTrainerCrossModalCPS, nnUNetTrainerSemiCML])
+@pytest.mark.parametrize("method", [*COUPLED, nnUNetTrainerSemiCML])
 def test_method_that_needs_two_modalities_refuses_one(method, results):
     with pytest.raises(NotImplementedError, match=r"needs at least 2 modalities, but .*modalities.json has 1"):
         make_trainer(FLAIR, "2d", method)

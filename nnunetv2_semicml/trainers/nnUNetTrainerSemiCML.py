@@ -55,12 +55,20 @@ class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
 
     def unsupervised_terms(self, outputs: dict[str, Tensor], targets: None) -> dict[str, Tensor]:
         """Mean squared difference between the modalities, and their area-similarity contrast."""
-        predictions = [self.foreground(self.probabilities(logits)) for logits in outputs.values()]
-        asc_loss = AreaSimilarityContrastiveLoss(self.asc_temperature, distributed=self.is_ddp)
+        predictions = self.predictions(outputs)
         return {
             "mse": prediction_consistency([self.in_batch(p) for p in predictions]),
-            "asc": asc_loss([self.contrasted(p) for p in predictions]),
+            "asc": self.area_contrast(predictions),
         }
+
+    def predictions(self, outputs: dict[str, Tensor]) -> list[Tensor]:
+        """Foreground probabilities (B, C, *patch) from the logits (B, heads, *patch) of every modality's network."""
+        return [self.foreground(self.probabilities(logits)) for logits in outputs.values()]
+
+    def area_contrast(self, predictions: list[Tensor]) -> Tensor:
+        """The ASC loss of the contrasted cases."""
+        asc_loss = AreaSimilarityContrastiveLoss(self.asc_temperature, distributed=self.is_ddp)
+        return asc_loss([self.contrasted(p) for p in predictions])
 
     def unsupervised_weights(self) -> dict[str, float]:
         """Both weights, ramped over the first epochs."""
