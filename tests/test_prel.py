@@ -162,16 +162,18 @@ class nnUNetTrainerSemiCMLPReLScripted(nnUNetTrainerSemiCMLPReL):
 
 
 @pytest.mark.parametrize(
-    ("script", "given_back"),
+    ("script", "may_give_back", "given_back"),
     [
-        ([0.5, 0.7, 0.5, 0.6], True),  # mean at rest 0.6, since it joined 0.55
-        ([0.5, 0.7, 0.9, 0.3], False),  # 0.6 and 0.6
-        ([0.5, 0.5, 0.4, 0.7], False),
+        ([0.5, 0.7, 0.5, 0.6], True, True),  # mean at rest 0.6, since it joined 0.55
+        ([0.5, 0.7, 0.9, 0.3], True, False),  # 0.6 and 0.6
+        ([0.5, 0.5, 0.4, 0.7], True, False),
+        ([0.5, 0.7, 0.5, 0.6], False, False),
     ],
 )
-def test_better_network_is_given_back_if_its_dice_fell(first_stage, script, given_back):
+def test_better_network_is_given_back_if_its_dice_fell(first_stage, script, may_give_back, given_back):
     trainer = started(LABELS, "2d", nnUNetTrainerSemiCMLPReLScripted, num_epochs=4, join_fraction=0.5)
-    trainer.script = script
+    assert trainer.may_give_back  # fold 0
+    trainer.script, trainer.may_give_back = script, may_give_back
     before = weights(trainer)
     trainer.run_training()
     deployed = [
@@ -183,6 +185,14 @@ def test_better_network_is_given_back_if_its_dice_fell(first_stage, script, give
     assert_same_weights(deployed, weights(trainer))
     message = "T1: mean validation Dice 0.6000 at rest, 0.5500 since it joined"
     assert (message in Path(trainer.log_file).read_text()) == given_back
+
+
+def test_fold_all_has_no_dice_to_judge_by(first_stage):
+    folder = first_stage / LABELS / "nnUNetTrainerSemiCML__nnUNetPlans__2d"
+    shutil.copytree(folder / "fold_0", folder / "fold_all")
+    plans, dataset_json = load_plans(LABELS)
+    trainer = nnUNetTrainerSemiCMLPReL(plans, "2d", "all", dataset_json, torch.device("cpu"))
+    assert not trainer.may_give_back
 
 
 def test_weights_of_the_terms(first_stage):

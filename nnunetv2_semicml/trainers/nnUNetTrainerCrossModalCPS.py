@@ -31,13 +31,18 @@ class nnUNetTrainerCrossModalCPS(nnUNetTrainerSemiSupervised):
         device: torch.device = torch.device("cuda"),
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        # Published: 1.5, without a ramp, on natural images. Half the weight of the labels, ramped as in Semi-CML, was
-        # the best of few in development: segmentations of the beginning are wrong.
-        self.pseudo_label_weight = 0.5
+        # Published: 1.5, without a ramp, on natural images. Segmentations of the beginning are wrong, so the weight is
+        # ramped as in Semi-CML. On validation patients 0.25 was better than 0.5, with which both networks of one run
+        # ended up segmenting nothing (benchmarks/study/validation.md).
+        self.pseudo_label_weight = 0.25
 
     def labelers(self, learner: nnUNetTrainer) -> list[nnUNetTrainer]:
         """Whose segmentations a network learns from: those of the other modalities."""
         return [t for t in self.trainers if t.channel != learner.channel]
+
+    def reliability(self, labeler: nnUNetTrainer) -> float:
+        """Factor of the loss with a network's segmentations; as published, all count alike."""
+        return 1.0
 
     def unsupervised_terms(self, outputs: dict[str, Tensor], targets: None) -> dict[str, Tensor]:
         """Cross-entropy and Dice with pseudo-labels; means over those of a network, sums over the networks."""
@@ -47,10 +52,11 @@ class nnUNetTrainerCrossModalCPS(nnUNetTrainerSemiSupervised):
         for trainer in self.trainers:
             logits = outputs[trainer.name]
             prediction, others = self.foreground(self.probabilities(logits)), self.labelers(trainer)
-            for label in (labels[other.name] for other in others):
+            for other in others:
+                label, share = labels[other.name], self.reliability(other) / len(others)
                 target = self.foreground(label)
-                ce.append(soft_cross_entropy(logits, label, regions) / len(others))
-                dice.append(soft_dice_loss(prediction, target, batch_dice, distributed=self.is_ddp) / len(others))
+                ce.append(share * soft_cross_entropy(logits, label, regions))
+                dice.append(share * soft_dice_loss(prediction, target, batch_dice, distributed=self.is_ddp))
         return {"ce": torch.stack(ce).sum(), "dice": torch.stack(dice).sum()}
 
     def unsupervised_weights(self) -> dict[str, float]:

@@ -36,7 +36,7 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
     dataset, plans, configuration and fold. The better modality is the one whose best validation Dice values in that
     run, those of its pool, have the highest mean. The other networks learn during the whole stage; that of the better
     modality rests, and joins for the end. If its validation Dice is then lower than at rest, the network of the first
-    stage is deployed again.
+    stage is deployed again; not so with fold "all", whose validation Dice is that of training cases.
 
     Attributes:
         first_stage: the trainer whose checkpoint_final is the beginning and whose kind of network is trained on.
@@ -72,6 +72,9 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
         self.asc_share_better = 0.2
         self.asc_temperature = 1.0
         self.join_fraction = 0.2  # published: the better modality learns in the last fifth
+        # The validation Dice of fold "all" is that of training cases. It fell when the better network joined, although
+        # the network became better on validation patients (benchmarks/study/validation.md).
+        self.may_give_back = fold != "all"
         # Published: four passes, noise N(0, 0.1^2) clamped to [0, 0.2]; here in standard deviations of the image.
         self.teacher_passes = 4
         self.noise_std = 0.1
@@ -127,10 +130,10 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
     # the end
 
     def on_train_end(self) -> None:
-        """Keep what the better modality's network has learned only if its validation Dice did not fall."""
+        """Keep what the better modality's network has learned, unless its validation Dice fell."""
         dice = self._better_trainer.logger.get_value("mean_fg_dice", step=None)
         at_rest, joined = dice[: self._joining_epoch], dice[self._joining_epoch :]
-        if joined and at_rest and fmean(joined) < fmean(at_rest):
+        if self.may_give_back and joined and at_rest and fmean(joined) < fmean(at_rest):
             self.print_to_log_file(
                 f"{self.better_modality}: mean validation Dice {fmean(at_rest):.4f} at rest, {fmean(joined):.4f} since "
                 f"it joined; its network is that of {self.first_stage.__name__} again."

@@ -4,7 +4,9 @@ Sources: Zhang et al., Med. Image Anal. 83:102656, 2023 (contrast, teachers, PRe
 pseudo-supervision). That the two belong together was found on validation patients of benchmarks/study.
 """
 
+import numpy as np
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
 from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalCPS import nnUNetTrainerCrossModalCPS
@@ -25,6 +27,18 @@ class nnUNetTrainerSemiCMLPlus(nnUNetTrainerCrossModalCPS, nnUNetTrainerSemiCML)
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         del self.mse_weight  # there is no such term
+        # Of a network that segments perfectly, see `reliability`. Chosen on validation patients, where believing every
+        # network alike was as good with 0.25 and destroyed networks with 0.5 (benchmarks/study/validation.md).
+        self.pseudo_label_weight = 0.5
+
+    def reliability(self, labeler: nnUNetTrainer) -> float:
+        """The network's latest validation Dice, 0 before the first one.
+
+        The weaker modality begins to segment late. Until then it labels everything as background, and the others would
+        learn from that to segment nothing.
+        """
+        dice = labeler.logger.get_value("mean_fg_dice", step=None)
+        return float(np.nan_to_num(dice[-1])) if dice else 0.0
 
     def unsupervised_terms(self, outputs: dict[str, Tensor], targets: None) -> dict[str, Tensor]:
         """Cross-entropy and Dice with the segmentations of the other modalities, and the area-similarity contrast."""

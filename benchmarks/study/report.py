@@ -1,0 +1,113 @@
+"""Tables and figures of the study, from validation.csv and test.csv alone: python benchmarks/study/report.py
+
+Writes validation.md; results.md, distributions.png, differences.png and curves.png of the test patients; and
+all_metrics.md, with every metric of the 10 % comparison.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from nnunetv2_semicml.evaluation.leaderboard_page import (
+    Report,
+    plot_curves,
+    plot_differences,
+    plot_distributions,
+    read_curves,
+    write_markdown,
+)
+from nnunetv2_semicml.evaluation.statistics import average_seeds, compare, score, summarize
+
+HERE = Path(__file__).parent
+TEN_PERCENT, ALL = 5, 49
+BOUND = "supervised only"
+
+
+def table(scores: pd.DataFrame, references: list[str]) -> list[str]:
+    """Markdown: Dice of every method and modality, and its paired difference to each reference."""
+    modalities = list(dict.fromkeys(scores["modality"]))
+    rows = {(row["method"], row["modality"]): row for row in summarize(scores).to_dict("records")}
+    heads = [f"{m} Dice" for m in modalities] + [f"{m} − {r}" for r in references for m in modalities]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    differences = {}
+    for reference in references:
+        compared = compare(scores, reference)
+        for row in compared[compared["metric"] == "dice"].to_dict("records"):
+            p = "< 0.001" if row["p_holm"] < 0.001 else f"= {row['p_holm']:.3f}"
+            differences[row["method"], row["modality"], reference] = (
+                f"{row['difference']:+.3f} ({row['low']:+.3f} … {row['high']:+.3f}), p {p}"
+            )
+    for method in dict.fromkeys(scores["method"]):
+        cells = [method]
+        for modality in modalities:
+            row = rows[method, modality]
+            spread = f" ({row['dice_low']:.3f} … {row['dice_high']:.3f})" if row["seeds"] > 1 else ""
+            cells.append(f"{row['dice']:.3f}{spread}")
+        cells += [differences.get((method, m, r), "") for r in references for m in modalities]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def heading(purpose: str, title: str) -> list[str]:
+    """Title, command, machine and date."""
+    facts = json.loads((HERE / f"{purpose}.json").read_text())
+    return [f"# {title}", "", f"`{facts.pop('command')}`", "", *(f"- {name}: {value}" for name, value in facts.items())]
+
+
+def save(name: str, plot: Callable[[Figure], None], size: tuple[float, float]) -> None:
+    """Draw a figure into a PNG."""
+    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "font.size": 9}
+    with rc_context(style | {"legend.frameon": False, "figure.constrained_layout.use": True}):
+        figure = Figure(figsize=size)
+        plot(figure)
+        figure.savefig(HERE / name, dpi=110)
+
+
+def main() -> None:
+    """Write everything."""
+    explained = (
+        "Dice per patient in 3D: mean over the patients, draws averaged first (lowest … highest mean of a draw). "
+        "Differences are paired by patient: mean (95 % bootstrap interval, BCa), two-sided Wilcoxon p, Holm-corrected "
+        "over the column pair."
+    )
+    cases = pd.read_csv(HERE / "validation.csv")
+    lines = heading("validation", "Ablations on validation patients: what the defaults rest on")
+    stages = cases["method"].str.contains("PReL")
+    for title, rows, reference in (
+        ("First stage", ~stages, "Semi-CML"),
+        ("After PReL", stages, "Semi-CML, PReL"),
+    ):
+        lines += ["", f"## {title}", "", *table(score(cases[rows]), [reference])]
+    (HERE / "validation.md").write_text("\n".join([*lines, "", explained, ""]))
+
+    cases = pd.read_csv(HERE / "test.csv")
+    main_cases = cases[cases["labeled"].isin([TEN_PERCENT, ALL])]
+    lines = heading("test", "All methods on the test patients")
+    lines += ["", "## 10 % labeled", "", *table(score(main_cases), [BOUND, "Semi-CML + PReL"])]
+    others = [cases[cases["labeled"] == n] for n in sorted(set(cases["labeled"]) - {TEN_PERCENT, ALL})]
+    for part in others:
+        labeled = part["labeled"].iloc[0]
+        lines += ["", f"## {labeled} labeled patients ({labeled / ALL:.0%})", "", *table(score(part), [BOUND])]
+    (HERE / "results.md").write_text("\n".join([*lines, "", explained, ""]))
+
+    facts = json.loads((HERE / "test.json").read_text())
+    command = facts.pop("command")
+    title = "10 % labeled: every metric"
+    report = Report(title, command, facts, BOUND, main_cases, incomplete=[], others=others, files=[])
+    write_markdown(HERE / "all_metrics.md", report)
+    methods = list(dict.fromkeys(main_cases["method"]))
+    patients = average_seeds(report.scores)
+    save("distributions.png", lambda figure: plot_distributions(figure, patients, methods), (11, 7))
+    save("differences.png", lambda figure: plot_differences(figure, report.differences, methods), (11, 7))
+    curves = read_curves(report, report.cases["class"].iloc[0])
+    curves["method"] = curves["method"].replace("all labels", BOUND)  # the same training
+    compared = curves[curves["method"].isin(set().union(*(part["method"] for part in others)))]
+    save("curves.png", lambda figure: plot_curves(figure, compared), (9, 6))
+
+
+if __name__ == "__main__":
+    main()

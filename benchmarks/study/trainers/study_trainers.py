@@ -1,0 +1,165 @@
+"""Found through nnUNet_extTrainer: every method of the study and every variant of one, on a schedule for a CPU.
+
+nnU-Net finds a trainer by the name of its class, so each row of TRAINERS becomes a class Study_<name>. Single-stage
+methods take 450 steps; where PReL follows, the first stage takes 300 and PReL 150. The optimizer is nnU-Net's with a
+momentum of 0.9 instead of 0.99 and ten times the learning rate: the same step length without the 100 steps that the
+momentum needs to build up.
+"""
+
+import os
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
+from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalCPS import nnUNetTrainerCrossModalCPS
+from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
+from nnunetv2_semicml.trainers.nnUNetTrainerSECLAnatomical import nnUNetTrainerSECLAnatomical
+from nnunetv2_semicml.trainers.nnUNetTrainerSECLRegion import nnUNetTrainerSECLRegion
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPlus import nnUNetTrainerSemiCMLPlus
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
+from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
+
+STEPS_PER_EPOCH = 15
+EPOCHS = {"single": 30, "first": 20, "second": 10}
+LEARNING_RATE_FACTOR, MOMENTUM = 10, 0.9
+
+
+class StudyNetworkTrainer(nnUNetTrainer):
+    """Supervised-only nnU-Net on the study's schedule, and what the other methods train each network with."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        shorten(self, EPOCHS["single"])
+        torch.manual_seed(int(os.environ["nnUNet_semicml_seed"]))
+        np.random.seed(int(os.environ["nnUNet_semicml_seed"]))
+
+    def configure_optimizers(self) -> tuple:
+        """nnU-Net's, with less momentum."""
+        optimizer, schedule = super().configure_optimizers()
+        for group in optimizer.param_groups:
+            group["momentum"] = MOMENTUM
+        return optimizer, schedule
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Skip it: with fold "all" the cases are those of the training."""
+
+
+def shorten(trainer: nnUNetTrainer, epochs: int) -> None:
+    """Set the study's schedule."""
+    trainer.num_epochs = epochs
+    trainer.num_iterations_per_epoch = STEPS_PER_EPOCH
+    trainer.num_val_iterations_per_epoch = 3
+    trainer.initial_lr *= LEARNING_RATE_FACTOR
+    trainer.save_every = 1000
+    trainer.logger.plot_progress_png = lambda folder: None  # half a second per epoch and network
+
+
+class Unconditional(nnUNetTrainerSemiCMLPlus):
+    """Semi-CML Plus that believes every network alike, as cross-modal CPS does."""
+
+    def reliability(self, labeler: nnUNetTrainer) -> float:
+        """One."""
+        return 1.0
+
+
+class HardPReL(nnUNetTrainerSemiCMLPReL):
+    """PReL from the teacher's segmentation instead of its probabilities."""
+
+    def soft_pseudo_labels(self, image: Tensor) -> Tensor:
+        """Zeros and ones (B, heads, *patch)."""
+        soft = super().soft_pseudo_labels(image)
+        return one_hot(soft.argmax(1), soft.shape[1]).movedim(-1, 1).float()
+
+
+TRAINERS = {
+    # name: (class, part of the schedule, first stage, what differs from its defaults)
+    "MeanTeacher": (nnUNetTrainerMeanTeacher, "single", None, {}),
+    "UAMT": (nnUNetTrainerUAMT, "single", None, {}),
+    "CPS": (nnUNetTrainerCPS, "single", None, {}),
+    "CrossModalCPS": (nnUNetTrainerCrossModalCPS, "single", None, {}),
+    "SECLRegion": (nnUNetTrainerSECLRegion, "single", None, {}),
+    "SECLAnatomical": (nnUNetTrainerSECLAnatomical, "single", None, {}),
+    "SemiCML": (nnUNetTrainerSemiCML, "single", None, {}),
+    "Plus": (nnUNetTrainerSemiCMLPlus, "single", None, {}),
+    # the first stage and what each of its parts is for
+    "First": (nnUNetTrainerSemiCML, "first", None, {}),
+    "First_neither": (nnUNetTrainerSemiCML, "first", None, {"mse_weight": 0.0, "asc_weight": 0.0}),
+    "First_mse": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 0.0}),
+    "First_asc": (nnUNetTrainerSemiCML, "first", None, {"mse_weight": 0.0}),
+    "First_hard": (Unconditional, "first", None, {"asc_weight": 0.0}),
+    "First_hard_asc": (Unconditional, "first", None, {}),
+    "First_temperature_05": (nnUNetTrainerSemiCML, "first", None, {"asc_temperature": 0.5}),
+    "First_temperature_02": (nnUNetTrainerSemiCML, "first", None, {"asc_temperature": 0.2}),
+    "First_weight_01": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 0.1}),
+    "First_weight_1": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 1.0}),
+    "First_weight_35": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 3.5}),
+    "First_hard_asc_weight_1": (Unconditional, "first", None, {"asc_weight": 1.0}),
+    "First_hard_weight_1_asc": (Unconditional, "first", None, {"pseudo_label_weight": 1.0}),
+    "First_hard_weight_025_asc": (Unconditional, "first", None, {"pseudo_label_weight": 0.25}),
+    "First_hard_weight_025": (
+        Unconditional,
+        "first",
+        None,
+        {"pseudo_label_weight": 0.25, "asc_weight": 0.0},
+    ),
+    "First_plus": (nnUNetTrainerSemiCMLPlus, "first", None, {}),
+    "First_plus_025": (nnUNetTrainerSemiCMLPlus, "first", None, {"pseudo_label_weight": 0.25}),
+    "First_plus_weight_1": (nnUNetTrainerSemiCMLPlus, "first", None, {"pseudo_label_weight": 1.0}),
+    "First_plus_no_asc": (nnUNetTrainerSemiCMLPlus, "first", None, {"asc_weight": 0.0}),
+    "First_ramp_08": (nnUNetTrainerSemiCML, "first", None, {"rampup_fraction": 0.8}),
+    "First_hard_asc_ramp_08": (Unconditional, "first", None, {"rampup_fraction": 0.8}),
+    "First_cases_4": (nnUNetTrainerSemiCML, "first", None, {"asc_cases": 4}),
+    "First_cases_16": (nnUNetTrainerSemiCML, "first", None, {"asc_cases": 16}),
+    "First_ema": (nnUNetTrainerSemiCML, "first", None, {"teacher_averaging": "ema"}),
+    # the second stage, from each of these
+    "PReL": (nnUNetTrainerSemiCMLPReL, "second", "First", {}),
+    "PReL_neither": (nnUNetTrainerSemiCMLPReL, "second", "First_neither", {}),
+    "PReL_mse": (nnUNetTrainerSemiCMLPReL, "second", "First_mse", {}),
+    "PReL_hard": (nnUNetTrainerSemiCMLPReL, "second", "First_hard", {}),
+    "PReL_hard_asc": (nnUNetTrainerSemiCMLPReL, "second", "First_hard_asc", {}),
+    "PReL_hard_asc_weight_1": (nnUNetTrainerSemiCMLPReL, "second", "First_hard_asc_weight_1", {}),
+    "PReL_plus": (nnUNetTrainerSemiCMLPReL, "second", "First_plus", {}),
+    "PReL_ema": (nnUNetTrainerSemiCMLPReL, "second", "First_ema", {}),
+    "PReL_hard_labels": (HardPReL, "second", "First", {}),
+    "PReL_given_back": (nnUNetTrainerSemiCMLPReL, "second", "First", {"may_give_back": True}),
+    "PReL_no_asc": (nnUNetTrainerSemiCMLPReL, "second", "First", {"asc_share": 0.0, "asc_share_better": 0.0}),
+    "PReL_unlabeled": (nnUNetTrainerSemiCMLPReL, "second", "First", {"supervised_weight": 0.0}),
+    "PReL_fast": (nnUNetTrainerSemiCMLPReL, "second", "First", {"initial_lr": 0.05}),
+}
+
+
+def _define(name: str, base: type[nnUNetTrainer], part: str, first_stage: str | None, changes: dict) -> None:
+    def __init__(
+        self: nnUNetTrainer,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
+        base.__init__(self, plans, configuration, fold, dataset_json, device)
+        shorten(self, EPOCHS[part])
+        for attribute, value in changes.items():
+            getattr(self, attribute)  # a misspelled one would change nothing
+            setattr(self, attribute, value)
+
+    members = {"__init__": __init__, "network_trainer": StudyNetworkTrainer, "__doc__": f"{base.__name__}, {changes}"}
+    if first_stage:
+        members["first_stage"] = globals()[f"Study_{first_stage}"]
+    globals()[f"Study_{name}"] = type(f"Study_{name}", (base,), members)
+
+
+for _name, _row in TRAINERS.items():
+    _define(_name, *_row)

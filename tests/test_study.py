@@ -1,0 +1,52 @@
+"""benchmarks/study: its variants exist and change what they say; the trainings themselves take hours."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import LABELS, make_trainer
+
+STUDY = Path(__file__).parents[1] / "benchmarks" / "study"
+pytestmark = pytest.mark.usefixtures("groups")
+
+
+def load(file, monkeypatch):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, file.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def study_trainers(monkeypatch):
+    monkeypatch.setenv("nnUNet_semicml_seed", "0")
+    return load(STUDY / "trainers" / "study_trainers.py", monkeypatch)
+
+
+def test_every_task_has_its_trainers_and_a_dataset_of_its_own(study_trainers, monkeypatch):
+    run = load(STUDY / "run.py", monkeypatch)
+    tasks = [task for purpose in run.SOURCE for task in run.tasks_of(purpose)]
+    numbers = {split.number + i for split in {task.split for task in tasks} for i in range(3)}
+    assert len(numbers) == 3 * len({task.split for task in tasks})
+    assert not numbers & set(run.SOURCE.values())
+    assert max(numbers) < 1000
+    for task in tasks:
+        *first, last = (getattr(study_trainers, name) for name in task.trainers)
+        assert [getattr(last, "first_stage", None)] == (first or [None])
+    # no two variants write the same file
+    assert len({(task.split, task.trainers[-1]) for task in tasks}) == len(tasks)
+
+
+def test_variants_change_what_they_say(study_trainers):
+    for name, (base, part, first_stage, changes) in study_trainers.TRAINERS.items():
+        variant = getattr(study_trainers, f"Study_{name}")
+        assert issubclass(variant, base)
+        assert (first_stage is None) == (part != "second")
+        if part == "second":  # needs a finished first stage
+            continue
+        trainer, default = make_trainer(LABELS, "2d", variant), make_trainer(LABELS, "2d", base)
+        for attribute, value in changes.items():
+            assert getattr(trainer, attribute) == value != getattr(default, attribute)
+        assert trainer.initial_lr == 10 * default.initial_lr
