@@ -82,6 +82,8 @@ def with_labels_seen(trainer):
         with torch.no_grad():
             t.network.decoder.seg_layers[-1].weight.mul_(20)
     for t in trainer.trainers:
+        if isinstance(trainer, nnUNetTrainerSemiCMLPlus):
+            t.logger.log("mean_fg_dice", 0.5, 0)
         if hasattr(trainer, "student"):
             trainer.teachers[t.name].average(trainer.student(t), 0.0)
     return trainer
@@ -440,12 +442,34 @@ def test_plus_is_cross_modal_cps_and_the_contrast_of_semicml(groups):
         initialized(LABELS, "2d", method, asc_temperature=0.5, asc_cases=4, unlabeled_batch_size=2)
         for method in (nnUNetTrainerSemiCMLPlus, nnUNetTrainerCrossModalCPS, nnUNetTrainerSemiCML)
     )
+    for t in plus.trainers:
+        t.logger.log("mean_fg_dice", 1.0, 0)
     torch.manual_seed(0)
     outputs = {name: torch.randn(4, plus.label_manager.num_segmentation_heads, 8, 8) for name in ("FLAIR", "T1")}
     found = plus.unsupervised_terms(outputs, None)
     expected = cps.unsupervised_terms({name: logits[:2] for name, logits in outputs.items()}, None)
     torch.testing.assert_close(found, expected | {"asc": semicml.unsupervised_terms(outputs, None)["asc"]})
     assert not hasattr(plus, "mse_weight")
+
+
+def test_plus_believes_a_network_as_far_as_its_validation_dice(groups):
+    """Proof 7 for the factor: that of the network that has made the pseudo-label, not of the one that learns."""
+    trainer = initialized(LABELS, "2d", nnUNetTrainerSemiCMLPlus)
+    torch.manual_seed(0)
+    outputs = {name: torch.randn(2, trainer.label_manager.num_segmentation_heads, 8, 8) for name in ("FLAIR", "T1")}
+    logits, labels = outputs.values(), {name: z.argmax(1) for name, z in outputs.items()}
+    of_flair, of_t1 = (
+        torch.nn.functional.cross_entropy(z, labels[other]) for z, other in zip(logits, ("T1", "FLAIR"), strict=True)
+    )
+    flair, t1 = trainer.trainers
+    terms = [trainer.unsupervised_terms(outputs, None)]  # before the first validation
+    for epoch, dice in enumerate([(0.8, 0.0), (0.9, 0.3), (float("nan"), 0.3)]):
+        flair.logger.log("mean_fg_dice", dice[0], epoch)
+        t1.logger.log("mean_fg_dice", dice[1], epoch)
+        terms.append(trainer.unsupervised_terms(outputs, None))
+    expected = [0 * of_flair, 0.8 * of_t1, 0.9 * of_t1 + 0.3 * of_flair, 0.3 * of_flair]
+    torch.testing.assert_close([term["ce"] for term in terms], expected)
+    assert [bool(term["dice"] > 0) for term in terms] == [False, True, True, True]
 
 
 def test_prel_goes_on_from_plus(groups):
