@@ -1,19 +1,22 @@
-"""Variants of PReL and SECL on validation patients: what their defaults rest on. All methods: benchmarks/study.
+"""Supervised-only nnU-Net → Semi-CML → PReL on real FLAIR + T1 scans, 10 % labeled, through the command lines.
 
-    python benchmarks/lgg/run.py --data FOLDER_OF_Dataset700_LGG --work SCRATCH --choose PReL
-    python benchmarks/lgg/run.py --data FOLDER_OF_Dataset700_LGG --work SCRATCH --choose SECL
+    python benchmarks/lgg/run.py --data FOLDER_OF_Dataset700_LGG --work SCRATCH --seed 0       # and 1, 2
+    python benchmarks/lgg/run.py --data FOLDER_OF_Dataset700_LGG --work SCRATCH --choose PReL  # what defaults rest on
+    python benchmarks/lgg/run.py --data FOLDER_OF_Dataset700_LGG --work SCRATCH --choose SECL  # the same
     python benchmarks/lgg/run.py --data FOLDER_OF_Dataset700_LGG --work SCRATCH --choose SECL_again --seed 1
 
 Dataset700_LGG is a raw nnU-Net dataset of 70 patients (TCGA-LGG; FLAIR, T1 post-contrast; label: FLAIR abnormality).
-Three tenths of the patients, those that are for testing elsewhere, are left out. Of the others three tenths are for
-validation, and 5 keep their labels, stratified by site. The 2d configuration is planned at half the in-plane
-resolution, the networks have half of nnU-Net's features and the batches 8 cases, so that a CPU bears it. Training is on
-all labeled cases (fold "all": the validation Dice during training, by which PReL chooses its teacher, is therefore that
-of training cases); the validation scans of every modality are predicted alone, without test-time mirroring. Dice is per
-patient, in 3D. The seed fixes the labeled patients, the initial weights and the data loading. Variants of PReL start
-from one run of Semi-CML.
+Three tenths of the patients, stratified by site and the same for every seed, are for testing; of the others, a tenth
+keeps its labels. The 2d configuration is planned at half the in-plane resolution, the networks have half of nnU-Net's
+features and the batches 8 cases, so that a CPU bears it. Training is on all labeled cases (fold "all": the validation
+Dice during training, by which PReL chooses its teacher, is therefore that of training cases); the test scans of every
+modality are predicted alone, without test-time mirroring. Dice is per patient, in 3D. The seed fixes the labeled
+patients, the initial weights and the data loading.
 
-A run goes on where it was interrupted. Two can go on at a time: seeds, or with --only different variants of one seed,
+--choose leaves the test patients out altogether: three tenths of the others are for validation, and as many as before
+are labeled. Variants of PReL start from one run of Semi-CML.
+
+A run goes on where it was interrupted. Two can go on at a time: seeds, or with --only different methods of one seed,
 after one of them has prepared the data (--only with no name).
 """
 
@@ -37,6 +40,11 @@ from nnunetv2_semicml.planning.withhold_labels import draw_order
 HERE = Path(__file__).parent
 NAME = "LGG"
 SOURCE, GROUP, MODALITIES = 700, 710, {"FLAIR": 711, "T1post": 712}
+METHODS = {
+    "supervised only": "nnUNetTrainer_short",
+    "Semi-CML": "nnUNetTrainerSemiCML_short",
+    "PReL": "nnUNetTrainerSemiCMLPReL_short",
+}
 VARIANTS = {
     "PReL": {
         "Semi-CML": "nnUNetTrainerSemiCML_short",
@@ -68,9 +76,9 @@ SPACING = (5.0, 4.0, 4.0)  # mm; nominal, the original in-plane spacing is 2
 class Run:
     """One split of the patients, below one folder."""
 
-    def __init__(self, data: Path, work: Path, seed: int):
-        self.data, self.seed = data.resolve(), seed
-        self.work = work.resolve() / f"choose_{seed}"
+    def __init__(self, data: Path, work: Path, seed: int, choose: bool):
+        self.data, self.seed, self.choose = data.resolve(), seed, choose
+        self.work = work.resolve() / (f"choose_{seed}" if choose else f"seed_{seed}")
         self.log = self.work / "log.txt"
         self.environment = {
             **{name: str(self.work / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
@@ -107,16 +115,18 @@ class Run:
             (source / folder).mkdir(parents=True)
             for file in (self.data / folder).iterdir():
                 patient = file.name.split(".")[0].removesuffix("_0000").removesuffix("_0001")
-                if patient not in test:
+                if not (self.choose and patient in test):
                     (source / folder / file.name).symlink_to(file)
         described = json.loads((self.data / "dataset.json").read_text())
         described["numTraining"] = len(list((source / "labelsTr").iterdir()))
         (source / "dataset.json").write_text(json.dumps(described))
-        sites = self.work / "sites.csv"
+        sites, tests = self.work / "sites.csv", self.work / "test.json"
+        tests.write_text(json.dumps(test))
         with sites.open("w") as file:
-            present = {p: site for p, site in site_of.items() if p not in test}
+            present = {p: site for p, site in site_of.items() if not (self.choose and p in test)}
             csv.writer(file).writerows([("case", "group"), *present.items()])
-        split = ["--num_labeled", NUM_LABELED, "--test_fraction", 0.3, "--stratify", sites, "--seed", self.seed]
+        held_out = ["--test_fraction", 0.3] if self.choose else ["--test_cases", tests]
+        split = ["--num_labeled", NUM_LABELED, *held_out, "--stratify", sites, "--seed", self.seed]
         self.call("nnUNetv2_semicml_withhold_labels", "-d", SOURCE, "--output_id", GROUP, *split)
         plan = ["-c", "2d", "-overwrite_target_spacing", *SPACING, "-np", 1, "-npfp", 1]
         self.call("nnUNetv2_semicml_plan_and_preprocess", "-d", GROUP, *plan)
@@ -131,10 +141,13 @@ class Run:
 
     def evaluate(self, method: str, trainer: str) -> dict:
         """Train, predict and evaluate what is not yet there: {(patient, modality, method): Dice}."""
-        model = self.work / "nnUNet_results" / f"Dataset{GROUP}_{NAME}" / f"{trainer}__nnUNetPlans__2d"
-        if not (model / "fold_all" / "checkpoint_final.pth").is_file():
-            train = [GROUP, "2d", "all", "-tr", trainer, "-device", "cpu"]
-            self.call("nnUNetv2_train", *train, nnUNet_n_proc_DA="0")
+        datasets = MODALITIES.values() if method == "supervised only" else [GROUP]
+        for dataset in datasets:
+            name = {GROUP: NAME, **{d: f"{NAME}_{m}" for m, d in MODALITIES.items()}}[dataset]
+            model = self.work / "nnUNet_results" / f"Dataset{dataset}_{name}" / f"{trainer}__nnUNetPlans__2d"
+            if not (model / "fold_all" / "checkpoint_final.pth").is_file():
+                train = [dataset, "2d", "all", "-tr", trainer, "-device", "cpu"]
+                self.call("nnUNetv2_train", *train, nnUNet_n_proc_DA="0")
         dice = {}
         for modality, dataset in MODALITIES.items():
             out = self.work / "predictions" / trainer / modality
@@ -154,7 +167,8 @@ class Run:
     def numbers(self) -> str:
         """How many patients are what."""
         split = json.loads((self.work / "nnUNet_raw" / f"Dataset{GROUP}_{NAME}" / "withheld_labels.json").read_text())
-        return f"{len(split['labeled'])} labeled, {len(split['unlabeled'])} unlabeled, {len(split['test'])} validation"
+        held_out = "validation" if self.choose else "test"
+        return f"{len(split['labeled'])} labeled, {len(split['unlabeled'])} unlabeled, {len(split['test'])} {held_out}"
 
 
 def shrink(file: Path) -> None:
@@ -239,20 +253,24 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder Dataset700_LGG")
     parser.add_argument("--work", type=Path, required=True, help="scratch folder")
     parser.add_argument("--seed", type=int, default=0, help="of labeled patients, initial weights and data loading")
-    parser.add_argument("--choose", choices=VARIANTS, required=True, help="what to compare")
+    parser.add_argument("--choose", choices=VARIANTS, help="compare variants without the test patients")
     parser.add_argument("--only", nargs="*", help="prepare, and run these of the methods, without tables")
     args = parser.parse_args()
-    run = Run(args.data, args.work, args.seed)
+    run = Run(args.data, args.work, args.seed, bool(args.choose))
     run.prepare()
     dice = {}
-    for method, trainer in VARIANTS[args.choose].items():
+    for method, trainer in (VARIANTS[args.choose] if args.choose else METHODS).items():
         if args.only is None or method in args.only:
             dice |= run.evaluate(method, trainer)
     if args.only is not None:
         return
-    command = f"python benchmarks/lgg/run.py --data Dataset700_LGG --work SCRATCH --choose {args.choose}"
-    title = f"Variants of {args.choose} on validation patients"
-    table, dices = f"choose_{args.choose.lower()}", f"dice_choose_{args.choose.lower()}"
+    command = "python benchmarks/lgg/run.py --data Dataset700_LGG --work SCRATCH"
+    title = "Supervised-only nnU-Net, Semi-CML and PReL on LGG FLAIR + T1"
+    table, dices = "results", "dice"
+    if args.choose:
+        command += f" --choose {args.choose}"
+        title = f"Variants of {args.choose} on validation patients"
+        table, dices = f"choose_{args.choose.lower()}", f"dice_choose_{args.choose.lower()}"
     write_csv(HERE / f"{dices}_seed_{args.seed}.csv", dice)
     files = sorted(HERE.glob(f"{dices}_seed_*.csv"))
     runs = {file.stem.removeprefix(f"{dices}_").replace("_", " "): read_csv(file) for file in files}

@@ -20,14 +20,14 @@ from nnunetv2_semicml.evaluation.leaderboard_page import (
     read_curves,
     write_markdown,
 )
-from nnunetv2_semicml.evaluation.statistics import average_seeds, compare, score, summarize
+from nnunetv2_semicml.evaluation.statistics import average_seeds, compare, holm, score, summarize
 
 HERE = Path(__file__).parent
 TEN_PERCENT, ALL = 5, 49
 BOUND = "supervised only"
 
 
-def table(scores: pd.DataFrame, references: list[str]) -> list[str]:
+def table(scores: pd.DataFrame, references: list[str], with_p: bool = True) -> list[str]:
     """Markdown: Dice of every method and modality, and its paired difference to each reference."""
     modalities = list(dict.fromkeys(scores["modality"]))
     rows = {(row["method"], row["modality"]): row for row in summarize(scores).to_dict("records")}
@@ -35,21 +35,37 @@ def table(scores: pd.DataFrame, references: list[str]) -> list[str]:
     lines = ["| method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     differences = {}
     for reference in references:
-        compared = compare(scores, reference)
-        for row in compared[compared["metric"] == "dice"].to_dict("records"):
-            p = "< 0.001" if row["p_holm"] < 0.001 else f"= {row['p_holm']:.3f}"
+        compared = pd.concat(differences_of(scores, method, reference) for method in dict.fromkeys(scores["method"]))
+        for row in compared.assign(p_holm=holm(compared["p"])).to_dict("records"):
+            p = "p < 0.001" if row["p_holm"] < 0.001 else f"p = {row['p_holm']:.3f}"
             differences[row["method"], row["modality"], reference] = (
-                f"{row['difference']:+.3f} ({row['low']:+.3f} … {row['high']:+.3f}), p {p}"
+                f"{row['difference']:+.3f} ({row['low']:+.3f} … {row['high']:+.3f}){f', {p}' if with_p else ''}"
             )
     for method in dict.fromkeys(scores["method"]):
         cells = [method]
         for modality in modalities:
             row = rows[method, modality]
-            spread = f" ({row['dice_low']:.3f} … {row['dice_high']:.3f})" if row["seeds"] > 1 else ""
+            spread = f" ({row['dice_low']:.3f} … {row['dice_high']:.3f})" if row["seeds"] > 1 else " (one draw)"
             cells.append(f"{row['dice']:.3f}{spread}")
         cells += [differences.get((method, m, r), "") for r in references for m in modalities]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def differences_of(scores: pd.DataFrame, method: str, reference: str) -> pd.DataFrame:
+    """Dice of a method compared with that of the reference, on the draws that both have."""
+    of_method, of_reference = (scores[scores["method"] == name] for name in (method, reference))
+    common = set(of_method["seed"]) & set(of_reference["seed"])
+    both = pd.concat([of_method, of_reference]) if method != reference else of_method
+    compared = compare(both[both["seed"].isin(common)], reference)
+    return compared[compared["metric"] == "dice"]
+
+
+EXPLAINED = (
+    "Dice per patient in 3D, each modality predicted alone: mean over the patients (lowest … highest mean of a draw). "
+    "Differences are paired by patient, on the draws that both methods have: mean (95 % bootstrap interval, BCa)"
+)
+TESTED = "two-sided Wilcoxon p, Holm-corrected over the two columns of a reference"
 
 
 def heading(purpose: str, title: str) -> list[str]:
@@ -69,20 +85,16 @@ def save(name: str, plot: Callable[[Figure], None], size: tuple[float, float]) -
 
 def main() -> None:
     """Write everything."""
-    explained = (
-        "Dice per patient in 3D: mean over the patients, draws averaged first (lowest … highest mean of a draw). "
-        "Differences are paired by patient: mean (95 % bootstrap interval, BCa), two-sided Wilcoxon p, Holm-corrected "
-        "over the column pair."
-    )
     cases = pd.read_csv(HERE / "validation.csv")
+    cases["case"] += " of draw " + cases["seed"].astype(str)  # a patient of several draws counts in each
     lines = heading("validation", "Ablations on validation patients: what the defaults rest on")
     stages = cases["method"].str.contains("PReL")
     for title, rows, reference in (
         ("First stage", ~stages, "Semi-CML"),
         ("After PReL", stages, "Semi-CML, PReL"),
     ):
-        lines += ["", f"## {title}", "", *table(score(cases[rows]), [reference])]
-    (HERE / "validation.md").write_text("\n".join([*lines, "", explained, ""]))
+        lines += ["", f"## {title}", "", *table(score(cases[rows]), [reference], with_p=False)]
+    (HERE / "validation.md").write_text("\n".join([*lines, "", f"{EXPLAINED}.", ""]))
 
     cases = pd.read_csv(HERE / "test.csv")
     main_cases = cases[cases["labeled"].isin([TEN_PERCENT, ALL])]
@@ -92,7 +104,7 @@ def main() -> None:
     for part in others:
         labeled = part["labeled"].iloc[0]
         lines += ["", f"## {labeled} labeled patients ({labeled / ALL:.0%})", "", *table(score(part), [BOUND])]
-    (HERE / "results.md").write_text("\n".join([*lines, "", explained, ""]))
+    (HERE / "results.md").write_text("\n".join([*lines, "", f"{EXPLAINED}, {TESTED}.", ""]))
 
     facts = json.loads((HERE / "test.json").read_text())
     command = facts.pop("command")
@@ -103,10 +115,11 @@ def main() -> None:
     patients = average_seeds(report.scores)
     save("distributions.png", lambda figure: plot_distributions(figure, patients, methods), (11, 7))
     save("differences.png", lambda figure: plot_differences(figure, report.differences, methods), (11, 7))
-    curves = read_curves(report, report.cases["class"].iloc[0])
-    curves["method"] = curves["method"].replace("all labels", BOUND)  # the same training
-    compared = curves[curves["method"].isin(set().union(*(part["method"] for part in others)))]
-    save("curves.png", lambda figure: plot_curves(figure, compared), (9, 6))
+    if others:
+        curves = read_curves(report, report.cases["class"].iloc[0])
+        curves["method"] = curves["method"].replace("all labels", BOUND)  # the same training
+        compared = curves[curves["method"].isin(others[0]["method"])]
+        save("curves.png", lambda figure: plot_curves(figure, compared), (9, 6))
 
 
 if __name__ == "__main__":

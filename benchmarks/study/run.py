@@ -33,6 +33,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from functools import partial
 from importlib.metadata import version
@@ -42,7 +43,7 @@ from typing import NamedTuple
 import pandas as pd
 from filelock import FileLock
 
-from nnunetv2_semicml.evaluation.metrics import METRICS
+from nnunetv2_semicml.evaluation.leaderboard import COLUMNS
 
 HERE = Path(__file__).parent
 SOURCE = {"test": 700, "validation": 701, "phantom": 702}
@@ -53,9 +54,6 @@ SPACING = (5.0, 4.0, 4.0)  # mm; nominal, the original in-plane spacing is 2
 DRAWS = (0, 1, 2)
 NUM_LABELED = (5, 2, 10, NUM_TRAINING)
 SUPERVISED = "StudyNetworkTrainer"
-# those of a leaderboard.csv
-COLUMNS = ["dataset", "method", "modality", "seed", "case", "class", *METRICS, "n_ref", "n_pred", "diagonal"]
-COLUMNS += ["labeled", "unlabeled"]
 # name for tables: its trainers, each of which starts from the one before
 METHODS = {
     "supervised only": [SUPERVISED],
@@ -94,15 +92,14 @@ ABLATIONS = {
     "temperature 0.2": ["Study_First_temperature_02"],
     "4 cases contrasted": ["Study_First_cases_4"],
     "16 cases contrasted": ["Study_First_cases_16"],
+    "neither term, 900 steps": ["Study_Long_neither"],
+    "Semi-CML, 900 steps": ["Study_Long_SemiCML"],
+    "Semi-CML Plus, 900 steps": ["Study_Long_Plus"],
     "Semi-CML, PReL": ["Study_First", "Study_PReL"],
     "neither term, PReL": ["Study_First_neither", "Study_PReL_neither"],
     "MSE alone, PReL": ["Study_First_mse", "Study_PReL_mse"],
     "reliable hard pseudo-labels for MSE, PReL": ["Study_First_plus", "Study_PReL_plus"],
     "hard pseudo-labels for MSE, PReL": ["Study_First_hard_asc", "Study_PReL_hard_asc"],
-    "hard pseudo-labels for MSE, ASC weight 1, PReL": [
-        "Study_First_hard_asc_weight_1",
-        "Study_PReL_hard_asc_weight_1",
-    ],
     "hard pseudo-labels alone, PReL": ["Study_First_hard", "Study_PReL_hard"],
     "EMA teacher, PReL": ["Study_First_ema", "Study_PReL_ema"],
     "Semi-CML, PReL from hard labels": ["Study_First", "Study_PReL_hard_labels"],
@@ -238,10 +235,19 @@ def plan_split(data: Path, work: Path, split: Split) -> None:
     labeled = ["--num_labeled", split.labeled] if split.labeled < NUM_TRAINING else ["--labeled_fraction", 1]
     options = ["-d", SOURCE[split.purpose], "--output_id", split.number, "--output_name", split.name, *labeled]
     call("nnUNetv2_semicml_withhold_labels", *options, *held_out, "--seed", split.draw)
+    raw = work / "nnUNet_raw" / split.dataset(None)
+    cases = sorted(file.name.removesuffix(".nii.gz") for file in (raw / "labelsTr").iterdir())
+    if len(cases) < 5:  # nnU-Net asks for folds, which fold "all" does not use
+        folds = [{"train": [c for c in cases if c != case], "val": [case]} for case in cases]
+        (raw / "splits_final.json").write_text(json.dumps(folds))
+    plan = ["-d", split.number, "-c", "2d", "--modality_ids", split.number + 1, split.number + 2, "-np", 1, "-npfp", 1]
+    if split.labeled == NUM_TRAINING:
+        few = split._replace(labeled=NUM_LABELED[0])
+        prepare(data, work, few)
+        call("nnUNetv2_semicml_plan_and_preprocess", *plan, "--plans_of", few.number)
+        return
     spacing = [] if split.purpose == "phantom" else ["-overwrite_target_spacing", *SPACING]
-    numbers = ["--modality_ids", split.number + 1, split.number + 2]
-    plan = ["-d", split.number, "-c", "2d", *spacing, *numbers, "-np", 1, "-npfp", 1]
-    call("nnUNetv2_semicml_plan_and_preprocess", *plan)
+    call("nnUNetv2_semicml_plan_and_preprocess", *plan, *spacing)
     for modality in (None, *split.modalities):
         shrink(work / "nnUNet_preprocessed" / split.dataset(modality) / "nnUNetPlans.json")
 
@@ -249,7 +255,9 @@ def plan_split(data: Path, work: Path, split: Split) -> None:
 def call(program: str, *arguments: object) -> None:
     """Run a command line of this environment."""
     command = [str(Path(sys.executable).with_name(program)), *map(str, arguments)]
-    done = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    environment = {name: value for name, value in os.environ.items() if name != "nnUNet_n_proc_DA"}
+    options = {"env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, check=False, **options)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
 
@@ -265,7 +273,15 @@ def shrink(file: Path) -> None:
 
 
 def run(data: Path, work: Path, task: Task) -> str:
-    """Prepare, train, predict and evaluate what is not yet there; the result is a file."""
+    """Prepare, train, predict and evaluate what is not yet there; the result is a file. Returns what happened."""
+    try:
+        return run_task(data, work, task)
+    except Exception:  # hours of other trainings go on
+        return f"FAILED {task}\n{traceback.format_exc()}"
+
+
+def run_task(data: Path, work: Path, task: Task) -> str:
+    """Of `run`, the part that may fail."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,7 +1,12 @@
-"""Found through nnUNet_extTrainer: variants of PReL and SECL to choose from, on schedules that a CPU bears."""
+"""Found through nnUNet_extTrainer: all methods on schedules that a CPU bears, and variants of PReL to choose from.
 
+Supervised-only nnU-Net takes as many steps as both stages together.
+"""
+
+import os
 from typing import ClassVar
 
+import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -16,6 +21,23 @@ def _shorten(trainer: nnUNetTrainer, epochs: int, steps_per_epoch: int) -> None:
     trainer.num_iterations_per_epoch = steps_per_epoch
     trainer.num_val_iterations_per_epoch = 5
     torch.set_num_threads(1)  # two small trainings at a time are faster than one after the other
+
+
+class nnUNetTrainer_short(nnUNetTrainer):
+    """Stock nnU-Net on the labeled cases alone, 960 steps."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        _shorten(self, epochs=16, steps_per_epoch=60)
+        torch.manual_seed(int(os.environ["nnUNet_semicml_seed"]))
+        np.random.seed(int(os.environ["nnUNet_semicml_seed"]))
 
 
 class nnUNetTrainerSemiCML_short(nnUNetTrainerSemiCML):

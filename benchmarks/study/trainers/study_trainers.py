@@ -25,7 +25,7 @@ from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemi
 from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
 
 STEPS_PER_EPOCH = 15
-EPOCHS = {"single": 30, "first": 20, "second": 10}
+EPOCHS = {"single": 30, "first": 20, "second": 10, "long": 60}
 LEARNING_RATE_FACTOR, MOMENTUM = 10, 0.9
 
 
@@ -93,6 +93,10 @@ TRAINERS = {
     "SECLAnatomical": (nnUNetTrainerSECLAnatomical, "single", None, {}),
     "SemiCML": (nnUNetTrainerSemiCML, "single", None, {}),
     "Plus": (nnUNetTrainerSemiCMLPlus, "single", None, {}),
+    # twice the steps
+    "Long_neither": (nnUNetTrainerSemiCML, "long", None, {"mse_weight": 0.0, "asc_weight": 0.0}),
+    "Long_SemiCML": (nnUNetTrainerSemiCML, "long", None, {}),
+    "Long_Plus": (nnUNetTrainerSemiCMLPlus, "long", None, {}),
     # the first stage and what each of its parts is for
     "First": (nnUNetTrainerSemiCML, "first", None, {}),
     "First_neither": (nnUNetTrainerSemiCML, "first", None, {"mse_weight": 0.0, "asc_weight": 0.0}),
@@ -129,7 +133,6 @@ TRAINERS = {
     "PReL_mse": (nnUNetTrainerSemiCMLPReL, "second", "First_mse", {}),
     "PReL_hard": (nnUNetTrainerSemiCMLPReL, "second", "First_hard", {}),
     "PReL_hard_asc": (nnUNetTrainerSemiCMLPReL, "second", "First_hard_asc", {}),
-    "PReL_hard_asc_weight_1": (nnUNetTrainerSemiCMLPReL, "second", "First_hard_asc_weight_1", {}),
     "PReL_plus": (nnUNetTrainerSemiCMLPReL, "second", "First_plus", {}),
     "PReL_ema": (nnUNetTrainerSemiCMLPReL, "second", "First_ema", {}),
     "PReL_hard_labels": (HardPReL, "second", "First", {}),
