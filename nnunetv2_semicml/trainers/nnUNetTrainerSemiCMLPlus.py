@@ -1,8 +1,8 @@
 """Semi-CML with hard pseudo-labels between the modalities in place of the mean squared error, its PReL, and schedules.
 
 Sources: Zhang et al., Med. Image Anal. 83:102656, 2023 (contrast, teachers, PReL); Chen et al., CVPR 2021 (cross
-pseudo-supervision). The combination was better than Semi-CML on the validation patients of benchmarks/study; on its test
-patients that is not confirmed.
+pseudo-supervision). The combination was better than Semi-CML on the validation patients of benchmarks/study; on its
+test patients that is not confirmed.
 """
 
 import numpy as np
