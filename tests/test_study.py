@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import LABELS, make_trainer
+import torch
+from conftest import LABELS, initialized, make_trainer, weights
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "study"
 pytestmark = pytest.mark.usefixtures("groups")
@@ -50,3 +51,11 @@ def test_variants_change_what_they_say(study_trainers):
         for attribute, value in changes.items():
             assert getattr(trainer, attribute) == value != getattr(default, attribute)
         assert trainer.initial_lr == 10 * default.initial_lr
+
+
+def test_networks_of_a_run_start_from_different_weights(study_trainers):
+    """The seed is of the run, not of every network: two networks of CPS that start alike would stay alike."""
+    first, *others = weights(initialized(LABELS, "2d", study_trainers.Study_CPS))
+    assert len(others) == 3
+    for other in others:
+        assert not all(torch.equal(first[k], other[k]) for k in first)

@@ -40,6 +40,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 from filelock import FileLock
 
@@ -114,7 +115,7 @@ class Split(NamedTuple):
     """Who is labeled, unlabeled and held out.
 
     Attributes:
-        purpose: "validation" or "test".
+        purpose: "validation", "test" or "phantom".
         draw: of the labeled and the validation patients, and seed.
         labeled: number of patients.
     """
@@ -152,6 +153,10 @@ class Task(NamedTuple):
     split: Split
     method: str
     trainers: tuple[str, ...]
+
+    def result(self, work: Path) -> Path:
+        """The file of its metrics."""
+        return work / "results" / self.split.name / f"{self.trainers[-1]}.json"
 
 
 def tasks_of(purpose: str) -> list[Task]:
@@ -286,7 +291,7 @@ def run_task(data: Path, work: Path, task: Task) -> str:
 
     torch.set_num_threads(1)
     prepare(data, work, task.split)
-    result = work / "results" / task.split.name / f"{task.trainers[-1]}.json"
+    result = task.result(work)
     result.parent.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     with FileLock(result.with_suffix(".lock")):
@@ -318,6 +323,8 @@ def train(work: Path, split: Split, trainer: str) -> None:
         with FileLock(folder.parent / ".lock"):
             if not (folder / "checkpoint_final.pth").is_file():
                 shutil.rmtree(folder, ignore_errors=True)
+                torch.manual_seed(split.draw)  # nnU-Net's own trainer has no seed
+                np.random.seed(split.draw)
                 run_training(dataset, "2d", "all", trainer, device=torch.device("cpu"))
 
 
@@ -353,7 +360,7 @@ def collect(work: Path, purpose: str) -> pd.DataFrame:
     known = pd.read_csv(table) if table.is_file() else pd.DataFrame(columns=COLUMNS)
     parts = []
     for task in tasks_of(purpose):
-        file = work / "results" / task.split.name / f"{task.trainers[-1]}.json"
+        file = task.result(work)
         if not file.is_file():
             parts.append(known[is_of(known, task)])
             continue

@@ -6,9 +6,6 @@ momentum of 0.9 instead of 0.99 and ten times the learning rate: the same step l
 momentum needs to build up.
 """
 
-import os
-
-import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
@@ -42,8 +39,6 @@ class StudyNetworkTrainer(nnUNetTrainer):
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         shorten(self, EPOCHS["single"])
-        torch.manual_seed(int(os.environ["nnUNet_semicml_seed"]))
-        np.random.seed(int(os.environ["nnUNet_semicml_seed"]))
 
     def configure_optimizers(self) -> tuple:
         """nnU-Net's, with less momentum."""
