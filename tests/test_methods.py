@@ -36,6 +36,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch._dynamo import OptimizedModule
 
 from nnunetv2_semicml.ext_trainers import semicml_trainers
+from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
 from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalCPS import nnUNetTrainerCrossModalCPS
 from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
@@ -82,10 +83,10 @@ def with_labels_seen(trainer):
         with torch.no_grad():
             t.network.decoder.seg_layers[-1].weight.mul_(20)
     for t in trainer.trainers:
-        if isinstance(trainer, nnUNetTrainerSemiCMLPlus):
-            t.logger.log("mean_fg_dice", 0.5, 0)
         if hasattr(trainer, "student"):
             trainer.teachers[t.name].average(trainer.student(t), 0.0)
+        elif hasattr(trainer, "teachers"):
+            trainer.teachers[t.name].average(t.unwrapped_network(), 0.0)
     return trainer
 
 
@@ -436,40 +437,50 @@ def test_cps_learns_from_the_segmentations_of_the_others(method, dataset, labele
     torch.testing.assert_close(found, {"ce": ce, "dice": dice})
 
 
-def test_plus_is_cross_modal_cps_and_the_contrast_of_semicml(groups):
-    """Cases beyond the batch, which `asc_cases` adds, are contrasted and nothing else."""
-    plus, cps, semicml = (
-        initialized(LABELS, "2d", method, asc_temperature=0.5, asc_cases=4, unlabeled_batch_size=2)
-        for method in (nnUNetTrainerSemiCMLPlus, nnUNetTrainerCrossModalCPS, nnUNetTrainerSemiCML)
-    )
-    for t in plus.trainers:
-        t.logger.log("mean_fg_dice", 1.0, 0)
-    torch.manual_seed(0)
-    outputs = {name: torch.randn(4, plus.label_manager.num_segmentation_heads, 8, 8) for name in ("FLAIR", "T1")}
-    found = plus.unsupervised_terms(outputs, None)
-    expected = cps.unsupervised_terms({name: logits[:2] for name, logits in outputs.items()}, None)
-    torch.testing.assert_close(found, expected | {"asc": semicml.unsupervised_terms(outputs, None)["asc"]})
-    assert not hasattr(plus, "mse_weight")
+@pytest.mark.parametrize(("dataset", "configuration"), [(LABELS, "2d"), (REGIONS, "3d_fullres")])
+def test_plus_learns_what_the_teachers_segment_together(dataset, configuration):
+    """Proof 7. Cases beyond the batch, which `asc_cases` adds, are contrasted and nothing else."""
+    trainer = initialized(dataset, configuration, nnUNetTrainerSemiCMLPlus, asc_cases=4, unlabeled_batch_size=2)
+    with_labels_seen(trainer)
+    for t, dice in zip(trainer.trainers, (0.9, 0.3), strict=True):
+        t.logger.log("mean_fg_dice", dice, 0)
+    (batch,) = draw_batches(trainer, 1)
+    images = trainer.unlabeled_images(batch)
+    outputs = {name: torch.randn_like(z) for name, z in unlabeled_outputs(trainer, images).items()}
+    assert {len(z) for z in outputs.values()} == {4}
+    teachers = {name: teacher.network(images[name][:2]) for name, teacher in trainer.teachers.items()}
+    first, second = (z.sigmoid() if dataset == REGIONS else z.softmax(1) for z in teachers.values())
+    together = 0.75 * first + 0.25 * second
+    ce = dice = 0
+    for z in (z[:2] for z in outputs.values()):
+        if dataset == REGIONS:
+            p, q = z.sigmoid(), (together > 0.5).float()
+            ce += -(q * p.log() + (1 - q) * (1 - p).log()).mean()
+        else:
+            label, p = together.argmax(1), z.softmax(1)
+            ce += -p.gather(1, label[:, None]).log().mean()
+            p, q = p[:, 1:], torch.stack([label == c for c in range(1, z.shape[1])], 1).float()
+        assert 0 < q.mean() < 1
+        axes = (0, *range(2, q.ndim)) if trainer.configuration_manager.batch_dice else tuple(range(2, q.ndim))
+        overlap, areas = (p * q).sum(axes), (p * p).sum(axes) + (q * q).sum(axes)
+        dice += 1 - ((2 * overlap + 1) / (areas + 1)).mean()
+    found = trainer.unsupervised_terms(outputs, trainer.unsupervised_targets(images))
+    predictions = [z.sigmoid() if dataset == REGIONS else z.softmax(1)[:, 1:] for z in outputs.values()]
+    expected = {"ce": ce, "dice": dice, "asc": AreaSimilarityContrastiveLoss()(predictions)}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert not hasattr(trainer, "mse_weight")
 
 
-def test_plus_believes_a_network_as_far_as_its_validation_dice(groups):
-    """Proof 7 for the factor: that of the network that has made the pseudo-label, not of the one that learns."""
+def test_plus_weights_a_modality_with_its_validation_dice():
     trainer = initialized(LABELS, "2d", nnUNetTrainerSemiCMLPlus)
-    torch.manual_seed(0)
-    outputs = {name: torch.randn(2, trainer.label_manager.num_segmentation_heads, 8, 8) for name in ("FLAIR", "T1")}
-    logits, labels = outputs.values(), {name: z.argmax(1) for name, z in outputs.items()}
-    of_flair, of_t1 = (
-        torch.nn.functional.cross_entropy(z, labels[other]) for z, other in zip(logits, ("T1", "FLAIR"), strict=True)
-    )
     flair, t1 = trainer.trainers
-    terms = [trainer.unsupervised_terms(outputs, None)]  # before the first validation
-    for epoch, dice in enumerate([(0.8, 0.0), (0.9, 0.3), (float("nan"), 0.3)]):
+    found = [trainer.fusion_weights()]  # before the first validation
+    for epoch, dice in enumerate([(0.8, 0.0), (0.9, 0.3), (float("nan"), 0.3), (0.0, 0.0)]):
         flair.logger.log("mean_fg_dice", dice[0], epoch)
         t1.logger.log("mean_fg_dice", dice[1], epoch)
-        terms.append(trainer.unsupervised_terms(outputs, None))
-    expected = [0 * of_flair, 0.8 * of_t1, 0.9 * of_t1 + 0.3 * of_flair, 0.3 * of_flair]
-    torch.testing.assert_close([term["ce"] for term in terms], expected)
-    assert [bool(term["dice"] > 0) for term in terms] == [False, True, True, True]
+        found.append(trainer.fusion_weights())
+    assert [w["FLAIR"] for w in found] == pytest.approx([0.5, 1, 0.75, 0, 0.5])
+    assert all(sum(w.values()) == pytest.approx(1) for w in found)
 
 
 def test_prel_goes_on_from_plus(groups):
@@ -713,7 +724,7 @@ def test_checkpoint_is_readable_and_says_what_it_is(groups):
     trainer.run_training()
     checkpoint = final_checkpoint(trainer)
     assert checkpoint["method"]["projection_heads"].keys() == {"FLAIR"}
-    assert checkpoint["method"]["steps"] == 4
+    assert checkpoint["method"]["teacher_steps"] == {"FLAIR": 4}
     assert checkpoint["provenance"]["dataset"] == FLAIR
     deployed = json.loads((Path(trainer.trainers[0].output_folder).parent / "dataset.json").read_text())
     assert "dataset" not in deployed

@@ -8,10 +8,7 @@ from nnunetv2_semicml.trainers.teacher import Teacher
 
 
 class nnUNetTrainerSelfEnsembling(nnUNetTrainerSemiSupervised):
-    """Every network has a teacher that follows it step by step and sees noisy images.
-
-    After step t = 1, 2, … the teacher is a · teacher + (1 - a) · network with a = min(1 - 1 / (t + 1), ema_decay), so
-    that it forgets the random weights of the beginning.
+    """Every network has a teacher that follows it step by step, see `Teacher.follow`, and sees noisy images.
 
     Attributes:
         teachers: of every network, by name.
@@ -31,7 +28,6 @@ class nnUNetTrainerSelfEnsembling(nnUNetTrainerSemiSupervised):
         self.noise_std = 0.1
         self.noise_bounds = (-0.2, 0.2)
         self.teachers: dict[str, Teacher] = {}
-        self._steps = 0
 
     def initialize(self) -> None:
         """Build the networks and a teacher of each."""
@@ -46,19 +42,17 @@ class nnUNetTrainerSelfEnsembling(nnUNetTrainerSemiSupervised):
     def train_step(self, batch: dict) -> dict:
         """Make a step; the teachers follow."""
         losses = super().train_step(batch)
-        self._steps += 1
-        keep = min(1 - 1 / (self._steps + 1), self.ema_decay)
         for trainer in self.trainers:
-            self.teachers[trainer.name].average(self.student(trainer), keep)
+            self.teachers[trainer.name].follow(self.student(trainer), self.ema_decay)
         return losses
 
     def get_method_state(self) -> dict:
         """The teachers, and the number of steps that they have followed."""
         weights = {name: teacher.network.state_dict() for name, teacher in self.teachers.items()}
-        return {"teacher_weights": weights, "steps": self._steps}
+        return {"teacher_weights": weights, "teacher_steps": {n: t.steps for n, t in self.teachers.items()}}
 
     def set_method_state(self, state: dict) -> None:
         """Restore what `get_method_state` returned."""
-        self._steps = state["steps"]
         for name, weights in state["teacher_weights"].items():
             self.teachers[name].network.load_state_dict(weights)
+            self.teachers[name].steps = state["teacher_steps"][name]

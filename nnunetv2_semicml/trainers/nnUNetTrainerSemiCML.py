@@ -50,7 +50,7 @@ class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
         if self.teacher_averaging not in ("bma", "ema"):
             raise ValueError(f'teacher_averaging must be "bma" or "ema", got {self.teacher_averaging!r}.')
         super().initialize()
-        self.teachers = {t.name: Teacher(t.unwrapped_network()) for t in self.trainers}
+        self.teachers = {t.name: Teacher(t.unwrapped_network(), self._do_i_compile()) for t in self.trainers}
         self.pools = {t.name: BestModelPool(self.bma_pool_size) for t in self.trainers}
 
     def unsupervised_terms(self, outputs: dict[str, Tensor], targets: None) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
         losses = super().train_step(batch)
         if self.teacher_averaging == "ema":
             for trainer in self.trainers:
-                self.teachers[trainer.name].average(trainer.unwrapped_network(), self.ema_decay)
+                self.teachers[trainer.name].follow(trainer.unwrapped_network(), self.ema_decay)
         return losses
 
     def on_validation_epoch_end(self, val_outputs: list[list[dict]]) -> None:
@@ -96,7 +96,11 @@ class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
     def get_method_state(self) -> dict:
         """Teachers and the validation Dice of their pools."""
         return {
-            name: {"teacher_weights": teacher.network.state_dict(), "best_dice": self.pools[name].values}
+            name: {
+                "teacher_weights": teacher.network.state_dict(),
+                "teacher_steps": teacher.steps,
+                "best_dice": self.pools[name].values,
+            }
             for name, teacher in self.teachers.items()
         }
 
@@ -104,6 +108,7 @@ class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
         """Restore teachers and pools."""
         for name, of_modality in state.items():
             self.teachers[name].network.load_state_dict(of_modality["teacher_weights"])
+            self.teachers[name].steps = of_modality["teacher_steps"]
             self.pools[name] = BestModelPool(self.bma_pool_size, of_modality["best_dice"])
 
 

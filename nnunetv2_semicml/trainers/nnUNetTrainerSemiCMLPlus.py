@@ -1,22 +1,25 @@
-"""Semi-CML with hard pseudo-labels between the modalities in place of the mean squared error, its PReL, and schedules.
+"""Semi-CML whose modalities agree on one segmentation in place of the mean squared error, its PReL, and schedules.
 
-Sources: Zhang et al., Med. Image Anal. 83:102656, 2023 (contrast, teachers, PReL); Chen et al., CVPR 2021 (cross
-pseudo-supervision). The combination was better than Semi-CML on the validation patients of benchmarks/study; on its
-test patients that is not confirmed.
+Sources: Zhang et al., Med. Image Anal. 83:102656, 2023 (contrast, PReL); Tarvainen and Valpola, NeurIPS 2017 (teachers
+that average over the steps); Chen et al., CVPR 2021 (segmentations as labels). On the validation patients of
+benchmarks/study better than Semi-CML in the weaker modality, and after PReL no longer measurably so.
 """
 
 import numpy as np
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
-from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalCPS import nnUNetTrainerCrossModalCPS
+from nnunetv2_semicml.losses.soft_pseudo_label import soft_cross_entropy, soft_dice_loss
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
 
 
-class nnUNetTrainerSemiCMLPlus(nnUNetTrainerCrossModalCPS, nnUNetTrainerSemiCML):
-    """Semi-CML whose consistency term is that of cross-modal CPS."""
+class nnUNetTrainerSemiCMLPlus(nnUNetTrainerSemiCML):
+    """Every network learns what the teachers of all modalities, exponential moving averages, segment together.
+
+    The mean squared error pulls the better modality towards the weaker one as much as the other way. Here the teachers'
+    probabilities are averaged, each with a weight, and the segmentation that they make is a label for all networks.
+    """
 
     def __init__(
         self,
@@ -28,27 +31,45 @@ class nnUNetTrainerSemiCMLPlus(nnUNetTrainerCrossModalCPS, nnUNetTrainerSemiCML)
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         del self.mse_weight  # there is no such term
-        # Of a network that segments perfectly, see `reliability`. Chosen on validation patients, where believing every
-        # network alike was as good with 0.25 and destroyed networks with 0.5 (benchmarks/study/validation.md).
+        self.teacher_averaging = "ema"
         self.pseudo_label_weight = 0.5
 
-    def reliability(self, labeler: nnUNetTrainer) -> float:
-        """The network's latest validation Dice, 0 before the first one.
+    def fusion_weights(self) -> dict[str, float]:
+        """Share of every modality in the pseudo-labels: proportional to its latest validation Dice.
 
         The weaker modality begins to segment late. Until then it labels everything as background, and the others would
         learn from that to segment nothing.
         """
-        dice = labeler.logger.get_value("mean_fg_dice", step=None)
-        return float(np.nan_to_num(dice[-1])) if dice else 0.0
+        dice = {t.name: t.logger.get_value("mean_fg_dice", step=None)[-1:] for t in self.trainers}
+        dice = {name: float(np.nan_to_num(latest).sum()) for name, latest in dice.items()}
+        total = sum(dice.values())
+        return {name: value / total if total else 1 / len(dice) for name, value in dice.items()}
 
-    def unsupervised_terms(self, outputs: dict[str, Tensor], targets: None) -> dict[str, Tensor]:
-        """Cross-entropy and Dice with the segmentations of the other modalities, and the area-similarity contrast."""
-        in_batch = {name: self.in_batch(logits) for name, logits in outputs.items()}
-        return {**super().unsupervised_terms(in_batch, targets), "asc": self.area_contrast(self.predictions(outputs))}
+    def unsupervised_targets(self, images: dict[str, Tensor]) -> Tensor:
+        """The pseudo-labels of the unlabeled batch, zeros and ones (B, heads, *patch)."""
+        weighted = [
+            weight * self.mean_prediction(self.teachers[name], self.in_batch(images[name]))
+            for name, weight in self.fusion_weights().items()
+        ]
+        return self.hard_pseudo_labels(torch.stack(weighted).sum(0))
+
+    def unsupervised_terms(self, outputs: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy and Dice with the pseudo-labels, sums over the modalities, and the area-similarity contrast."""
+        regions, batch_dice = self.label_manager.has_regions, self.configuration_manager.batch_dice
+        predictions = self.predictions(outputs)
+        foreground = self.foreground(targets)
+        ce = [soft_cross_entropy(self.in_batch(logits), targets, regions) for logits in outputs.values()]
+        dice = [soft_dice_loss(self.in_batch(p), foreground, batch_dice, distributed=self.is_ddp) for p in predictions]
+        return {"ce": torch.stack(ce).sum(), "dice": torch.stack(dice).sum(), "asc": self.area_contrast(predictions)}
 
     def unsupervised_weights(self) -> dict[str, float]:
         """All ramped over the first epochs."""
-        return {**super().unsupervised_weights(), "asc": self.ramp() * self.asc_weight}
+        ramp = self.ramp()
+        return {
+            "ce": ramp * self.pseudo_label_weight,
+            "dice": ramp * self.pseudo_label_weight,
+            "asc": ramp * self.asc_weight,
+        }
 
 
 class nnUNetTrainerSemiCMLPlusPReL(nnUNetTrainerSemiCMLPReL):

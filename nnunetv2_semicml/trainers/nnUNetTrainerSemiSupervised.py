@@ -25,6 +25,7 @@ from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, autocast
 from torch import distributed as dist
+from torch.nn.functional import one_hot
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nnunetv2_semicml.data.modality_group import (
@@ -573,8 +574,19 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             labels[logits[:, region] > 0] = label
         return labels
 
+    def hard_pseudo_labels(self, probabilities: Tensor) -> Tensor:
+        """The most probable class, or all regions above one half, as zeros and ones (B, heads, *patch)."""
+        if self.label_manager.has_regions:
+            return (probabilities > 0.5).float()
+        return one_hot(probabilities.argmax(1), probabilities.shape[1]).movedim(-1, 1).float()
+
     def mean_prediction(
-        self, teacher: Teacher, image: Tensor, passes: int, noise_std: float, noise_bounds: tuple[float, float]
+        self,
+        teacher: Teacher,
+        image: Tensor,
+        passes: int = 1,
+        noise_std: float = 0.0,
+        noise_bounds: tuple[float, float] = (0.0, 0.0),
     ) -> Tensor:
         """Mean probabilities of several passes of a teacher over noisy copies of an image.
 

@@ -21,6 +21,7 @@ class Teacher:
     Attributes:
         network: the averaged weights.
         predict: what the network makes, e.g. logits (B, heads, *patch), of images (B, C, *patch).
+        steps: how often `follow` was called.
     """
 
     def __init__(self, network: nn.Module, compiled: bool = False):
@@ -31,6 +32,19 @@ class Teacher:
             if isinstance(module, _DropoutNd):
                 module.train()
         self.predict = torch.compile(self.network) if compiled else self.network
+        self.steps = 0
+
+    def follow(self, network: nn.Module, decay: float) -> None:
+        """Make a step t = 1, 2, … of an exponential moving average: keep min(1 - 1 / (t + 1), decay) of the teacher.
+
+        So it forgets the random weights of the beginning (Tarvainen and Valpola, NeurIPS 2017).
+
+        Args:
+            network: the student after its step.
+            decay: in [0, 1].
+        """
+        self.steps += 1
+        self.average(network, min(1 - 1 / (self.steps + 1), decay))
 
     @torch.no_grad()
     def average(self, network: nn.Module, keep: float) -> None:
