@@ -1,7 +1,7 @@
-"""Tables and figures of the study, from validation.csv and test.csv alone: python benchmarks/study/report.py
+"""Tables and figures of the study, from the tables of run.py alone: python benchmarks/study/report.py
 
-Writes validation.md; results.md, distributions.png, differences.png and curves.png of the test patients; and
-all_metrics.md, with every metric of the 10 % comparison.
+Writes validation.md of validation.csv; results.md, distributions.png, differences.png and curves.png of test.csv, and
+all_metrics.md with every metric of the 10 % comparison; phantom.md of phantom.csv.
 """
 
 import json
@@ -61,6 +61,16 @@ def differences_of(scores: pd.DataFrame, method: str, reference: str) -> pd.Data
     return compared[compared["metric"] == "dice"]
 
 
+def comparison(cases: pd.DataFrame) -> list[str]:
+    """Markdown of the methods that predict from one modality; those that need several scans stand below."""
+    of_one = ~cases["modality"].str.contains("+", regex=False)
+    lines = table(score(cases[of_one]), [BOUND, "Semi-CML + PReL"])
+    for row in summarize(score(cases[~of_one])).to_dict("records") if (~of_one).any() else ():
+        spread = f"({row['dice_low']:.3f} … {row['dice_high']:.3f})"
+        lines += ["", f"For comparison, {row['method']} ({row['modality']}): {row['dice']:.3f} {spread}."]
+    return lines
+
+
 EXPLAINED = (
     "Dice per patient in 3D, each modality predicted alone: mean over the patients (lowest … highest mean of a draw). "
     "Differences are paired by patient, on the draws that both methods have: mean (95 % bootstrap interval, BCa)"
@@ -84,22 +94,34 @@ def save(name: str, plot: Callable[[Figure], None], size: tuple[float, float]) -
 
 
 def main() -> None:
-    """Write everything."""
+    """Write what there is."""
+    for purpose, write in (("validation", write_validation), ("test", write_test), ("phantom", write_phantom)):
+        if (HERE / f"{purpose}.csv").is_file():
+            write()
+
+
+def write_validation() -> None:
+    """validation.md."""
     cases = pd.read_csv(HERE / "validation.csv")
     cases["case"] += " of draw " + cases["seed"].astype(str)  # a patient of several draws counts in each
     lines = heading("validation", "Ablations on validation patients: what the defaults rest on")
-    stages = cases["method"].str.contains("PReL")
+    long, prel = cases["method"].str.endswith("steps"), cases["method"].str.contains("PReL")
     for title, rows, reference in (
-        ("First stage", ~stages, "Semi-CML"),
-        ("After PReL", stages, "Semi-CML, PReL"),
+        ("First stage, 600 steps", ~long & ~prel, "Semi-CML"),
+        ("After 300 steps of PReL", prel, "Semi-CML, PReL"),
+        ("900 steps without PReL", long, "supervised only, 900 steps"),
     ):
-        lines += ["", f"## {title}", "", *table(score(cases[rows]), [reference], with_p=False)]
+        if reference in set(cases["method"]):
+            lines += ["", f"## {title}", "", *table(score(cases[rows]), [reference], with_p=False)]
     (HERE / "validation.md").write_text("\n".join([*lines, "", f"{EXPLAINED}.", ""]))
 
+
+def write_test() -> None:
+    """results.md, all_metrics.md and the figures."""
     cases = pd.read_csv(HERE / "test.csv")
     main_cases = cases[cases["labeled"].isin([TEN_PERCENT, ALL])]
     lines = heading("test", "All methods on the test patients")
-    lines += ["", "## 10 % labeled", "", *table(score(main_cases), [BOUND, "Semi-CML + PReL"])]
+    lines += ["", "## 10 % labeled", "", *comparison(main_cases)]
     lines += ["", "![Dice and HD95 of every patient](distributions.png)"]
     lines += ["", "![differences to supervised-only training](differences.png)"]
     others = [cases[cases["labeled"] == n] for n in sorted(set(cases["labeled"]) - {TEN_PERCENT, ALL})]
@@ -128,6 +150,13 @@ def main() -> None:
         curves["method"] = curves["method"].replace("all labels", BOUND)  # the same training
         compared = curves[curves["method"].isin(others[0]["method"])]
         save("curves.png", lambda figure: plot_curves(figure, compared), (9, 6))
+
+
+def write_phantom() -> None:
+    """phantom.md."""
+    lines = heading("phantom", "All methods on the synthetic phantom")
+    lines += ["", *comparison(pd.read_csv(HERE / "phantom.csv")), "", f"{EXPLAINED}, {TESTED}.", ""]
+    (HERE / "phantom.md").write_text("\n".join(lines))
 
 
 if __name__ == "__main__":

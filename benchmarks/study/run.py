@@ -54,10 +54,11 @@ NUM_TEST, NUM_VALIDATION, NUM_TRAINING = 21, 15, 49  # of 70 patients; the last 
 SPACING = (5.0, 4.0, 4.0)  # mm; nominal, the original in-plane spacing is 2
 DRAWS = (0, 1, 2)
 NUM_LABELED = (5, 2, 10, NUM_TRAINING)
-SUPERVISED = "StudyNetworkTrainer"
+SUPERVISED, MULTI_CHANNEL = "StudyNetworkTrainer", "StudyMultiChannelTrainer"
 # name for tables: its trainers, each of which starts from the one before
 METHODS = {
     "supervised only": [SUPERVISED],
+    "supervised, all modalities at once": [MULTI_CHANNEL],
     "Mean Teacher": ["Study_MeanTeacher"],
     "UA-MT": ["Study_UAMT"],
     "CPS": ["Study_CPS"],
@@ -76,38 +77,32 @@ ABLATIONS = {
     "ASC alone": ["Study_First_asc"],
     "hard pseudo-labels for MSE": ["Study_First_hard_asc"],
     "hard pseudo-labels alone": ["Study_First_hard"],
+    "Semi-CML Plus": ["Study_First_plus"],
+    "Semi-CML Plus without ASC": ["Study_First_plus_no_asc"],
+    "Semi-CML Plus, pseudo-labels of weight 1": ["Study_First_plus_weight_1"],
     "ASC weight 0.1": ["Study_First_weight_01"],
     "ASC weight 1": ["Study_First_weight_1"],
     "ASC weight 3.5": ["Study_First_weight_35"],
-    "hard pseudo-labels for MSE, ASC weight 1": ["Study_First_hard_asc_weight_1"],
-    "hard pseudo-labels of weight 1 for MSE": ["Study_First_hard_weight_1_asc"],
-    "hard pseudo-labels of weight 0.25 for MSE": ["Study_First_hard_weight_025_asc"],
-    "hard pseudo-labels of weight 0.25 alone": ["Study_First_hard_weight_025"],
-    "ramp over 0.8": ["Study_First_ramp_08"],
-    "hard pseudo-labels for MSE, ramp over 0.8": ["Study_First_hard_asc_ramp_08"],
-    "reliable hard pseudo-labels for MSE": ["Study_First_plus"],
-    "reliable hard pseudo-labels of weight 0.25 for MSE": ["Study_First_plus_025"],
-    "reliable hard pseudo-labels of weight 1 for MSE": ["Study_First_plus_weight_1"],
-    "reliable hard pseudo-labels alone": ["Study_First_plus_no_asc"],
     "temperature 0.5": ["Study_First_temperature_05"],
     "temperature 0.2": ["Study_First_temperature_02"],
     "4 cases contrasted": ["Study_First_cases_4"],
     "16 cases contrasted": ["Study_First_cases_16"],
-    "neither term, 900 steps": ["Study_Long_neither"],
-    "Semi-CML, 900 steps": ["Study_Long_SemiCML"],
-    "Semi-CML Plus, 900 steps": ["Study_Long_Plus"],
     "Semi-CML, PReL": ["Study_First", "Study_PReL"],
     "neither term, PReL": ["Study_First_neither", "Study_PReL_neither"],
     "MSE alone, PReL": ["Study_First_mse", "Study_PReL_mse"],
-    "reliable hard pseudo-labels for MSE, PReL": ["Study_First_plus", "Study_PReL_plus"],
+    "ASC alone, PReL": ["Study_First_asc", "Study_PReL_asc"],
     "hard pseudo-labels for MSE, PReL": ["Study_First_hard_asc", "Study_PReL_hard_asc"],
     "hard pseudo-labels alone, PReL": ["Study_First_hard", "Study_PReL_hard"],
+    "Semi-CML Plus, PReL": ["Study_First_plus", "Study_PReL_plus"],
+    "Semi-CML Plus without ASC, PReL": ["Study_First_plus_no_asc", "Study_PReL_plus_no_asc"],
     "EMA teacher, PReL": ["Study_First_ema", "Study_PReL_ema"],
     "Semi-CML, PReL from hard labels": ["Study_First", "Study_PReL_hard_labels"],
     "Semi-CML, PReL, better network given back": ["Study_First", "Study_PReL_given_back"],
     "Semi-CML, PReL without ASC": ["Study_First", "Study_PReL_no_asc"],
     "Semi-CML, PReL without labeled cases": ["Study_First", "Study_PReL_unlabeled"],
     "Semi-CML, PReL at 5 times the rate": ["Study_First", "Study_PReL_fast"],
+    # 900 steps without a second stage, as on the test patients
+    **{f"{name}, 900 steps": METHODS[name] for name in ("supervised only", "Semi-CML", "Semi-CML Plus")},
 }
 
 
@@ -299,7 +294,9 @@ def run_task(data: Path, work: Path, task: Task) -> str:
             with (result.with_suffix(".log")).open("a") as log, contextlib.redirect_stdout(log):
                 for trainer in task.trainers:
                     train(work, task.split, trainer)
-                cases = {m: predict_and_evaluate(work, task.split, task.trainers[-1], m) for m in task.split.modalities}
+                modalities = (None,) if MULTI_CHANNEL in task.trainers else task.split.modalities
+                results = [predict_and_evaluate(work, task.split, task.trainers[-1], m) for m in modalities]
+            cases = {m or " + ".join(task.split.modalities): r for m, r in zip(modalities, results, strict=True)}
             temporary = result.with_suffix(".tmp")
             temporary.write_text(json.dumps(cases))
             temporary.replace(result)
@@ -318,6 +315,8 @@ def train(work: Path, split: Split, trainer: str) -> None:
     os.environ["nnUNet_n_proc_DA"] = "0"  # augment in the training process
     for modality in split.modalities if trainer == SUPERVISED else (None,):
         dataset = split.dataset(modality)
+        if trainer == MULTI_CHANNEL:
+            call("nnUNetv2_preprocess", "-d", split.number, "-c", "2d", "-np", 1)
         folder = work / "nnUNet_results" / dataset / f"{trainer}__nnUNetPlans__2d" / "fold_all"
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / ".lock"):
@@ -328,8 +327,8 @@ def train(work: Path, split: Split, trainer: str) -> None:
                 run_training(dataset, "2d", "all", trainer, device=torch.device("cpu"))
 
 
-def predict_and_evaluate(work: Path, split: Split, trainer: str, modality: str) -> dict[str, dict[str, float]]:
-    """Metrics of every held-out patient."""
+def predict_and_evaluate(work: Path, split: Split, trainer: str, modality: str | None) -> dict[str, dict[str, float]]:
+    """Metrics of every held-out patient, predicted from a modality, or from all at once (None)."""
     import torch
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -337,16 +336,16 @@ def predict_and_evaluate(work: Path, split: Split, trainer: str, modality: str) 
     from nnunetv2_semicml.evaluation.metrics import evaluate_files
 
     model = work / "nnUNet_results" / split.dataset(modality) / f"{trainer}__nnUNetPlans__2d"
-    out = work / "predictions" / split.name / trainer / modality
+    out = work / "predictions" / split.name / trainer / (modality or "all")
     out.mkdir(parents=True, exist_ok=True)
     options = {"use_mirroring": False, "perform_everything_on_device": False, "allow_tqdm": False}
     predictor = nnUNetPredictor(device=torch.device("cpu"), **options)
     predictor.initialize_from_trained_model_folder(str(model), ("all",))
     raw = work / "nnUNet_raw" / split.dataset(None)
-    channel = f"_{split.modalities.index(modality):04d}.nii.gz"
-    scans = sorted((raw / "imagesTs").glob(f"*{channel}"))
-    cases = [scan.name.removesuffix(channel) for scan in scans]
-    predictor.predict_from_files_sequential([[str(scan)] for scan in scans], [str(out / case) for case in cases])
+    channels = [i for i, name in enumerate(split.modalities) if modality in (None, name)]
+    cases = sorted(label.name.removesuffix(".nii.gz") for label in (raw / "labelsTs").iterdir())
+    scans = [[str(raw / "imagesTs" / f"{case}_{i:04d}.nii.gz") for i in channels] for case in cases]
+    predictor.predict_from_files_sequential(scans, [str(out / case) for case in cases])
     metrics = {}
     for case in cases:
         files = raw / "labelsTs" / f"{case}.nii.gz", out / f"{case}.nii.gz"

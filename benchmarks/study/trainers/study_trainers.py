@@ -1,7 +1,7 @@
 """Found through nnUNet_extTrainer: every method of the study and every variant of one, on a schedule for a CPU.
 
 nnU-Net finds a trainer by the name of its class, so each row of TRAINERS becomes a class Study_<name>. Single-stage
-methods take 450 steps; where PReL follows, the first stage takes 300 and PReL 150. The optimizer is nnU-Net's with a
+methods take 900 steps; where PReL follows, the first stage takes 600 and PReL 300. The optimizer is nnU-Net's with a
 momentum of 0.9 instead of 0.99 and ten times the learning rate: the same step length without the 100 steps that the
 momentum needs to build up.
 """
@@ -9,7 +9,6 @@ momentum needs to build up.
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalCPS import nnUNetTrainerCrossModalCPS
@@ -22,7 +21,7 @@ from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemi
 from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
 
 STEPS_PER_EPOCH = 15
-EPOCHS = {"single": 30, "first": 20, "second": 10, "long": 60}
+EPOCHS = {"single": 60, "first": 40, "second": 20}
 LEARNING_RATE_FACTOR, MOMENTUM = 10, 0.9
 
 
@@ -51,6 +50,10 @@ class StudyNetworkTrainer(nnUNetTrainer):
         """Skip it: with fold "all" the cases are those of the training."""
 
 
+class StudyMultiChannelTrainer(StudyNetworkTrainer):
+    """The same with all modalities as channels of one network, which needs all of them for every prediction."""
+
+
 def shorten(trainer: nnUNetTrainer, epochs: int) -> None:
     """Set the study's schedule."""
     trainer.num_epochs = epochs
@@ -61,12 +64,17 @@ def shorten(trainer: nnUNetTrainer, epochs: int) -> None:
     trainer.logger.plot_progress_png = lambda folder: None  # half a second per epoch and network
 
 
-class Unconditional(nnUNetTrainerSemiCMLPlus):
-    """Semi-CML Plus that believes every network alike, as cross-modal CPS does."""
+class CrossModalHard(nnUNetTrainerCrossModalCPS, nnUNetTrainerSemiCML):
+    """Semi-CML with the hard pseudo-labels of cross-modal CPS for the mean squared error."""
 
-    def reliability(self, labeler: nnUNetTrainer) -> float:
-        """One."""
-        return 1.0
+    def unsupervised_terms(self, outputs: dict[str, Tensor], targets: None) -> dict[str, Tensor]:
+        """Cross-entropy and Dice in the batch, and the contrast."""
+        in_batch = {name: self.in_batch(logits) for name, logits in outputs.items()}
+        return {**super().unsupervised_terms(in_batch, targets), "asc": self.area_contrast(self.predictions(outputs))}
+
+    def unsupervised_weights(self) -> dict[str, float]:
+        """All ramped."""
+        return {**super().unsupervised_weights(), "asc": self.ramp() * self.asc_weight}
 
 
 class HardPReL(nnUNetTrainerSemiCMLPReL):
@@ -75,7 +83,7 @@ class HardPReL(nnUNetTrainerSemiCMLPReL):
     def soft_pseudo_labels(self, image: Tensor) -> Tensor:
         """Zeros and ones (B, heads, *patch)."""
         soft = super().soft_pseudo_labels(image)
-        return one_hot(soft.argmax(1), soft.shape[1]).movedim(-1, 1).float()
+        return self.hard_pseudo_labels(soft)
 
 
 TRAINERS = {
@@ -88,37 +96,21 @@ TRAINERS = {
     "SECLAnatomical": (nnUNetTrainerSECLAnatomical, "single", None, {}),
     "SemiCML": (nnUNetTrainerSemiCML, "single", None, {}),
     "Plus": (nnUNetTrainerSemiCMLPlus, "single", None, {}),
-    # twice the steps
-    "Long_neither": (nnUNetTrainerSemiCML, "long", None, {"mse_weight": 0.0, "asc_weight": 0.0}),
-    "Long_SemiCML": (nnUNetTrainerSemiCML, "long", None, {}),
-    "Long_Plus": (nnUNetTrainerSemiCMLPlus, "long", None, {}),
     # the first stage and what each of its parts is for
     "First": (nnUNetTrainerSemiCML, "first", None, {}),
     "First_neither": (nnUNetTrainerSemiCML, "first", None, {"mse_weight": 0.0, "asc_weight": 0.0}),
     "First_mse": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 0.0}),
     "First_asc": (nnUNetTrainerSemiCML, "first", None, {"mse_weight": 0.0}),
-    "First_hard": (Unconditional, "first", None, {"asc_weight": 0.0}),
-    "First_hard_asc": (Unconditional, "first", None, {}),
-    "First_temperature_05": (nnUNetTrainerSemiCML, "first", None, {"asc_temperature": 0.5}),
-    "First_temperature_02": (nnUNetTrainerSemiCML, "first", None, {"asc_temperature": 0.2}),
+    "First_hard": (CrossModalHard, "first", None, {"asc_weight": 0.0}),
+    "First_hard_asc": (CrossModalHard, "first", None, {}),
+    "First_plus": (nnUNetTrainerSemiCMLPlus, "first", None, {}),
+    "First_plus_no_asc": (nnUNetTrainerSemiCMLPlus, "first", None, {"asc_weight": 0.0}),
+    "First_plus_weight_1": (nnUNetTrainerSemiCMLPlus, "first", None, {"pseudo_label_weight": 1.0}),
     "First_weight_01": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 0.1}),
     "First_weight_1": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 1.0}),
     "First_weight_35": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 3.5}),
-    "First_hard_asc_weight_1": (Unconditional, "first", None, {"asc_weight": 1.0}),
-    "First_hard_weight_1_asc": (Unconditional, "first", None, {"pseudo_label_weight": 1.0}),
-    "First_hard_weight_025_asc": (Unconditional, "first", None, {"pseudo_label_weight": 0.25}),
-    "First_hard_weight_025": (
-        Unconditional,
-        "first",
-        None,
-        {"pseudo_label_weight": 0.25, "asc_weight": 0.0},
-    ),
-    "First_plus": (nnUNetTrainerSemiCMLPlus, "first", None, {}),
-    "First_plus_025": (nnUNetTrainerSemiCMLPlus, "first", None, {"pseudo_label_weight": 0.25}),
-    "First_plus_weight_1": (nnUNetTrainerSemiCMLPlus, "first", None, {"pseudo_label_weight": 1.0}),
-    "First_plus_no_asc": (nnUNetTrainerSemiCMLPlus, "first", None, {"asc_weight": 0.0}),
-    "First_ramp_08": (nnUNetTrainerSemiCML, "first", None, {"rampup_fraction": 0.8}),
-    "First_hard_asc_ramp_08": (Unconditional, "first", None, {"rampup_fraction": 0.8}),
+    "First_temperature_05": (nnUNetTrainerSemiCML, "first", None, {"asc_temperature": 0.5}),
+    "First_temperature_02": (nnUNetTrainerSemiCML, "first", None, {"asc_temperature": 0.2}),
     "First_cases_4": (nnUNetTrainerSemiCML, "first", None, {"asc_cases": 4}),
     "First_cases_16": (nnUNetTrainerSemiCML, "first", None, {"asc_cases": 16}),
     "First_ema": (nnUNetTrainerSemiCML, "first", None, {"teacher_averaging": "ema"}),
@@ -126,9 +118,11 @@ TRAINERS = {
     "PReL": (nnUNetTrainerSemiCMLPReL, "second", "First", {}),
     "PReL_neither": (nnUNetTrainerSemiCMLPReL, "second", "First_neither", {}),
     "PReL_mse": (nnUNetTrainerSemiCMLPReL, "second", "First_mse", {}),
+    "PReL_asc": (nnUNetTrainerSemiCMLPReL, "second", "First_asc", {}),
     "PReL_hard": (nnUNetTrainerSemiCMLPReL, "second", "First_hard", {}),
     "PReL_hard_asc": (nnUNetTrainerSemiCMLPReL, "second", "First_hard_asc", {}),
     "PReL_plus": (nnUNetTrainerSemiCMLPReL, "second", "First_plus", {}),
+    "PReL_plus_no_asc": (nnUNetTrainerSemiCMLPReL, "second", "First_plus_no_asc", {}),
     "PReL_ema": (nnUNetTrainerSemiCMLPReL, "second", "First_ema", {}),
     "PReL_hard_labels": (HardPReL, "second", "First", {}),
     "PReL_given_back": (nnUNetTrainerSemiCMLPReL, "second", "First", {"may_give_back": True}),
