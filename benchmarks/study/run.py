@@ -315,13 +315,13 @@ def train(work: Path, split: Split, trainer: str) -> None:
     os.environ["nnUNet_n_proc_DA"] = "0"  # augment in the training process
     for modality in split.modalities if trainer == SUPERVISED else (None,):
         dataset = split.dataset(modality)
-        if trainer == MULTI_CHANNEL:
-            call("nnUNetv2_preprocess", "-d", split.number, "-c", "2d", "-np", 1)
         folder = work / "nnUNet_results" / dataset / f"{trainer}__nnUNetPlans__2d" / "fold_all"
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / ".lock"):
             if not (folder / "checkpoint_final.pth").is_file():
                 shutil.rmtree(folder, ignore_errors=True)
+                if trainer == MULTI_CHANNEL:  # the group's own preprocessing is of every modality alone
+                    call("nnUNetv2_preprocess", "-d", split.number, "-c", "2d", "-np", 1)
                 torch.manual_seed(split.draw)  # nnU-Net's own trainer has no seed
                 np.random.seed(split.draw)
                 run_training(dataset, "2d", "all", trainer, device=torch.device("cpu"))

@@ -46,7 +46,7 @@ class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
         self.pools: dict[str, BestModelPool] = {}
 
     def initialize(self) -> None:
-        """Build the networks and a teacher of each; training does not use the teachers, the next stage does."""
+        """Build the networks and a teacher of each, from which PReL goes on."""
         if self.teacher_averaging not in ("bma", "ema"):
             raise ValueError(f'teacher_averaging must be "bma" or "ema", got {self.teacher_averaging!r}.')
         super().initialize()
