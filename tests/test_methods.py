@@ -36,30 +36,27 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch._dynamo import OptimizedModule
 
 from nnunetv2_semicml.ext_trainers import semicml_trainers
-from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
 from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalCPS import nnUNetTrainerCrossModalCPS
 from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLAnatomical import nnUNetTrainerSECLAnatomical
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLRegion import nnUNetTrainerSECLRegion
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
-from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPlus import nnUNetTrainerSemiCMLPlus, nnUNetTrainerSemiCMLPlusPReL
 from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
 
 FLAIR, REGIONS_T1 = "Dataset501_Labels_FLAIR", "Dataset522_Regions_T1"
 SECL = [nnUNetTrainerSECLRegion, nnUNetTrainerSECLAnatomical]
 SELF_ENSEMBLING = [nnUNetTrainerMeanTeacher, nnUNetTrainerUAMT, *SECL]
 ALONE = [*SELF_ENSEMBLING, nnUNetTrainerCPS]  # need one modality
-COUPLED = [nnUNetTrainerCrossModalCPS, nnUNetTrainerSemiCMLPlus]  # need two
+COUPLED = [nnUNetTrainerCrossModalCPS]  # need two
 METHODS = [*ALONE, *COUPLED]
-WEIGHTS = {
-    nnUNetTrainerMeanTeacher: ["consistency_weight"],
-    nnUNetTrainerUAMT: ["consistency_weight"],
-    nnUNetTrainerCPS: ["pseudo_label_weight"],
-    nnUNetTrainerCrossModalCPS: ["pseudo_label_weight"],
-    nnUNetTrainerSemiCMLPlus: ["pseudo_label_weight", "asc_weight"],
-    nnUNetTrainerSECLRegion: ["contrast_weight"],
-    nnUNetTrainerSECLAnatomical: ["contrast_weight"],
+WEIGHT = {
+    nnUNetTrainerMeanTeacher: "consistency_weight",
+    nnUNetTrainerUAMT: "consistency_weight",
+    nnUNetTrainerCPS: "pseudo_label_weight",
+    nnUNetTrainerCrossModalCPS: "pseudo_label_weight",
+    nnUNetTrainerSECLRegion: "contrast_weight",
+    nnUNetTrainerSECLAnatomical: "contrast_weight",
 }
 SETTINGS = [
     (method, dataset, configuration)
@@ -146,7 +143,7 @@ def test_teacher_follows_its_closed_form(method):
 @pytest.mark.parametrize("two_pass", [False, True])
 @each_setting
 def test_without_unsupervised_weight_every_step_is_that_of_the_stock_trainer(method, dataset, configuration, two_pass):
-    trainer = initialized(dataset, configuration, method, two_pass=two_pass, **dict.fromkeys(WEIGHTS[method], 0.0))
+    trainer = initialized(dataset, configuration, method, two_pass=two_pass, **{WEIGHT[method]: 0.0})
     stock = []
     for own in trainer.trainers:
         plans, dataset_json = load_plans(trainer.group.modalities[own.channel].dataset_name)
@@ -165,9 +162,7 @@ def test_without_unsupervised_weight_every_step_is_that_of_the_stock_trainer(met
 @each_method
 def test_unsupervised_weight_changes_the_step(method, dataset, configuration):
     trainers = [
-        with_labels_seen(
-            initialized(dataset, configuration, method, rampup_fraction=0.0, **dict.fromkeys(WEIGHTS[method], w))
-        )
+        with_labels_seen(initialized(dataset, configuration, method, rampup_fraction=0.0, **{WEIGHT[method]: w}))
         for w in (1.0, 0.0)
     ]
     (batch,) = draw_batches(trainers[0], 1)
@@ -179,7 +174,7 @@ def test_unsupervised_weight_changes_the_step(method, dataset, configuration):
 
 @each_method
 def test_weights_are_ramped(method, dataset, configuration):
-    full = dict.fromkeys(WEIGHTS[method], 0.7)
+    full = {WEIGHT[method]: 0.7}
     trainer = initialized(dataset, configuration, method, num_epochs=10, rampup_fraction=0.4, **full)
     ramp = []
     for trainer.current_epoch in range(10):
@@ -435,69 +430,6 @@ def test_cps_learns_from_the_segmentations_of_the_others(method, dataset, labele
             dice += (1 - ((2 * overlap + 1) / (areas + 1)).mean()) / len(others)
     found = trainer.unsupervised_terms(outputs, None)
     torch.testing.assert_close(found, {"ce": ce, "dice": dice})
-
-
-@pytest.mark.parametrize(("dataset", "configuration"), [(LABELS, "2d"), (REGIONS, "3d_fullres")])
-def test_plus_learns_what_the_teachers_segment_together(dataset, configuration):
-    """Proof 7. Cases beyond the batch, which `asc_cases` adds, are contrasted and nothing else."""
-    trainer = initialized(dataset, configuration, nnUNetTrainerSemiCMLPlus, asc_cases=3, unlabeled_batch_size=2)
-    with_labels_seen(trainer)
-    shares = [0.9, 0.3, 0.5][: len(trainer.trainers)]
-    for t, share in zip(trainer.trainers, shares, strict=True):
-        t.logger.log("mean_fg_dice", share, 0)
-    (batch,) = draw_batches(trainer, 1)
-    images = trainer.unlabeled_images(batch)
-    outputs = {name: torch.randn_like(z) for name, z in unlabeled_outputs(trainer, images).items()}
-    assert {len(z) for z in outputs.values()} == {3}
-    teachers = {name: teacher.network(images[name][:2]) for name, teacher in trainer.teachers.items()}
-    teachers = [z.sigmoid() if dataset == REGIONS else z.softmax(1) for z in teachers.values()]
-    together = sum(share * q for share, q in zip(shares, teachers, strict=True)) / sum(shares)
-    ce = dice = 0
-    for z in (z[:2] for z in outputs.values()):
-        if dataset == REGIONS:
-            p, q = z.sigmoid(), (together > 0.5).float()
-            ce += -(q * p.log() + (1 - q) * (1 - p).log()).mean()
-        else:
-            label, p = together.argmax(1), z.softmax(1)
-            ce += -p.gather(1, label[:, None]).log().mean()
-            p, q = p[:, 1:], torch.stack([label == c for c in range(1, z.shape[1])], 1).float()
-        assert 0 < q.mean() < 1
-        axes = (0, *range(2, q.ndim)) if trainer.configuration_manager.batch_dice else tuple(range(2, q.ndim))
-        overlap, areas = (p * q).sum(axes), (p * p).sum(axes) + (q * q).sum(axes)
-        dice += 1 - ((2 * overlap + 1) / (areas + 1)).mean()
-    found = trainer.unsupervised_terms(outputs, trainer.unsupervised_targets(images))
-    predictions = [z.sigmoid() if dataset == REGIONS else z.softmax(1)[:, 1:] for z in outputs.values()]
-    expected = {"ce": ce, "dice": dice, "asc": AreaSimilarityContrastiveLoss()(predictions)}
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-    assert not hasattr(trainer, "mse_weight")
-
-
-def test_plus_weights_a_modality_with_its_validation_dice():
-    trainer = initialized(LABELS, "2d", nnUNetTrainerSemiCMLPlus)
-    flair, t1 = trainer.trainers
-    found = [trainer.fusion_weights()]  # before the first validation
-    for epoch, dice in enumerate([(0.8, 0.0), (0.9, 0.3), (float("nan"), 0.3), (0.0, 0.0)]):
-        flair.logger.log("mean_fg_dice", dice[0], epoch)
-        t1.logger.log("mean_fg_dice", dice[1], epoch)
-        found.append(trainer.fusion_weights())
-    assert [w["FLAIR"] for w in found] == pytest.approx([0.5, 1, 0.75, 0, 0.5])
-    assert all(sum(w.values()) == pytest.approx(1) for w in found)
-
-
-def test_prel_goes_on_from_plus(groups):
-    first = initialized(LABELS, "2d", nnUNetTrainerSemiCMLPlus)
-    with pytest.raises(RuntimeError, match=r"nnUNetv2_train 500 2d 0 -tr nnUNetTrainerSemiCMLPlus -p"):
-        make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPlusPReL)
-    first.run_training()
-    second = initialized(LABELS, "2d", nnUNetTrainerSemiCMLPlusPReL, num_epochs=1)
-    second.on_train_start()
-    assert_same_weights(weights(first), weights(second))
-    (teacher,) = (first.teachers[name] for name in [second.better_modality])
-    assert_same_weights([teacher.network.state_dict()], [second.teacher.network.state_dict()])
-    for epochs in (5, 50, 250):
-        stages = (getattr(semicml_trainers, f"nnUNetTrainerSemiCMLPlus{x}_{epochs}epochs") for x in ("PReL", ""))
-        variant, before = stages
-        assert variant.first_stage is before
 
 
 def test_networks_of_one_modality_start_from_different_weights(groups):

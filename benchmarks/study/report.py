@@ -105,11 +105,11 @@ def write_validation() -> None:
     cases = pd.read_csv(HERE / "validation.csv")
     cases["case"] += " of draw " + cases["seed"].astype(str)  # a patient of several draws counts in each
     lines = heading("validation", "Ablations on validation patients: what the defaults rest on")
-    long, prel = cases["method"].str.endswith("steps"), cases["method"].str.contains("PReL")
+    neither, prel, secl = (cases["method"].str.match(name) for name in ("neither term$", ".*PReL", "SECL"))
     for title, rows, references in (
-        ("First stage, 600 steps", ~long & ~prel, ["Semi-CML", "neither term"]),
+        ("First stage, 600 steps", ~prel & ~secl, ["Semi-CML", "neither term"]),
         ("After 300 steps of PReL", prel, ["Semi-CML, PReL"]),
-        ("900 steps without PReL", long, ["supervised only, 900 steps"]),
+        ("SECL, 600 steps", neither | secl, ["neither term"]),
     ):
         if set(references) <= set(cases["method"]):
             lines += ["", f"## {title}", "", *table(score(cases[rows]), references, with_p=False)]

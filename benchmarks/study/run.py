@@ -63,12 +63,11 @@ METHODS = {
     "UA-MT": ["Study_UAMT"],
     "CPS": ["Study_CPS"],
     "cross-modal CPS": ["Study_CrossModalCPS"],
+    "cross-modal CPS + PReL": ["Study_First_hard", "Study_PReL_hard"],
     "SECL, region": ["Study_SECLRegion"],
     "SECL, anatomical": ["Study_SECLAnatomical"],
     "Semi-CML": ["Study_SemiCML"],
     "Semi-CML + PReL": ["Study_First", "Study_PReL"],
-    "Semi-CML Plus": ["Study_Plus"],
-    "Semi-CML Plus + PReL": ["Study_First_plus", "Study_PReL_plus"],
 }
 ABLATIONS = {
     "Semi-CML": ["Study_First"],
@@ -77,9 +76,6 @@ ABLATIONS = {
     "ASC alone": ["Study_First_asc"],
     "hard pseudo-labels for MSE": ["Study_First_hard_asc"],
     "hard pseudo-labels alone": ["Study_First_hard"],
-    "Semi-CML Plus": ["Study_First_plus"],
-    "Semi-CML Plus without ASC": ["Study_First_plus_no_asc"],
-    "Semi-CML Plus, pseudo-labels of weight 1": ["Study_First_plus_weight_1"],
     "ASC weight 0.1": ["Study_First_weight_01"],
     "ASC weight 1": ["Study_First_weight_1"],
     "ASC weight 3.5": ["Study_First_weight_35"],
@@ -93,16 +89,19 @@ ABLATIONS = {
     "ASC alone, PReL": ["Study_First_asc", "Study_PReL_asc"],
     "hard pseudo-labels for MSE, PReL": ["Study_First_hard_asc", "Study_PReL_hard_asc"],
     "hard pseudo-labels alone, PReL": ["Study_First_hard", "Study_PReL_hard"],
-    "Semi-CML Plus, PReL": ["Study_First_plus", "Study_PReL_plus"],
-    "Semi-CML Plus without ASC, PReL": ["Study_First_plus_no_asc", "Study_PReL_plus_no_asc"],
     "EMA teacher, PReL": ["Study_First_ema", "Study_PReL_ema"],
     "Semi-CML, PReL from hard labels": ["Study_First", "Study_PReL_hard_labels"],
     "Semi-CML, PReL, better network given back": ["Study_First", "Study_PReL_given_back"],
     "Semi-CML, PReL without ASC": ["Study_First", "Study_PReL_no_asc"],
     "Semi-CML, PReL without labeled cases": ["Study_First", "Study_PReL_unlabeled"],
     "Semi-CML, PReL at 5 times the rate": ["Study_First", "Study_PReL_fast"],
-    # 900 steps without a second stage, as on the test patients
-    **{f"{name}, 900 steps": METHODS[name] for name in ("supervised only", "Semi-CML", "Semi-CML Plus")},
+    "SECL, region": ["Study_First_region"],
+    "SECL, region, weight 0.1": ["Study_First_region_weight_01"],
+    "SECL, region, last stage": ["Study_First_region_last_stage"],
+    "SECL, anatomical": ["Study_First_anatomical"],
+    "SECL, anatomical, weight 1": ["Study_First_anatomical_weight_1"],
+    "SECL, anatomical, temperature 0.1": ["Study_First_anatomical_temperature_01"],
+    "SECL, anatomical, last stage": ["Study_First_anatomical_last_stage"],
 }
 
 
@@ -162,7 +161,7 @@ def tasks_of(purpose: str) -> list[Task]:
     if purpose != "validation":
         tasks += [Task(Split(purpose, d, NUM_TRAINING), "all labels", (SUPERVISED,)) for d in draws]
     if purpose == "test":
-        bounds = ("supervised only", "Semi-CML + PReL", "Semi-CML Plus + PReL")
+        bounds = ("supervised only", "Semi-CML + PReL")
         tasks += [Task(Split(purpose, d, n), m, tuple(METHODS[m])) for n in (2, 10) for d in draws for m in bounds]
     return tasks
 

@@ -16,13 +16,13 @@ from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMean
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLAnatomical import nnUNetTrainerSECLAnatomical
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLRegion import nnUNetTrainerSECLRegion
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
-from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPlus import nnUNetTrainerSemiCMLPlus
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
 from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
 
 STEPS_PER_EPOCH = 15
 EPOCHS = {"single": 60, "first": 40, "second": 20}
 LEARNING_RATE_FACTOR, MOMENTUM = 10, 0.9
+LAST_STAGE = 99  # beyond the encoder of every plan, which stands for its last stage
 
 
 class StudyNetworkTrainer(nnUNetTrainer):
@@ -95,17 +95,13 @@ TRAINERS = {
     "SECLRegion": (nnUNetTrainerSECLRegion, "single", None, {}),
     "SECLAnatomical": (nnUNetTrainerSECLAnatomical, "single", None, {}),
     "SemiCML": (nnUNetTrainerSemiCML, "single", None, {}),
-    "Plus": (nnUNetTrainerSemiCMLPlus, "single", None, {}),
-    # the first stage and what each of its parts is for
+    # the first stage and what each of its parts is for, and SECL in as many steps
     "First": (nnUNetTrainerSemiCML, "first", None, {}),
     "First_neither": (nnUNetTrainerSemiCML, "first", None, {"mse_weight": 0.0, "asc_weight": 0.0}),
     "First_mse": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 0.0}),
     "First_asc": (nnUNetTrainerSemiCML, "first", None, {"mse_weight": 0.0}),
     "First_hard": (CrossModalHard, "first", None, {"asc_weight": 0.0}),
     "First_hard_asc": (CrossModalHard, "first", None, {}),
-    "First_plus": (nnUNetTrainerSemiCMLPlus, "first", None, {}),
-    "First_plus_no_asc": (nnUNetTrainerSemiCMLPlus, "first", None, {"asc_weight": 0.0}),
-    "First_plus_weight_1": (nnUNetTrainerSemiCMLPlus, "first", None, {"pseudo_label_weight": 1.0}),
     "First_weight_01": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 0.1}),
     "First_weight_1": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 1.0}),
     "First_weight_35": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 3.5}),
@@ -114,6 +110,13 @@ TRAINERS = {
     "First_cases_4": (nnUNetTrainerSemiCML, "first", None, {"asc_cases": 4}),
     "First_cases_16": (nnUNetTrainerSemiCML, "first", None, {"asc_cases": 16}),
     "First_ema": (nnUNetTrainerSemiCML, "first", None, {"teacher_averaging": "ema"}),
+    "First_region": (nnUNetTrainerSECLRegion, "first", None, {}),
+    "First_region_weight_01": (nnUNetTrainerSECLRegion, "first", None, {"contrast_weight": 0.1}),
+    "First_region_last_stage": (nnUNetTrainerSECLRegion, "first", None, {"feature_stage": LAST_STAGE}),
+    "First_anatomical": (nnUNetTrainerSECLAnatomical, "first", None, {}),
+    "First_anatomical_weight_1": (nnUNetTrainerSECLAnatomical, "first", None, {"contrast_weight": 1.0}),
+    "First_anatomical_temperature_01": (nnUNetTrainerSECLAnatomical, "first", None, {"contrast_temperature": 0.1}),
+    "First_anatomical_last_stage": (nnUNetTrainerSECLAnatomical, "first", None, {"feature_stage": LAST_STAGE}),
     # the second stage, from each of these
     "PReL": (nnUNetTrainerSemiCMLPReL, "second", "First", {}),
     "PReL_neither": (nnUNetTrainerSemiCMLPReL, "second", "First_neither", {}),
@@ -121,8 +124,6 @@ TRAINERS = {
     "PReL_asc": (nnUNetTrainerSemiCMLPReL, "second", "First_asc", {}),
     "PReL_hard": (nnUNetTrainerSemiCMLPReL, "second", "First_hard", {}),
     "PReL_hard_asc": (nnUNetTrainerSemiCMLPReL, "second", "First_hard_asc", {}),
-    "PReL_plus": (nnUNetTrainerSemiCMLPReL, "second", "First_plus", {}),
-    "PReL_plus_no_asc": (nnUNetTrainerSemiCMLPReL, "second", "First_plus_no_asc", {}),
     "PReL_ema": (nnUNetTrainerSemiCMLPReL, "second", "First_ema", {}),
     "PReL_hard_labels": (HardPReL, "second", "First", {}),
     "PReL_given_back": (nnUNetTrainerSemiCMLPReL, "second", "First", {"may_give_back": True}),
