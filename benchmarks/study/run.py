@@ -67,6 +67,7 @@ METHODS = {
     "SECL, region": ["Study_SECLRegion"],
     "SECL, anatomical": ["Study_SECLAnatomical"],
     "Semi-CML": ["Study_SemiCML"],
+    "Semi-CML, first stage of the next": ["Study_First"],
     "Semi-CML + PReL": ["Study_First", "Study_PReL"],
 }
 ABLATIONS = {
