@@ -67,7 +67,7 @@ METHODS = {
     "SECL, region": ["Study_SECLRegion"],
     "SECL, anatomical": ["Study_SECLAnatomical"],
     "Semi-CML": ["Study_SemiCML"],
-    "Semi-CML, first stage of the next": ["Study_First"],
+    "Semi-CML, 600 steps": ["Study_First"],
     "Semi-CML + PReL": ["Study_First", "Study_PReL"],
 }
 ABLATIONS = {
