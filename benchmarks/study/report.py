@@ -141,8 +141,9 @@ def write_test() -> None:
         title, command, facts, BOUND, main_cases[draws == draws.max()], incomplete=[], others=others, files=[]
     )
     write_markdown(HERE / "all_metrics.md", report)
-    methods = list(dict.fromkeys(report.cases["method"]))
-    patients = average_seeds(report.scores)
+    of_one = report.scores[~report.scores["modality"].str.contains("+", regex=False)]
+    methods = list(dict.fromkeys(of_one["method"]))
+    patients = average_seeds(of_one)
     save("distributions.png", lambda figure: plot_distributions(figure, patients, methods), (11, 7))
     save("differences.png", lambda figure: plot_differences(figure, report.differences, methods), (11, 7))
     if others:

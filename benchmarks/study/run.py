@@ -69,6 +69,8 @@ METHODS = {
     "Semi-CML": ["Study_SemiCML"],
     "Semi-CML, 600 steps": ["Study_First"],
     "Semi-CML + PReL": ["Study_First", "Study_PReL"],
+    "Semi-CML Plus": ["Study_Hard_asc"],
+    "Semi-CML Plus + PReL": ["Study_First_hard_asc", "Study_PReL_hard_asc"],
 }
 ABLATIONS = {
     "Semi-CML": ["Study_First"],
@@ -97,12 +99,7 @@ ABLATIONS = {
     "Semi-CML, PReL without labeled cases": ["Study_First", "Study_PReL_unlabeled"],
     "Semi-CML, PReL at 5 times the rate": ["Study_First", "Study_PReL_fast"],
     "SECL, region": ["Study_First_region"],
-    "SECL, region, weight 0.1": ["Study_First_region_weight_01"],
-    "SECL, region, last stage": ["Study_First_region_last_stage"],
     "SECL, anatomical": ["Study_First_anatomical"],
-    "SECL, anatomical, weight 1": ["Study_First_anatomical_weight_1"],
-    "SECL, anatomical, temperature 0.1": ["Study_First_anatomical_temperature_01"],
-    "SECL, anatomical, last stage": ["Study_First_anatomical_last_stage"],
 }
 
 

@@ -22,7 +22,6 @@ from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
 STEPS_PER_EPOCH = 15
 EPOCHS = {"single": 60, "first": 40, "second": 20}
 LEARNING_RATE_FACTOR, MOMENTUM = 10, 0.9
-LAST_STAGE = 99  # beyond the encoder of every plan, which stands for its last stage
 
 
 class StudyNetworkTrainer(nnUNetTrainer):
@@ -95,6 +94,7 @@ TRAINERS = {
     "SECLRegion": (nnUNetTrainerSECLRegion, "single", None, {}),
     "SECLAnatomical": (nnUNetTrainerSECLAnatomical, "single", None, {}),
     "SemiCML": (nnUNetTrainerSemiCML, "single", None, {}),
+    "Hard_asc": (CrossModalHard, "single", None, {}),
     # the first stage and what each of its parts is for, and SECL in as many steps
     "First": (nnUNetTrainerSemiCML, "first", None, {}),
     "First_neither": (nnUNetTrainerSemiCML, "first", None, {"mse_weight": 0.0, "asc_weight": 0.0}),
@@ -111,12 +111,7 @@ TRAINERS = {
     "First_cases_16": (nnUNetTrainerSemiCML, "first", None, {"asc_cases": 16}),
     "First_ema": (nnUNetTrainerSemiCML, "first", None, {"teacher_averaging": "ema"}),
     "First_region": (nnUNetTrainerSECLRegion, "first", None, {}),
-    "First_region_weight_01": (nnUNetTrainerSECLRegion, "first", None, {"contrast_weight": 0.1}),
-    "First_region_last_stage": (nnUNetTrainerSECLRegion, "first", None, {"feature_stage": LAST_STAGE}),
     "First_anatomical": (nnUNetTrainerSECLAnatomical, "first", None, {}),
-    "First_anatomical_weight_1": (nnUNetTrainerSECLAnatomical, "first", None, {"contrast_weight": 1.0}),
-    "First_anatomical_temperature_01": (nnUNetTrainerSECLAnatomical, "first", None, {"contrast_temperature": 0.1}),
-    "First_anatomical_last_stage": (nnUNetTrainerSECLAnatomical, "first", None, {"feature_stage": LAST_STAGE}),
     # the second stage, from each of these
     "PReL": (nnUNetTrainerSemiCMLPReL, "second", "First", {}),
     "PReL_neither": (nnUNetTrainerSemiCMLPReL, "second", "First_neither", {}),
