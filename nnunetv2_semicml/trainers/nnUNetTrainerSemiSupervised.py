@@ -584,9 +584,9 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         self,
         teacher: Teacher,
         image: Tensor,
-        passes: int = 1,
-        noise_std: float = 0.0,
-        noise_bounds: tuple[float, float] = (0.0, 0.0),
+        passes: int,
+        noise_std: float,
+        noise_bounds: tuple[float, float],
     ) -> Tensor:
         """Mean probabilities of several passes of a teacher over noisy copies of an image.
 
