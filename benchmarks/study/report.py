@@ -61,9 +61,14 @@ def differences_of(scores: pd.DataFrame, method: str, reference: str) -> pd.Data
     return compared[compared["metric"] == "dice"]
 
 
+def from_one_modality(rows: pd.DataFrame) -> pd.Series:
+    """Which rows are of predictions from one scan; the others name several modalities, joined by a plus sign."""
+    return ~rows["modality"].str.contains("+", regex=False)
+
+
 def comparison(cases: pd.DataFrame) -> list[str]:
     """Markdown of the methods that predict from one modality; those that need several scans stand below."""
-    of_one = ~cases["modality"].str.contains("+", regex=False)
+    of_one = from_one_modality(cases)
     lines = table(score(cases[of_one]), [BOUND, "Semi-CML + PReL"])
     for row in summarize(score(cases[~of_one])).to_dict("records") if (~of_one).any() else ():
         spread = f"({row['dice_low']:.3f} … {row['dice_high']:.3f})"
@@ -141,7 +146,7 @@ def write_test() -> None:
         title, command, facts, BOUND, main_cases[draws == draws.max()], incomplete=[], others=others, files=[]
     )
     write_markdown(HERE / "all_metrics.md", report)
-    of_one = report.scores[~report.scores["modality"].str.contains("+", regex=False)]
+    of_one = report.scores[from_one_modality(report.scores)]
     methods = list(dict.fromkeys(of_one["method"]))
     patients = average_seeds(of_one)
     save("distributions.png", lambda figure: plot_distributions(figure, patients, methods), (11, 7))

@@ -69,8 +69,8 @@ METHODS = {
     "Semi-CML": ["Study_SemiCML"],
     "Semi-CML, 600 steps": ["Study_First"],
     "Semi-CML + PReL": ["Study_First", "Study_PReL"],
-    "Semi-CML Plus": ["Study_Hard_asc"],
-    "Semi-CML Plus + PReL": ["Study_First_hard_asc", "Study_PReL_hard_asc"],
+    "hard pseudo-labels for MSE": ["Study_Hard_asc"],
+    "hard pseudo-labels for MSE + PReL": ["Study_First_hard_asc", "Study_PReL_hard_asc"],
 }
 ABLATIONS = {
     "Semi-CML": ["Study_First"],
