@@ -42,21 +42,23 @@ from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMean
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLAnatomical import nnUNetTrainerSECLAnatomical
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLRegion import nnUNetTrainerSECLRegion
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPlus import nnUNetTrainerSemiCMLPlus, nnUNetTrainerSemiCMLPlusPReL
 from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
 
 FLAIR, REGIONS_T1 = "Dataset501_Labels_FLAIR", "Dataset522_Regions_T1"
 SECL = [nnUNetTrainerSECLRegion, nnUNetTrainerSECLAnatomical]
 SELF_ENSEMBLING = [nnUNetTrainerMeanTeacher, nnUNetTrainerUAMT, *SECL]
 ALONE = [*SELF_ENSEMBLING, nnUNetTrainerCPS]  # need one modality
-COUPLED = [nnUNetTrainerCrossModalCPS]  # need two
+COUPLED = [nnUNetTrainerCrossModalCPS, nnUNetTrainerSemiCMLPlus]  # need two
 METHODS = [*ALONE, *COUPLED]
-WEIGHT = {
-    nnUNetTrainerMeanTeacher: "consistency_weight",
-    nnUNetTrainerUAMT: "consistency_weight",
-    nnUNetTrainerCPS: "pseudo_label_weight",
-    nnUNetTrainerCrossModalCPS: "pseudo_label_weight",
-    nnUNetTrainerSECLRegion: "contrast_weight",
-    nnUNetTrainerSECLAnatomical: "contrast_weight",
+WEIGHTS = {
+    nnUNetTrainerMeanTeacher: ["consistency_weight"],
+    nnUNetTrainerUAMT: ["consistency_weight"],
+    nnUNetTrainerCPS: ["pseudo_label_weight"],
+    nnUNetTrainerCrossModalCPS: ["pseudo_label_weight"],
+    nnUNetTrainerSemiCMLPlus: ["pseudo_label_weight", "asc_weight"],
+    nnUNetTrainerSECLRegion: ["contrast_weight"],
+    nnUNetTrainerSECLAnatomical: ["contrast_weight"],
 }
 SETTINGS = [
     (method, dataset, configuration)
@@ -143,7 +145,7 @@ def test_teacher_follows_its_closed_form(method):
 @pytest.mark.parametrize("two_pass", [False, True])
 @each_setting
 def test_without_unsupervised_weight_every_step_is_that_of_the_stock_trainer(method, dataset, configuration, two_pass):
-    trainer = initialized(dataset, configuration, method, two_pass=two_pass, **{WEIGHT[method]: 0.0})
+    trainer = initialized(dataset, configuration, method, two_pass=two_pass, **dict.fromkeys(WEIGHTS[method], 0.0))
     stock = []
     for own in trainer.trainers:
         plans, dataset_json = load_plans(trainer.group.modalities[own.channel].dataset_name)
@@ -162,7 +164,9 @@ def test_without_unsupervised_weight_every_step_is_that_of_the_stock_trainer(met
 @each_method
 def test_unsupervised_weight_changes_the_step(method, dataset, configuration):
     trainers = [
-        with_labels_seen(initialized(dataset, configuration, method, rampup_fraction=0.0, **{WEIGHT[method]: w}))
+        with_labels_seen(
+            initialized(dataset, configuration, method, rampup_fraction=0.0, **dict.fromkeys(WEIGHTS[method], w))
+        )
         for w in (1.0, 0.0)
     ]
     (batch,) = draw_batches(trainers[0], 1)
@@ -174,7 +178,7 @@ def test_unsupervised_weight_changes_the_step(method, dataset, configuration):
 
 @each_method
 def test_weights_are_ramped(method, dataset, configuration):
-    full = {WEIGHT[method]: 0.7}
+    full = dict.fromkeys(WEIGHTS[method], 0.7)
     trainer = initialized(dataset, configuration, method, num_epochs=10, rampup_fraction=0.4, **full)
     ramp = []
     for trainer.current_epoch in range(10):
@@ -430,6 +434,38 @@ def test_cps_learns_from_the_segmentations_of_the_others(method, dataset, labele
             dice += (1 - ((2 * overlap + 1) / (areas + 1)).mean()) / len(others)
     found = trainer.unsupervised_terms(outputs, None)
     torch.testing.assert_close(found, {"ce": ce, "dice": dice})
+
+
+@pytest.mark.parametrize(("dataset", "configuration"), [(LABELS, "2d"), (REGIONS, "3d_fullres")])
+def test_plus_is_cross_modal_cps_and_the_contrast_of_semicml(dataset, configuration):
+    """Proof 7. Cases beyond the batch, which `asc_cases` adds, are contrasted and nothing else."""
+    plus, cps, semicml = (
+        initialized(dataset, configuration, method, asc_temperature=0.5, asc_cases=3, unlabeled_batch_size=2)
+        for method in (nnUNetTrainerSemiCMLPlus, nnUNetTrainerCrossModalCPS, nnUNetTrainerSemiCML)
+    )
+    (batch,) = draw_batches(plus, 1)
+    outputs = unlabeled_outputs(plus, plus.unlabeled_images(batch))
+    outputs = {name: torch.randn_like(logits) for name, logits in outputs.items()}
+    assert {len(logits) for logits in outputs.values()} == {3}
+    found = plus.unsupervised_terms(outputs, None)
+    expected = cps.unsupervised_terms({name: logits[:2] for name, logits in outputs.items()}, None)
+    torch.testing.assert_close(found, expected | {"asc": semicml.unsupervised_terms(outputs, None)["asc"]})
+    assert not hasattr(plus, "mse_weight")
+
+
+def test_prel_goes_on_from_plus(groups):
+    first = initialized(LABELS, "2d", nnUNetTrainerSemiCMLPlus)
+    with pytest.raises(RuntimeError, match=r"nnUNetv2_train 500 2d 0 -tr nnUNetTrainerSemiCMLPlus -p"):
+        make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPlusPReL)
+    first.run_training()
+    second = initialized(LABELS, "2d", nnUNetTrainerSemiCMLPlusPReL, num_epochs=1)
+    second.on_train_start()
+    assert_same_weights(weights(first), weights(second))
+    teacher = first.teachers[second.better_modality]
+    assert_same_weights([teacher.network.state_dict()], [second.teacher.network.state_dict()])
+    for epochs in (5, 50, 250):
+        variant = getattr(semicml_trainers, f"nnUNetTrainerSemiCMLPlusPReL_{epochs}epochs")
+        assert variant.first_stage is getattr(semicml_trainers, f"nnUNetTrainerSemiCMLPlus_{epochs}epochs")
 
 
 def test_networks_of_one_modality_start_from_different_weights(groups):

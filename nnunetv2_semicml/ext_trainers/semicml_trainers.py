@@ -36,6 +36,16 @@ from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import (
     nnUNetTrainerSemiCML_50epochs,
     nnUNetTrainerSemiCML_250epochs,
 )
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPlus import (
+    nnUNetTrainerSemiCMLPlus,
+    nnUNetTrainerSemiCMLPlus_5epochs,
+    nnUNetTrainerSemiCMLPlus_50epochs,
+    nnUNetTrainerSemiCMLPlus_250epochs,
+    nnUNetTrainerSemiCMLPlusPReL,
+    nnUNetTrainerSemiCMLPlusPReL_5epochs,
+    nnUNetTrainerSemiCMLPlusPReL_50epochs,
+    nnUNetTrainerSemiCMLPlusPReL_250epochs,
+)
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import (
     nnUNetTrainerSemiCMLPReL,
     nnUNetTrainerSemiCMLPReL_5epochs,
@@ -75,6 +85,14 @@ __all__ = [
     "nnUNetTrainerSemiCMLPReL_5epochs",
     "nnUNetTrainerSemiCMLPReL_50epochs",
     "nnUNetTrainerSemiCMLPReL_250epochs",
+    "nnUNetTrainerSemiCMLPlus",
+    "nnUNetTrainerSemiCMLPlusPReL",
+    "nnUNetTrainerSemiCMLPlusPReL_5epochs",
+    "nnUNetTrainerSemiCMLPlusPReL_50epochs",
+    "nnUNetTrainerSemiCMLPlusPReL_250epochs",
+    "nnUNetTrainerSemiCMLPlus_5epochs",
+    "nnUNetTrainerSemiCMLPlus_50epochs",
+    "nnUNetTrainerSemiCMLPlus_250epochs",
     "nnUNetTrainerSemiCML_5epochs",
     "nnUNetTrainerSemiCML_50epochs",
     "nnUNetTrainerSemiCML_250epochs",
