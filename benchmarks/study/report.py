@@ -25,6 +25,30 @@ from nnunetv2_semicml.evaluation.statistics import average_seeds, compare, holm,
 HERE = Path(__file__).parent
 TEN_PERCENT, ALL = 5, 49
 BOUND = "supervised only"
+# what a method gains over another, beyond the references of the tables
+TEST_PAIRS = [
+    ("Semi-CML + PReL", "Semi-CML, 600 steps"),
+    ("Semi-CML + PReL, EMA teacher", "Semi-CML, 600 steps"),
+    ("all labels", "Semi-CML + PReL, EMA teacher"),
+    ("Semi-CML Plus", "Semi-CML"),
+    ("Semi-CML Plus", "cross-modal CPS"),
+    ("Semi-CML Plus + PReL", "cross-modal CPS + PReL"),
+    ("Semi-CML Plus + PReL", "Semi-CML + PReL, EMA teacher"),
+]
+VALIDATION_PAIRS = [
+    ("EMA teacher of Semi-CML", "BMA teacher of Semi-CML"),
+    ("Semi-CML, PReL", "Semi-CML"),
+    ("Semi-CML with EMA teacher, PReL", "Semi-CML"),
+    ("Semi-CML Plus, PReL", "Semi-CML Plus"),
+    ("Semi-CML Plus, PReL", "Semi-CML Plus with BMA teacher, PReL"),
+    ("Semi-CML Plus", "hard pseudo-labels alone"),
+    ("Semi-CML Plus, PReL", "hard pseudo-labels alone, PReL"),
+    ("SECL, region", "SECL, region, weight 0.1"),
+    ("SECL, region", "SECL, region, last stage"),
+    ("SECL, anatomical", "SECL, anatomical, weight 1"),
+    ("SECL, anatomical", "SECL, anatomical, temperature 0.1"),
+    ("SECL, anatomical", "SECL, anatomical, last stage"),
+]
 
 
 def table(scores: pd.DataFrame, references: list[str], with_p: bool = True) -> list[str]:
@@ -37,10 +61,8 @@ def table(scores: pd.DataFrame, references: list[str], with_p: bool = True) -> l
     for reference in references:
         compared = pd.concat(differences_of(scores, method, reference) for method in dict.fromkeys(scores["method"]))
         for row in compared.assign(p_holm=holm(compared["p"])).to_dict("records"):
-            p = "p < 0.001" if row["p_holm"] < 0.001 else f"p = {row['p_holm']:.3f}"
-            differences[row["method"], row["modality"], reference] = (
-                f"{row['difference']:+.3f} ({row['low']:+.3f} … {row['high']:+.3f}){f', {p}' if with_p else ''}"
-            )
+            p = f", {p_value(row['p_holm'])}" if with_p else ""
+            differences[row["method"], row["modality"], reference] = with_interval(row) + p
     for method in dict.fromkeys(scores["method"]):
         cells = [method]
         for modality in modalities:
@@ -49,6 +71,27 @@ def table(scores: pd.DataFrame, references: list[str], with_p: bool = True) -> l
             cells.append(f"{row['dice']:.3f}{spread}")
         cells += [differences.get((method, m, r), "") for r in references for m in modalities]
         lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def with_interval(row: dict) -> str:
+    """Markdown of a row of `compare`."""
+    return f"{row['difference']:+.3f} ({row['low']:+.3f} … {row['high']:+.3f})"
+
+
+def p_value(p: float) -> str:
+    """Markdown."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def pairs_table(scores: pd.DataFrame, pairs: list[tuple[str, str]]) -> list[str]:
+    """Markdown: paired differences in Dice between two methods, whose p is not corrected."""
+    modalities = list(dict.fromkeys(scores["modality"]))
+    lines = ["| difference | " + " | ".join(modalities) + " |", "|---" * (len(modalities) + 1) + "|"]
+    for method, reference in pairs:
+        rows = differences_of(scores, method, reference).set_index("modality").to_dict("index")
+        cells = [f"{with_interval(rows[m])}, {p_value(rows[m]['p'])}" for m in modalities]
+        lines.append(f"| {method} − {reference} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -118,6 +161,7 @@ def write_validation() -> None:
     ):
         if set(references) <= set(cases["method"]):
             lines += ["", f"## {title}", "", *table(score(cases[rows]), references, with_p=False)]
+    lines += ["", "## Pairs, p not corrected", "", *pairs_table(score(cases), VALIDATION_PAIRS)]
     (HERE / "validation.md").write_text("\n".join([*lines, "", f"{EXPLAINED}.", ""]))
 
 
@@ -129,6 +173,8 @@ def write_test() -> None:
     lines += ["", "## 10 % labeled", "", *comparison(main_cases)]
     lines += ["", "![Dice and HD95 of every patient](distributions.png)"]
     lines += ["", "![differences to supervised-only training](differences.png)"]
+    scores = score(main_cases[from_one_modality(main_cases)])
+    lines += ["", "## Pairs, p not corrected", "", *pairs_table(scores, TEST_PAIRS)]
     others = [cases[cases["labeled"] == n] for n in sorted(set(cases["labeled"]) - {TEN_PERCENT, ALL})]
     for part in others:
         labeled = part["labeled"].iloc[0]

@@ -39,7 +39,8 @@ class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
         # the same fifth of its epochs.
         self.bma_pool_size = 6
         self.bma_start_epoch = 10
-        # "bma" (published), or "ema" for an exponential moving average over the steps, to compare with
+        # "bma" (published), or "ema" for an exponential moving average over the steps, which on validation patients was
+        # the better teacher (benchmarks/study/validation.md)
         self.teacher_averaging = "bma"
         self.ema_decay = 0.99
         self.teachers: dict[str, Teacher] = {}

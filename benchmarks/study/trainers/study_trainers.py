@@ -16,6 +16,7 @@ from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMean
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLAnatomical import nnUNetTrainerSECLAnatomical
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLRegion import nnUNetTrainerSECLRegion
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPlus import nnUNetTrainerSemiCMLPlus
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
 from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
 
@@ -63,17 +64,14 @@ def shorten(trainer: nnUNetTrainer, epochs: int) -> None:
     trainer.logger.plot_progress_png = lambda folder: None  # half a second per epoch and network
 
 
-class CrossModalHard(nnUNetTrainerCrossModalCPS, nnUNetTrainerSemiCML):
-    """Semi-CML with the hard pseudo-labels of cross-modal CPS for the mean squared error."""
+class TeachersDeployed(nnUNetTrainerSemiCML):
+    """Semi-CML whose teachers are predicted with, to see how good they are."""
 
-    def unsupervised_terms(self, outputs: dict[str, Tensor], targets: None) -> dict[str, Tensor]:
-        """Cross-entropy and Dice in the batch, and the contrast."""
-        in_batch = {name: self.in_batch(logits) for name, logits in outputs.items()}
-        return {**super().unsupervised_terms(in_batch, targets), "asc": self.area_contrast(self.predictions(outputs))}
-
-    def unsupervised_weights(self) -> dict[str, float]:
-        """All ramped."""
-        return {**super().unsupervised_weights(), "asc": self.ramp() * self.asc_weight}
+    def on_train_end(self) -> None:
+        """Put the averaged weights into the networks before these are written."""
+        for trainer in self.trainers:
+            trainer.unwrapped_network().load_state_dict(self.teachers[trainer.name].network.state_dict())
+        super().on_train_end()
 
 
 class HardPReL(nnUNetTrainerSemiCMLPReL):
@@ -94,14 +92,14 @@ TRAINERS = {
     "SECLRegion": (nnUNetTrainerSECLRegion, "single", None, {}),
     "SECLAnatomical": (nnUNetTrainerSECLAnatomical, "single", None, {}),
     "SemiCML": (nnUNetTrainerSemiCML, "single", None, {}),
-    "Hard_asc": (CrossModalHard, "single", None, {}),
+    "Plus": (nnUNetTrainerSemiCMLPlus, "single", None, {}),
     # the first stage and what each of its parts is for, and SECL in as many steps
     "First": (nnUNetTrainerSemiCML, "first", None, {}),
     "First_neither": (nnUNetTrainerSemiCML, "first", None, {"mse_weight": 0.0, "asc_weight": 0.0}),
     "First_mse": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 0.0}),
     "First_asc": (nnUNetTrainerSemiCML, "first", None, {"mse_weight": 0.0}),
-    "First_hard": (CrossModalHard, "first", None, {"asc_weight": 0.0}),
-    "First_hard_asc": (CrossModalHard, "first", None, {}),
+    "First_hard": (nnUNetTrainerSemiCMLPlus, "first", None, {"asc_weight": 0.0}),
+    "First_plus": (nnUNetTrainerSemiCMLPlus, "first", None, {}),
     "First_weight_01": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 0.1}),
     "First_weight_1": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 1.0}),
     "First_weight_35": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 3.5}),
@@ -109,16 +107,25 @@ TRAINERS = {
     "First_temperature_02": (nnUNetTrainerSemiCML, "first", None, {"asc_temperature": 0.2}),
     "First_cases_4": (nnUNetTrainerSemiCML, "first", None, {"asc_cases": 4}),
     "First_cases_16": (nnUNetTrainerSemiCML, "first", None, {"asc_cases": 16}),
+    "First_plus_bma": (nnUNetTrainerSemiCMLPlus, "first", None, {"teacher_averaging": "bma"}),
+    "First_bma_teacher": (TeachersDeployed, "first", None, {}),
+    "First_ema_teacher": (TeachersDeployed, "first", None, {"teacher_averaging": "ema"}),
     "First_ema": (nnUNetTrainerSemiCML, "first", None, {"teacher_averaging": "ema"}),
     "First_region": (nnUNetTrainerSECLRegion, "first", None, {}),
+    "First_region_weight_01": (nnUNetTrainerSECLRegion, "first", None, {"contrast_weight": 0.1}),
+    "First_region_last_stage": (nnUNetTrainerSECLRegion, "first", None, {"feature_stage": 99}),
     "First_anatomical": (nnUNetTrainerSECLAnatomical, "first", None, {}),
+    "First_anatomical_weight_1": (nnUNetTrainerSECLAnatomical, "first", None, {"contrast_weight": 1.0}),
+    "First_anatomical_temperature_01": (nnUNetTrainerSECLAnatomical, "first", None, {"contrast_temperature": 0.1}),
+    "First_anatomical_last_stage": (nnUNetTrainerSECLAnatomical, "first", None, {"feature_stage": 99}),
     # the second stage, from each of these
     "PReL": (nnUNetTrainerSemiCMLPReL, "second", "First", {}),
     "PReL_neither": (nnUNetTrainerSemiCMLPReL, "second", "First_neither", {}),
     "PReL_mse": (nnUNetTrainerSemiCMLPReL, "second", "First_mse", {}),
     "PReL_asc": (nnUNetTrainerSemiCMLPReL, "second", "First_asc", {}),
     "PReL_hard": (nnUNetTrainerSemiCMLPReL, "second", "First_hard", {}),
-    "PReL_hard_asc": (nnUNetTrainerSemiCMLPReL, "second", "First_hard_asc", {}),
+    "PReL_plus": (nnUNetTrainerSemiCMLPReL, "second", "First_plus", {}),
+    "PReL_plus_bma": (nnUNetTrainerSemiCMLPReL, "second", "First_plus_bma", {}),
     "PReL_ema": (nnUNetTrainerSemiCMLPReL, "second", "First_ema", {}),
     "PReL_hard_labels": (HardPReL, "second", "First", {}),
     "PReL_given_back": (nnUNetTrainerSemiCMLPReL, "second", "First", {"may_give_back": True}),
