@@ -1,7 +1,7 @@
 """The base of self-ensembling contrastive learning (SECL): contrast of encoder features of unlabeled images.
 
 Source: Xiang et al., Self-ensembling contrastive learning for semi-supervised medical image segmentation, arXiv
-2105.12924, 2021. What the abstract leaves open was chosen here; benchmarks/lgg/choose_secl.md has the grounds.
+2105.12924, 2021. What the abstract leaves open was chosen here; benchmarks/study/validation.md has what was tried.
 """
 
 import torch
@@ -82,7 +82,7 @@ class nnUNetTrainerSECL(nnUNetTrainerSelfEnsembling):
         self.contrast_weight = 0.1
         self.contrast_temperature = 0.1
         # Of the encoder: a quarter of the resolution, where small structures still have features. On validation
-        # patients the last stage was no better for classes, and better for regions at a weight of 0.1.
+        # patients the last stage was no better.
         self.feature_stage = 2
         self.projection_dimension = 64  # not varied, nor were ema_decay and the noise
         self.min_part = 1.0  # weight, in positions of the feature map, below which a part is neither anchor nor key
