@@ -32,7 +32,7 @@ TEST_PAIRS = [
     ("all labels", "Semi-CML + PReL, EMA teacher"),
     ("Semi-CML Plus", "Semi-CML"),
     ("Semi-CML Plus", "cross-modal CPS"),
-    ("Semi-CML Plus + PReL", "cross-modal CPS + PReL"),
+    ("Semi-CML Plus + PReL", "cross-modal CPS"),
     ("Semi-CML Plus + PReL", "Semi-CML + PReL, EMA teacher"),
 ]
 VALIDATION_PAIRS = [
@@ -42,7 +42,7 @@ VALIDATION_PAIRS = [
     ("Semi-CML Plus, PReL", "Semi-CML Plus"),
     ("Semi-CML Plus, PReL", "Semi-CML Plus with BMA teacher, PReL"),
     ("Semi-CML Plus", "hard pseudo-labels alone"),
-    ("Semi-CML Plus, PReL", "hard pseudo-labels alone, PReL"),
+    ("Semi-CML Plus with BMA teacher, PReL", "hard pseudo-labels alone, PReL"),
     ("SECL, region", "SECL, region, weight 0.1"),
     ("SECL, region", "SECL, region, last stage"),
     ("SECL, anatomical", "SECL, anatomical, weight 1"),

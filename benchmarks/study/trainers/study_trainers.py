@@ -98,7 +98,8 @@ TRAINERS = {
     "First_neither": (nnUNetTrainerSemiCML, "first", None, {"mse_weight": 0.0, "asc_weight": 0.0}),
     "First_mse": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 0.0}),
     "First_asc": (nnUNetTrainerSemiCML, "first", None, {"mse_weight": 0.0}),
-    "First_hard": (nnUNetTrainerSemiCMLPlus, "first", None, {"asc_weight": 0.0}),
+    # cross-modal CPS with the published teachers
+    "First_hard": (nnUNetTrainerSemiCMLPlus, "first", None, {"asc_weight": 0.0, "teacher_averaging": "bma"}),
     "First_plus": (nnUNetTrainerSemiCMLPlus, "first", None, {}),
     "First_weight_01": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 0.1}),
     "First_weight_1": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 1.0}),
