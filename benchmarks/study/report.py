@@ -14,10 +14,13 @@ from matplotlib.figure import Figure
 
 from nnunetv2_semicml.evaluation.leaderboard_page import (
     Report,
+    interval_text,
+    p_text,
     plot_curves,
     plot_differences,
     plot_distributions,
     read_curves,
+    signed,
     write_markdown,
 )
 from nnunetv2_semicml.evaluation.statistics import average_seeds, compare, holm, score, summarize
@@ -61,8 +64,8 @@ def table(scores: pd.DataFrame, references: list[str], with_p: bool = True) -> l
     for reference in references:
         compared = pd.concat(differences_of(scores, method, reference) for method in dict.fromkeys(scores["method"]))
         for row in compared.assign(p_holm=holm(compared["p"])).to_dict("records"):
-            p = f", {p_value(row['p_holm'])}" if with_p else ""
-            differences[row["method"], row["modality"], reference] = with_interval(row) + p
+            p = row["p_holm"] if with_p else None
+            differences[row["method"], row["modality"], reference] = difference_text(row, p)
     for method in dict.fromkeys(scores["method"]):
         cells = [method]
         for modality in modalities:
@@ -74,23 +77,21 @@ def table(scores: pd.DataFrame, references: list[str], with_p: bool = True) -> l
     return lines
 
 
-def with_interval(row: dict) -> str:
+def difference_text(row: dict, p: float | None = None) -> str:
     """Markdown of a row of `compare`."""
-    return f"{row['difference']:+.3f} ({row['low']:+.3f} … {row['high']:+.3f})"
-
-
-def p_value(p: float) -> str:
-    """Markdown."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    tested = "" if p is None else f", p {'' if p < 0.001 else '= '}{p_text(p)}"
+    return f"{signed(row, 'difference')} ({interval_text(row)}){tested}"
 
 
 def pairs_table(scores: pd.DataFrame, pairs: list[tuple[str, str]]) -> list[str]:
-    """Markdown: paired differences in Dice between two methods, whose p is not corrected."""
+    """Markdown: paired differences in Dice between two methods that are there, whose p is not corrected."""
     modalities = list(dict.fromkeys(scores["modality"]))
     lines = ["| difference | " + " | ".join(modalities) + " |", "|---" * (len(modalities) + 1) + "|"]
     for method, reference in pairs:
+        if not {method, reference} <= set(scores["method"]):
+            continue
         rows = differences_of(scores, method, reference).set_index("modality").to_dict("index")
-        cells = [f"{with_interval(rows[m])}, {p_value(rows[m]['p'])}" for m in modalities]
+        cells = [difference_text(rows[m], rows[m]["p"]) for m in modalities]
         lines.append(f"| {method} − {reference} | " + " | ".join(cells) + " |")
     return lines
 

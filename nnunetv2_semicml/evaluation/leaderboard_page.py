@@ -151,7 +151,9 @@ def write_markdown(file: Path, report: Report) -> None:
     for row in report.differences.to_dict("records"):
         of = [_title(row["metric"]), row["modality"], row["class"], row["method"]]
         counts = f"{row['better']} / {row['worse']}"
-        lines.append(_line([*of, _signed(row, "difference"), _interval(row), counts, _p(row["p"]), _p(row["p_holm"])]))
+        lines.append(
+            _line([*of, signed(row, "difference"), interval_text(row), counts, p_text(row["p"]), p_text(row["p_holm"])])
+        )
     lines += ["", "## Definitions", "", *(line for text in DEFINITIONS for line in (text, ""))]
     file.write_text("\n".join(lines), encoding="utf-8")
 
@@ -180,8 +182,8 @@ def write_page(file: Path, report: Report) -> None:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"title_of": _title, "count": _count, "p": _p}
-    environment.globals |= {"number": _number, "seed_range": _seed_range, "signed": _signed, "interval": _interval}
+    environment.filters |= {"title_of": _title, "count": _count, "p": p_text}
+    environment.globals |= {"number": _number, "seed_range": _seed_range, "signed": signed, "interval": interval_text}
     page = environment.get_template("leaderboard.html.jinja").render(
         report=report,
         metrics=list(METRICS),
@@ -352,15 +354,18 @@ def _seed_range(row: Mapping, metric: str) -> str:
     return f"({_number(row[f'{metric}_low'], metric)} … {_number(row[f'{metric}_high'], metric)})"
 
 
-def _signed(row: Mapping, column: str) -> str:
+def signed(row: Mapping, column: str) -> str:
+    """A difference, or a bound of its interval, of a row of `compare`."""
     return _number(row[column], row["metric"], "+")
 
 
-def _interval(row: Mapping) -> str:
-    return f"{_signed(row, 'low')} … {_signed(row, 'high')}"
+def interval_text(row: Mapping) -> str:
+    """The interval of a row of `compare`."""
+    return f"{signed(row, 'low')} … {signed(row, 'high')}"
 
 
-def _p(value: float) -> str:
+def p_text(value: float) -> str:
+    """A p value, to three digits."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
