@@ -26,8 +26,8 @@ class nnUNetTrainerSECLAnatomical(nnUNetTrainerSECL):
         device: torch.device = torch.device("cuda"),
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        # Chosen on one draw of validation patients; three draws and longer training show no difference to 0.1
-        # (benchmarks/study/validation.md).
+        # Chosen on one draw of validation patients; three draws and longer training show no measurable difference to
+        # 0.1 (benchmarks/study/validation.md).
         self.contrast_temperature = 0.5
 
     def features_and_parts(self, teacher: Teacher, image: Tensor, positions: None) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,8 @@ class nnUNetTrainerSECLRegion(nnUNetTrainerSECL):
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.regions_per_axis = 4  # not varied
-        # Chosen on one draw of validation patients; three draws and longer training show no difference to 0.1
-        # (benchmarks/study/validation.md).
+        # Chosen on one draw of validation patients; three draws and longer training show no measurable difference to
+        # 0.1 (benchmarks/study/validation.md).
         self.contrast_weight = 1.0
 
     def features_and_parts(self, teacher: Teacher, image: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
