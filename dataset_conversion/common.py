@@ -22,8 +22,7 @@ from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_j
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
-from nnunetv2_semicml.errors import UserError
-from nnunetv2_semicml.planning.raw_dataset import some_of
+from nnunetv2_semicml.errors import UserError, some_of
 
 # Images of one case count as lying on one grid if no voxel is displaced by more than this share of the voxel size:
 # programs store orientations in single precision and round them differently.

@@ -1,8 +1,8 @@
-"""The one error that users see, and how command lines print it. Imports nothing of the package."""
+"""The one error that users see, words for it, and how command lines print it. Imports nothing of the package."""
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from os import PathLike
 
 
@@ -23,6 +23,12 @@ class UserError(RuntimeError):
     def __reduce__(self) -> tuple:
         # an exception is pickled with its message alone; it may come out of another process
         return type(self), self.parts
+
+
+def some_of(names: Iterable[str], limit: int = 10) -> str:
+    """Names for a sentence, cut short after `limit`: "a, b, …"."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
 
 
 def reports_user_errors(command: Callable[[], None]) -> Callable[[], None]:

@@ -16,9 +16,9 @@ import SimpleITK as sitk
 import tifffile
 
 from dataset_conversion import brats, chaos, common, hecktor, lgg, msd_prostate, myops
+from nnunetv2_semicml.data import raw_dataset
+from nnunetv2_semicml.data.raw_dataset import RawDataset, check_images, read_raw_dataset
 from nnunetv2_semicml.errors import UserError
-from nnunetv2_semicml.planning import raw_dataset
-from nnunetv2_semicml.planning.raw_dataset import RawDataset, check_images, read_raw_dataset
 from nnunetv2_semicml.planning.withhold_labels import withhold_labels
 
 BRATS_DIRECTION = (-1, 0, 0, 0, -1, 0, 0, 0, 1)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunetv2_semicml.data import raw_dataset
+from nnunetv2_semicml.data.raw_dataset import check_images, read_raw_dataset
 from nnunetv2_semicml.errors import UserError
-from nnunetv2_semicml.planning import raw_dataset
-from nnunetv2_semicml.planning.raw_dataset import check_images, read_raw_dataset
 
 DATASET_JSON = {
     "channel_names": {"0": "CT", "1": "PET"},

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunetv2_semicml.data.raw_dataset import check_images, read_raw_dataset
 from nnunetv2_semicml.errors import UserError
-from nnunetv2_semicml.planning.raw_dataset import check_images, read_raw_dataset
 from nnunetv2_semicml.planning.withhold_labels import draw_order, main, withhold_labels
 
 CASES = [f"P{patient}_{scan}" for patient in range(6) for scan in "xy"]  # 6 patients, 2 scans each

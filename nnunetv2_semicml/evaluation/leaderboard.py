@@ -29,11 +29,11 @@ from nnunetv2_semicml.data.modality_group import (
     environment_folder,
     preprocessed_folder,
 )
-from nnunetv2_semicml.errors import UserError, reports_user_errors
+from nnunetv2_semicml.data.raw_dataset import RawDataset, read_raw_dataset
+from nnunetv2_semicml.errors import UserError, reports_user_errors, some_of
 from nnunetv2_semicml.evaluation.jobs import Evaluate, Job, Model, Predict, Train, read_json, run_jobs
 from nnunetv2_semicml.evaluation.leaderboard_page import Files, Incomplete, Report, write_markdown, write_page
 from nnunetv2_semicml.evaluation.metrics import METRICS
-from nnunetv2_semicml.planning.raw_dataset import RawDataset, read_raw_dataset, some_of
 
 PROGRAMS = Path(sys.executable).parent  # nnU-Net's command lines, installed beside this Python
 NOTATION = "[NAME=][each:|all:]TRAINER[@DATASET]"

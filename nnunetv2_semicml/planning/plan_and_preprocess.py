@@ -40,8 +40,8 @@ from nnunetv2_semicml.data.modality_group import (
     read_json,
     unlabeled_identifier,
 )
+from nnunetv2_semicml.data.raw_dataset import RawDataset, check_images, read_raw_dataset
 from nnunetv2_semicml.errors import UserError, reports_user_errors
-from nnunetv2_semicml.planning.raw_dataset import RawDataset, check_images, read_raw_dataset
 
 NUM_FOLDS = 5  # nnU-Net's default split
 _DEFAULT_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}  # nnU-Net's defaults

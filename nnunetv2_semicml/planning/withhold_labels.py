@@ -20,8 +20,8 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, find_candidate_datasets
 
-from nnunetv2_semicml.errors import UserError, reports_user_errors
-from nnunetv2_semicml.planning.raw_dataset import RawDataset, read_raw_dataset, some_of
+from nnunetv2_semicml.data.raw_dataset import RawDataset, read_raw_dataset
+from nnunetv2_semicml.errors import UserError, reports_user_errors, some_of
 
 
 def withhold_labels(

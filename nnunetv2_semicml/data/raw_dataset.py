@@ -10,7 +10,6 @@ import io
 import json
 import multiprocessing
 import re
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
@@ -28,7 +27,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
-from nnunetv2_semicml.errors import UserError
+from nnunetv2_semicml.errors import UserError, some_of
 
 
 class _Problem(Exception):
@@ -148,12 +147,6 @@ def check_images(raw: RawDataset, num_processes: int, show_progress: bool = True
         raise UserError(
             where, found, expected, remedy + (f" (and {len(others)} more: {some_of(others)})" if others else "")
         )
-
-
-def some_of(names: Iterable[str], limit: int = 10) -> str:
-    """Names for a sentence, cut short after `limit`: "a, b, …"."""
-    names = list(names)
-    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
 
 
 def _find_folder(dataset_id: int) -> Path:
