@@ -8,12 +8,15 @@ also a group of its own, for methods that need no other modality.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 from os import environ
 from pathlib import Path
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_semicml.data.folds import SPLITS_FILE, read_folds, require_cases, require_modalities, restrict, same_folds
+from nnunetv2_semicml.data.image_check import digest_of
 from nnunetv2_semicml.errors import UserError
 
 MODALITIES_FILE = "modalities.json"
@@ -41,34 +44,40 @@ class Modality:
     """One modality of a group.
 
     Attributes:
-        name: the channel's name in the group's dataset.json.
-        channel: its index there.
-        dataset_name: the single-modality nnU-Net dataset, e.g. Dataset501_BraTS_T1ce.
+        name: for logs, tables and names of datasets.
+        channels: in the group's dataset.json; renumbered from 0 in the modality's own dataset.
+        files: of a case that hold these channels, as indices.
+        dataset_name: the nnU-Net dataset of these channels, e.g. Dataset501_BraTS_T1ce.
+        labeled: the labeled cases that have the modality -> digest of its files and the label; sorted.
+        unlabeled: the unlabeled cases that have it -> digest of its files; sorted.
     """
 
     name: str
-    channel: int
+    channels: list[int]
+    files: list[int]
     dataset_name: str
+    labeled: dict[str, str] = field(default_factory=dict)
+    unlabeled: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class ModalityGroup:
-    """The modality datasets of one multi-modal dataset, in channel order, or a modality dataset by itself.
+    """The modality datasets of one multi-modal dataset, in the order of their channels in batches, or one by itself.
 
     Attributes:
         dataset_name: the multi-modal dataset, e.g. Dataset500_BraTS, or that of the one modality.
         modalities: its modalities.
-        labeled: identifiers of the labeled cases, sorted; nnU-Net's folds split these.
-        unlabeled: identifiers of the unlabeled cases, sorted; they serve every fold.
-        preprocessed: for each finished data identifier (e.g. nnUNetPlans_3d_fullres) the digest of all settings that
-            its voxels depend on.
+        part_of: the multi-modal dataset that a modality by itself was planned with.
+        files: raw file, relative to nnUNet_raw -> its size, time of modification and digest when they were checked.
+        preprocessed: data identifier (e.g. nnUNetPlans_3d_fullres) -> modality dataset -> what its files were made of:
+            "settings", a digest, and the cases under "labeled" and "unlabeled", as in `Modality`.
     """
 
     dataset_name: str
     modalities: list[Modality]
-    labeled: list[str]
-    unlabeled: list[str]
-    preprocessed: dict[str, str] = field(default_factory=dict)
+    part_of: str | None = None
+    files: dict[str, list] = field(default_factory=dict)
+    preprocessed: dict[str, dict[str, dict]] = field(default_factory=dict)
 
     @property
     def file(self) -> Path:
@@ -80,17 +89,55 @@ class ModalityGroup:
         """Whether this is a modality dataset by itself."""
         return self.dataset_name == self.modalities[0].dataset_name
 
+    @property
+    def labeled(self) -> list[str]:
+        """The labeled cases that have some modality, sorted; nnU-Net's folds split these."""
+        return sorted({case for modality in self.modalities for case in modality.labeled})
+
+    @property
+    def unlabeled(self) -> list[str]:
+        """The unlabeled cases that have some modality, sorted; they serve every fold."""
+        return sorted({case for modality in self.modalities for case in modality.unlabeled})
+
+    @property
+    def labeled_of(self) -> dict[str, dict[str, str]]:
+        """Modality -> its labeled cases."""
+        return {modality.name: modality.labeled for modality in self.modalities}
+
+    def patterns(self, labeled: bool) -> dict[tuple[str, ...], list[str]]:
+        """The modalities that a case has -> the cases with just these; all modalities first."""
+        found: dict[tuple[str, ...], list[str]] = {}
+        for case in self.labeled if labeled else self.unlabeled:
+            names = tuple(m.name for m in self.modalities if case in (m.labeled if labeled else m.unlabeled))
+            found.setdefault(names, []).append(case)
+        return dict(sorted(found.items(), key=lambda item: (-len(item[0]), item[0])))
+
+    def describe(self) -> list[str]:
+        """How many cases have which modalities, a line for labeled and for unlabeled cases."""
+        lines = []
+        for kind in ("labeled", "unlabeled"):
+            patterns = self.patterns(kind == "labeled")
+            counts = [f"{len(cases)} with {' + '.join(names)}" for names, cases in patterns.items()]
+            total = sum(map(len, patterns.values()))
+            lines.append(f"{total} {kind} cases: {', '.join(counts)}" if counts else f"no {kind} case")
+        return lines
+
     def alone(self, modality: Modality) -> "ModalityGroup":
-        """A modality dataset of this group as a group of its own; nothing of it counts as preprocessed yet."""
-        only = Modality(modality.name, 0, modality.dataset_name)
-        return ModalityGroup(modality.dataset_name, [only], self.labeled, self.unlabeled)
+        """A modality dataset of this group as a group of its own."""
+        only = replace(modality, channels=list(range(len(modality.channels))))
+        preprocessed = {
+            identifier: {modality.dataset_name: of_modality[modality.dataset_name]}
+            for identifier, of_modality in self.preprocessed.items()
+            if modality.dataset_name in of_modality
+        }
+        return ModalityGroup(modality.dataset_name, [only], self.dataset_name, self.files, preprocessed)
 
     @classmethod
     def load(cls, dataset_name: str) -> "ModalityGroup":
         """Read the group of a dataset.
 
         Raises:
-            UserError: if modalities.json is missing or damaged.
+            UserError: if modalities.json is missing, damaged, or of an earlier version.
         """
         file = preprocessed_folder(dataset_name) / MODALITIES_FILE
         content = read_json(file, "the modality group of a preprocessed dataset")
@@ -120,25 +167,51 @@ class ModalityGroup:
             for folder in [preprocessed_folder(modality.dataset_name)]
         ]
 
-    def digest(self, modality_plans: Sequence[tuple[dict, dict]], configuration: str) -> str:
-        """Fingerprint of everything that the preprocessed files of a configuration depend on."""
-        settings = []
-        for plans, dataset_json in modality_plans:
-            manager = PlansManager(plans)
-            resolved = manager.get_configuration(configuration).configuration
-            settings.append(
-                [resolved[key] for key in _PREPROCESSING_SETTINGS]
-                + [plans[key] for key in _PREPROCESSING_PLANS]
-                + [dataset_json["labels"], dataset_json["channel_names"]]
-            )
-        content = [settings, self.labeled, self.unlabeled]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    def sources(self, plans_name: str, configuration: str) -> dict[str, dict]:
+        """What the preprocessed files of a configuration have to be made of, in the form of `preprocessed`."""
+        return {
+            modality.dataset_name: {
+                "settings": _settings_digest(plans, dataset_json, configuration),
+                "labeled": modality.labeled,
+                "unlabeled": modality.unlabeled,
+            }
+            for modality, (plans, dataset_json) in zip(self.modalities, self.load_plans(plans_name), strict=True)
+        }
 
-    def training_digest(self, plans: dict, configuration: str) -> str:
-        """Short fingerprint of what makes trained weights fit: preprocessed cases and architecture."""
+    def provenance(self, plans: dict, configuration: str, fold: int | str) -> dict[str, str]:
+        """Short digests of what trained weights belong to: voxels and architecture, cases, and folds."""
         resolved = PlansManager(plans).get_configuration(configuration).configuration
-        content = [self.preprocessed[resolved["data_identifier"]], resolved["architecture"]]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+        settings = {name: made["settings"] for name, made in self.preprocessed[resolved["data_identifier"]].items()}
+        folds = read_folds(self.file.with_name(SPLITS_FILE))
+        members = folds[fold] if isinstance(fold, int) and fold < len(folds) else self.labeled
+        parts = {
+            "plans": [settings, resolved["architecture"]],
+            "cases": [[modality.labeled, modality.unlabeled] for modality in self.modalities],
+            "fold": [
+                {part: sorted(cases) for part, cases in members.items()} if isinstance(members, dict) else members
+            ],
+        }
+        return {f"digest of {name}": _digest(content)[:12] for name, content in parts.items()}
+
+    def common_cases(self, modalities: Sequence[str], labeled: bool) -> list[str]:
+        """The cases that have all of these modalities, sorted."""
+        own = [m.labeled if labeled else m.unlabeled for m in self.modalities if m.name in modalities]
+        return sorted(set.intersection(*map(set, own)))
+
+    def require_common_cases(self) -> None:
+        """Refuse a group of several modalities, two of which have fewer than two unlabeled cases in common.
+
+        Raises:
+            UserError: naming these modalities.
+        """
+        for pair in combinations([modality.name for modality in self.modalities], 2):
+            if len(cases := self.common_cases(pair, labeled=False)) < 2:
+                raise UserError(
+                    f"imagesUn of {self.dataset_name}",
+                    f"{len(cases)} unlabeled cases with {' and '.join(pair)}",
+                    "at least 2, since methods compare the modalities of a case, and cases with each other",
+                    "Add such cases, or plan without one of these modalities.",
+                )
 
     def require_ready(self, plans: dict, configuration: str) -> list[tuple[dict, dict]]:
         """Check that a configuration can be trained.
@@ -151,7 +224,8 @@ class ModalityGroup:
             (plans, dataset.json) of every modality dataset.
 
         Raises:
-            UserError: if a file is missing or if plans, cases or modalities differ from those that were preprocessed.
+            UserError: if a file is missing or if plans, cases, folds or raw files differ from those that were
+                preprocessed.
         """
         plans_name = plans["plans_name"]
         group_file = preprocessed_folder(self.dataset_name) / f"{plans_name}.json"
@@ -171,7 +245,7 @@ class ModalityGroup:
         if identifier not in self.preprocessed:
             done = ", ".join(self.preprocessed) or "nothing"
             raise UserError(self.file, f"{done} preprocessed", identifier, _PREPROCESS)
-        if self.preprocessed[identifier] != self.digest(modality_plans, configuration):
+        if self.preprocessed[identifier] != self.sources(plans_name, configuration):
             raise UserError(
                 self.file,
                 f"plans, labels or cases that have changed since {identifier} was preprocessed",
@@ -184,9 +258,53 @@ class ModalityGroup:
             )
         for modality in self.modalities:
             folder = preprocessed_folder(modality.dataset_name)
-            _require_cases(folder / identifier, self.labeled)
-            _require_cases(folder / unlabeled_identifier(identifier), self.unlabeled)
+            _require_cases(folder / identifier, list(modality.labeled))
+            _require_cases(folder / unlabeled_identifier(identifier), list(modality.unlabeled))
+        self._require_same_folds()
+        self._require_unchanged_files()
         return modality_plans
+
+    def _require_same_folds(self) -> None:
+        """Refuse folds that were edited in one dataset of the group and not in the others."""
+        whole = self.dataset_name if self.part_of is None else self.part_of
+        if not (preprocessed_folder(whole) / SPLITS_FILE).is_file():
+            whole = self.dataset_name  # the modality's dataset was copied to here without the others
+        source = preprocessed_folder(whole) / SPLITS_FILE
+        folds = read_folds(source)
+        if whole == self.dataset_name:
+            require_cases(folds, self.labeled, source)
+        for modality in self.modalities:
+            file = preprocessed_folder(modality.dataset_name) / SPLITS_FILE
+            own = read_folds(file)
+            require_cases(own, modality.labeled, file)
+            if not same_folds(own, restrict(folds, modality.labeled)):
+                raise UserError(
+                    file,
+                    "other folds",
+                    f"those of {source}, without the cases that lack {modality.name}",
+                    "Edit the latter, and let them be copied to the datasets of all modalities: "
+                    f"nnUNetv2_semicml_plan_and_preprocess -d {whole} --keep_plans",
+                )
+        require_modalities(folds, self.labeled_of, source)
+
+    def _require_unchanged_files(self) -> None:
+        """Refuse images and labels that were changed after preprocessing, where the raw dataset is still there."""
+        if not environ.get("nnUNet_raw"):
+            return
+        root = Path(environ["nnUNet_raw"])
+        for name, (size, modified, digest) in self.files.items():
+            file = root / name
+            try:
+                status = file.stat()
+            except OSError:
+                continue  # preprocessed files are what training needs
+            if (status.st_size, status.st_mtime_ns) != (size, modified) and digest_of(file) != digest:
+                raise UserError(
+                    file,
+                    "that it has changed since it was preprocessed",
+                    "the images and labels that are trained on",
+                    "Run nnUNetv2_semicml_plan_and_preprocess again; with --keep_plans it does only what changed.",
+                )
 
 
 def preprocessed_folder(dataset_name: str) -> Path:
@@ -210,6 +328,20 @@ def environment_folder(variable: str) -> Path:
 def unlabeled_identifier(data_identifier: str) -> str:
     """Folder of the unlabeled cases beside that of the labeled ones, which nnU-Net lists to make its splits."""
     return f"{data_identifier}_unlabeled"
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _settings_digest(plans: dict, dataset_json: dict, configuration: str) -> str:
+    """Fingerprint of everything but the raw files that the preprocessed files of a configuration depend on."""
+    resolved = PlansManager(plans).get_configuration(configuration).configuration
+    return _digest(
+        [resolved[key] for key in _PREPROCESSING_SETTINGS]
+        + [plans[key] for key in _PREPROCESSING_PLANS]
+        + [dataset_json["labels"], dataset_json["channel_names"]]
+    )
 
 
 def _shared_settings(plans: dict, configuration: str, file: Path) -> dict:

@@ -1,37 +1,27 @@
-"""Reads and checks a raw semi-supervised dataset: an nnU-Net dataset with one more folder, imagesUn (DESIGN 2).
+"""Reads a raw semi-supervised dataset: an nnU-Net dataset with one more folder, imagesUn; cases may lack modalities.
 
-May import nnU-Net and `errors`; nothing else of the package. Only reads, never writes.
+Names of files only, and of dataset.json; `image_check` opens the images. May import nnU-Net and `errors`; nothing else
+of the package. Only reads, never writes.
 """
 
 import contextlib
-import gzip
-import hashlib
 import io
 import json
-import multiprocessing
 import re
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
+from os import environ
 from pathlib import Path
 
-import nibabel
-import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.paths import nnUNet_raw
-from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-from tqdm import tqdm
 
 from nnunetv2_semicml.errors import UserError, some_of
-
-
-class _Problem(Exception):
-    """Holds the arguments of a UserError on their way out of another process."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +32,10 @@ class RawDataset:
         name: e.g. "Dataset500_BraTS".
         folder: where it lies below nnUNet_raw.
         dataset_json: as on disk.
-        channel_names: one per modality, in channel order.
-        labeled: case -> {"images": [one file per channel], "label": file}, the shape that nnU-Net uses.
-        unlabeled: case -> {"images": [one file per channel]}, from imagesUn; there is no label key.
+        channel_names: in channel order.
+        channels_of_files: the channels that each file of a case holds, e.g. [(0,), (1,)], or [(0, 1, 2)] for RGB.
+        labeled: case -> {"images": [one entry per file], "label": file}. A file that the case lacks is None.
+        unlabeled: case -> {"images": [one entry per file]}, from imagesUn; there is no label key.
         test: the same from imagesTs; never used in training, only kept apart from it.
     """
 
@@ -52,104 +43,132 @@ class RawDataset:
     folder: Path
     dataset_json: dict
     channel_names: list[str]
+    channels_of_files: list[tuple[int, ...]]
     labeled: dict[str, dict]
     unlabeled: dict[str, dict]
     test: dict[str, dict]
 
+    @property
+    def file_ending(self) -> str:
+        """Of images and labels."""
+        return self.dataset_json["file_ending"]
 
-def read_raw_dataset(dataset_id: int, require_unlabeled: bool = True) -> RawDataset:
-    """Read dataset.json and the file names of a raw dataset; no image is opened.
+    @property
+    def folders(self) -> dict[str, dict[str, dict]]:
+        """Folder of images -> its cases."""
+        return {"imagesTr": self.labeled, "imagesUn": self.unlabeled, "imagesTs": self.test}
 
-    The labeled cases are those of imagesTr and labelsTr or, as in nnU-Net, of the "dataset" key of dataset.json.
+    def find_reader(self) -> type[BaseReaderWriter]:
+        """The reader that nnU-Net's fingerprint extraction and planning will choose.
+
+        Raises:
+            UserError: none can open the first image.
+        """
+        first = next(iter(self.labeled.values()))
+        return _find_reader(self.dataset_json, next(file for file in first["images"] if file))
+
+    def files_of_channels(self, channels: Sequence[int]) -> list[int] | None:
+        """The files of a case that hold these channels, in this order; None if these are no whole files."""
+        files = list(dict.fromkeys(i for c in channels for i, held in enumerate(self.channels_of_files) if c in held))
+        return files if [c for i in files for c in self.channels_of_files[i]] == list(channels) else None
+
+    def read_files(self, files: dict, indices: Sequence[int]) -> list[str]:
+        """All files that nnU-Net reads of a case.
+
+        Args:
+            files: an entry of `labeled`, `unlabeled` or `test`.
+            indices: which of its images, none of which it lacks.
+        """
+        images = [files["images"][i] for i in indices]
+        read = [*images, *([files["label"]] if "label" in files else [])]
+        if self.file_ending.lower() in Tiff3DIO.supported_file_endings:
+            # nnU-Net reads the spacing of a TIFF from CASE.json beside it
+            n = len(self.file_ending)
+            stems = [images[0][: -n - len("_0000")], *(label[:-n] for label in read[len(images) :])]
+            read += [f"{stem}.json" for stem in stems if Path(f"{stem}.json").is_file()]
+        return read
+
+
+def read_raw_dataset(dataset: int | str, require_unlabeled: bool = True) -> RawDataset:
+    """Read dataset.json and the file names of a raw dataset.
+
+    The labeled cases are those of imagesTr and labelsTr or, as in nnU-Net, of the "dataset" key of dataset.json. If
+    there are fewer files than channels, one case is opened, to see whether a file holds several channels.
+
+    Args:
+        dataset: its number, or its name in full.
+        require_unlabeled: whether it must have unlabeled cases.
 
     Raises:
-        UserError: the dataset is not below nnUNet_raw, its dataset.json is incomplete, an image or label is missing or
-            left over, a case is in two folders or, if `require_unlabeled`, there is no unlabeled case.
+        UserError: the dataset is not below nnUNet_raw, its dataset.json is incomplete, a label or all images of a case
+            are missing or left over, a case is in two folders or has a name that nnU-Net understands otherwise or, if
+            `require_unlabeled`, there is no unlabeled case.
     """
-    folder = _find_folder(dataset_id)
+    folder = _find_folder(dataset)
     dataset_json = _read_dataset_json(folder / "dataset.json")
     channel_names = [dataset_json["channel_names"][str(i)] for i in range(len(dataset_json["channel_names"]))]
     file_ending = dataset_json["file_ending"]
 
-    labeled = _read_labeled_cases(folder, dataset_json)
-    unlabeled = _read_images(folder / "imagesUn", file_ending, len(channel_names))
-    test = _read_images(folder / "imagesTs", file_ending, len(channel_names))
-    if require_unlabeled and not unlabeled:
+    found = {name: _find_images(folder / name, file_ending) for name in ("imagesTr", "imagesUn", "imagesTs")}
+    if "dataset" in dataset_json:
+        listed = _read_listed_cases(folder, dataset_json)
+        found["imagesTr"] = {case: dict(enumerate(files["images"])) for case, files in listed.items()}
+        labels = {case: files["label"] for case, files in listed.items()}
+    else:
+        labels = {file.name.removesuffix(file_ending): str(file) for file in _files(folder / "labelsTr", file_ending)}
+        _require_pairs(folder, found["imagesTr"], labels, file_ending)
+    if not labels or dataset_json["numTraining"] != len(labels):
+        raise UserError(
+            folder / "dataset.json",
+            f"numTraining {dataset_json['numTraining']}",
+            f"the number of labeled cases, {len(labels)}" if labels else "labeled cases, but there are none",
+            "Correct numTraining, or add the missing cases (unlabeled cases do not count).",
+        )
+    channels_of_files = _find_channels(folder, dataset_json, found["imagesTr"])
+    cases = {
+        name: {
+            case: {"images": [files.get(i) for i in range(len(channels_of_files))]}
+            for case, files in sorted(of_folder.items())
+        }
+        for name, of_folder in found.items()
+    }
+    for index, file in (item for of_folder in found.values() for files in of_folder.values() for item in files.items()):
+        if index >= len(channels_of_files):
+            last = len(channels_of_files) - 1
+            raise UserError(
+                file,
+                "a channel that dataset.json does not have",
+                f"a name that ends in one of _0000{file_ending} … _{last:04d}{file_ending}",
+                "Rename or remove the file, or correct channel_names and file_ending in dataset.json.",
+            )
+    for case, files in cases["imagesTr"].items():
+        files["label"] = labels[case]
+    if require_unlabeled and not cases["imagesUn"]:
         raise UserError(
             folder / "imagesUn",
             f"no image ending in {file_ending}",
             "the images of the unlabeled cases, named as in imagesTr",
             "Put them there, or make such a dataset from a fully labeled one with nnUNetv2_semicml_withhold_labels.",
         )
-    for (first, cases), (second, others) in combinations(
-        {"imagesTr": labeled, "imagesUn": unlabeled, "imagesTs": test}.items(), 2
-    ):
-        if shared := cases.keys() & others.keys():
-            raise UserError(
-                folder / second,
-                f"cases that are also in {first}: {some_of(sorted(shared))}",
-                "every case in one of imagesTr, imagesUn and imagesTs only",
-                "Remove them from one of the two; rename them if they are different patients.",
-            )
-    return RawDataset(folder.name, folder, dataset_json, channel_names, labeled, unlabeled, test)
+    _require_sound_names(folder, cases)
+    return RawDataset(
+        folder.name,
+        folder,
+        dataset_json,
+        channel_names,
+        channels_of_files,
+        cases["imagesTr"],
+        cases["imagesUn"],
+        cases["imagesTs"],
+    )
 
 
-def check_images(raw: RawDataset, num_processes: int, show_progress: bool = True) -> None:
-    """Read every image and label once, in `num_processes` spawned processes that hold one image each.
-
-    In every case, all files must be readable and lie on one grid (shape, spacing, origin, direction); the images must
-    be finite, not constant and different from one another; the label may have the values of dataset.json only. No image
-    may be the same, voxel for voxel, in two of imagesTr, imagesUn and imagesTs.
+def raw_root() -> Path:
+    """The folder of the raw datasets.
 
     Raises:
-        UserError: about the first wrong case; the others are named at its end.
+        UserError: nnUNet_raw is not set.
     """
-    cases = [
-        (folder, case, files)
-        for folder, members in (("imagesTr", raw.labeled), ("imagesUn", raw.unlabeled), ("imagesTs", raw.test))
-        for case, files in members.items()
-    ]
-    check = partial(_check_case, reader=_find_reader(raw), allowed_labels=_allowed_labels(raw.dataset_json))
-    spawn = multiprocessing.get_context("spawn")
-    try:
-        # Unlike multiprocessing.Pool, this notices when the system kills a process.
-        with ProcessPoolExecutor(max(1, min(num_processes, len(cases))), spawn) as executor:
-            results = executor.map(check, [files for _, _, files in cases])
-            checked = list(tqdm(results, "Checking images", len(cases), disable=not show_progress))
-    except BrokenProcessPool as error:
-        raise UserError(
-            raw.folder,
-            "that a process checking the images was killed, probably for lack of memory",
-            "enough memory for one image in each process",
-            "Use fewer processes.",
-        ) from error
-
-    problems: dict[str, tuple[str, ...]] = {}
-    seen: dict[tuple[int, bytes], tuple[str, str]] = {}  # channel, digest -> the first such file and its folder
-    for (folder, case, files), (digests, problem) in zip(cases, checked, strict=True):
-        if problem:
-            problems[case] = problem
-        for channel, (file, digest) in enumerate(zip(files["images"], digests, strict=False)):
-            twin, twins_folder = seen.setdefault((channel, digest), (file, folder))
-            if twins_folder != folder:
-                problems.setdefault(
-                    case,
-                    (
-                        file,
-                        f"the same voxels as in {twin}",
-                        "every image in one of imagesTr, imagesUn and imagesTs only",
-                        "Remove one of the two cases.",
-                    ),
-                )
-    if problems:
-        where, found, expected, remedy = next(iter(problems.values()))
-        others = list(problems)[1:]
-        raise UserError(
-            where, found, expected, remedy + (f" (and {len(others)} more: {some_of(others)})" if others else "")
-        )
-
-
-def _find_folder(dataset_id: int) -> Path:
     if not nnUNet_raw.is_set():
         raise UserError(
             "environment variable nnUNet_raw",
@@ -157,13 +176,47 @@ def _find_folder(dataset_id: int) -> Path:
             "the folder of the raw datasets",
             "Set it as nnU-Net's documentation/setting_up_paths.md describes.",
         )
-    root = Path(nnUNet_raw).absolute()
-    # nnU-Net identifies datasets by their number alone and refuses later if its three folders disagree about the name.
-    names = list(find_candidate_datasets(dataset_id))
+    return Path(nnUNet_raw).absolute()
+
+
+def datasets_with_id(dataset_id: int) -> list[str]:
+    """Names of the datasets with exactly this number in nnUNet_raw, nnUNet_preprocessed and nnUNet_results, sorted.
+
+    nnU-Net itself compares the beginnings of names: for it, Dataset1234_X also has the id 123.
+    """
+    return sorted(name for name, number in _all_datasets().items() if number == dataset_id)
+
+
+def confusable_with_id(dataset_id: int) -> list[str]:
+    """Names of other datasets that nnU-Net takes for this number, or for which it takes a dataset of this number."""
+    own = f"{dataset_id:03d}"
+    numbers = {name: f"{number:03d}" for name, number in _all_datasets().items() if number != dataset_id}
+    return sorted(name for name, other in numbers.items() if other.startswith(own) or own.startswith(other))
+
+
+def dataset_number(name: str) -> int:
+    """1234 of Dataset1234_NAME, of which nnU-Net's own function reads 123."""
+    return int(re.match(r"Dataset(\d+)", name)[1])
+
+
+def _all_datasets() -> dict[str, int]:
+    roots = [Path(environ[v]) for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results") if environ.get(v)]
+    names = {folder.name for root in roots if root.is_dir() for folder in root.iterdir() if folder.is_dir()}
+    return {name: dataset_number(name) for name in names if re.match(r"Dataset\d{3,}(_|$)", name)}
+
+
+def _find_folder(dataset: int | str) -> Path:
+    root = raw_root()
+    if isinstance(dataset, str):
+        if not re.fullmatch(r"Dataset\d{3,}_[^/\\]+", dataset) or not (root / dataset).is_dir():
+            raise UserError(root, f"no raw dataset {dataset}", "a folder Dataset500_NAME", "Correct the name.")
+        return root / dataset
+    names = datasets_with_id(dataset)
     if len(names) > 1:
+        # nnU-Net refuses later if its three folders disagree about the name
         raise UserError(
             root,
-            f"several datasets with the id {dataset_id} in nnUNet_raw, nnUNet_preprocessed and nnUNet_results: "
+            f"several datasets with the id {dataset} in nnUNet_raw, nnUNet_preprocessed and nnUNet_results: "
             f"{some_of(names)}",
             "one",
             "Rename all but one.",
@@ -171,8 +224,8 @@ def _find_folder(dataset_id: int) -> Path:
     if not names or not (root / names[0]).is_dir():
         raise UserError(
             root,
-            f"no raw dataset with the id {dataset_id}",
-            f"a folder Dataset{dataset_id:03d}_NAME",
+            f"no raw dataset with the id {dataset}",
+            f"a folder Dataset{dataset:03d}_NAME",
             "Create it, or correct the id or the environment variable nnUNet_raw.",
         )
     return root / names[0]
@@ -196,14 +249,19 @@ def _read_dataset_json(file: Path) -> dict:
     if not channels or channels.keys() != {str(i) for i in range(len(channels))}:
         raise refuse(f"the channels {some_of(channels) or 'none'} in channel_names", "0, 1, … without gaps")
     try:
-        _allowed_labels(content)
+        allowed_labels(content)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise refuse(f"labels that nnU-Net refuses ({error})", 'e.g. {"background": 0, "tumour": 1}') from error
     return content
 
 
-def _allowed_labels(dataset_json: dict) -> list[int]:
-    # Imported here because it imports torch, which would make the processes of check_images start five times slower.
+def allowed_labels(dataset_json: dict) -> list[int]:
+    """The values that a label may have.
+
+    Raises:
+        AssertionError, RuntimeError, TypeError, ValueError: nnU-Net refuses these labels.
+    """
+    # Imported here because it imports torch, which would make the processes of the image check start slowly.
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
     manager = LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
@@ -213,193 +271,122 @@ def _allowed_labels(dataset_json: dict) -> list[int]:
     return labels
 
 
-def _read_images(folder: Path, file_ending: str, num_channels: int) -> dict[str, dict]:
-    """The cases of a folder of images; none if there is no such folder."""
-    channels: dict[str, dict[int, str]] = {}
-    for file in sorted(folder.glob("*" + file_ending)):
+def _files(folder: Path, file_ending: str) -> list[Path]:
+    """The files of a folder, without hidden ones, such as macOS leaves beside every file as ._NAME."""
+    return sorted(file for file in folder.glob("*" + file_ending) if not file.name.startswith("."))
+
+
+def _find_images(folder: Path, file_ending: str) -> dict[str, dict[int, str]]:
+    """Case -> index of a file -> the file; nothing if there is no such folder."""
+    cases: dict[str, dict[int, str]] = {}
+    for file in _files(folder, file_ending):
         match = re.fullmatch(r"(.+)_(\d{4})", file.name.removesuffix(file_ending))
-        if not match or int(match[2]) >= num_channels:
+        if not match:
             raise UserError(
                 file,
-                "a channel that dataset.json does not have" if match else "a file name without a channel",
-                f"a name that ends in one of _0000{file_ending} … _{num_channels - 1:04d}{file_ending}",
-                "Rename or remove the file, or correct channel_names and file_ending in dataset.json.",
+                "a file name without a channel",
+                f"a name that ends in _0000{file_ending}, _0001{file_ending}, …",
+                "Rename or remove the file, or correct file_ending in dataset.json.",
             )
-        channels.setdefault(match[1], {})[int(match[2])] = str(file)
-    for case, files in sorted(channels.items()):
-        for channel in range(num_channels):
-            if channel not in files:
-                raise UserError(
-                    folder / f"{case}_{channel:04d}{file_ending}",
-                    "no such file",
-                    f"one file for each of the {num_channels} channels of dataset.json",
-                    f"Add the missing image of {case}, or remove the case.",
-                )
-    return {case: {"images": [files[i] for i in range(num_channels)]} for case, files in sorted(channels.items())}
-
-
-def _read_labeled_cases(folder: Path, dataset_json: dict) -> dict[str, dict]:
-    if "dataset" in dataset_json:
-        cases = _read_listed_cases(folder, dataset_json)
-    else:
-        file_ending = dataset_json["file_ending"]
-        images = _read_images(folder / "imagesTr", file_ending, len(dataset_json["channel_names"]))
-        labels = {
-            file.name.removesuffix(file_ending): str(file) for file in (folder / "labelsTr").glob("*" + file_ending)
-        }
-        for case in sorted(images.keys() ^ labels.keys()):
-            lacking = "labelsTr" if case in images else "imagesTr"
-            raise UserError(
-                folder / lacking / (f"{case}{file_ending}" if case in images else f"{case}_0000{file_ending}"),
-                "no such file",
-                "a label and all images of every labeled case",
-                f"Add what {case} lacks in {lacking}; a case without a label belongs into imagesUn.",
-            )
-        cases = {case: {**files, "label": labels[case]} for case, files in images.items()}
-    if not cases or dataset_json["numTraining"] != len(cases):
-        raise UserError(
-            folder / "dataset.json",
-            f"numTraining {dataset_json['numTraining']}",
-            f"the number of labeled cases, {len(cases)}" if cases else "labeled cases, but there are none",
-            "Correct numTraining, or add the missing cases (unlabeled cases do not count).",
-        )
+        cases.setdefault(match[1], {})[int(match[2])] = str(file)
     return cases
 
 
+def _require_pairs(folder: Path, images: dict[str, dict], labels: dict[str, str], file_ending: str) -> None:
+    for case in sorted(images.keys() ^ labels.keys()):
+        lacking = "labelsTr" if case in images else "imagesTr"
+        raise UserError(
+            folder / lacking / (f"{case}{file_ending}" if case in images else f"{case}_0000{file_ending}"),
+            "no such file",
+            "a label and images of every labeled case",
+            f"Add what {case} lacks in {lacking}; a case without a label belongs into imagesUn.",
+        )
+
+
 def _read_listed_cases(folder: Path, dataset_json: dict) -> dict[str, dict]:
-    """The cases of nnU-Net's "dataset" key in dataset.json."""
-    num_channels = len(dataset_json["channel_names"])
-    for case, files in dataset_json["dataset"].items():
-        if not {"images", "label"} <= files.keys() or len(files["images"]) != num_channels:
+    """The cases of nnU-Net's "dataset" key in dataset.json; these have all files."""
+    listed, file = dataset_json["dataset"], folder / "dataset.json"
+    numbers = {len(files["images"]) for files in listed.values() if "images" in files}
+    for case, files in listed.items():
+        if not {"images", "label"} <= files.keys() or len(numbers) > 1 or not files["images"]:
             raise UserError(
-                folder / "dataset.json",
-                f'case {case} without a label or without {num_channels} images in "dataset"',
+                file,
+                f'case {case} without a label or without {max(numbers, default=1)} images in "dataset"',
                 "one label, and one image for each channel",
                 "List the missing files, or remove the case.",
             )
     # a copy, since nnU-Net resolves the paths in place
     cases = get_filenames_of_train_images_and_targets(str(folder), deepcopy(dataset_json))
     for case, files in cases.items():
-        for file in [*files["images"], files["label"]]:
-            if not Path(file).is_file():
+        for path in [*files["images"], files["label"]]:
+            if not Path(path).is_file():
                 raise UserError(
-                    file,
+                    path,
                     "no such file",
-                    f'the file that "dataset" in {folder / "dataset.json"} lists for {case}',
+                    f'the file that "dataset" in {file} lists for {case}',
                     "Correct the path or remove the case.",
                 )
-    return dict(sorted(cases.items()))
+    return cases
 
 
-def _find_reader(raw: RawDataset) -> type[BaseReaderWriter]:
-    """The reader that nnU-Net's fingerprint extraction and planning will choose."""
-    example = next(iter(raw.labeled.values()))["images"][0]
+def _find_channels(folder: Path, dataset_json: dict, cases: dict[str, dict[int, str]]) -> list[tuple[int, ...]]:
+    """See `RawDataset.channels_of_files`."""
+    num_channels = len(dataset_json["channel_names"])
+    num_files = 1 + max(index for files in cases.values() for index in files)
+    one_each = [(i,) for i in range(num_channels)]
+    if num_files >= num_channels:
+        return one_each  # files too many are refused by name
+    case, files = next(((c, f) for c, f in sorted(cases.items()) if len(f) == num_files), (None, {}))
+    if case is None:
+        return one_each
+    reader = _find_reader(dataset_json, files[0])
+    try:
+        counts = [len(reader().read_images([files[i]])[0]) for i in range(num_files)]
+    except Exception as error:  # every reader raises the errors of its own library
+        raise UserError(
+            folder, f"an unreadable image of {case} ({type(error).__name__}: {error})", "images", "Replace the file."
+        ) from error
+    if max(counts) == 1:
+        return one_each  # cases lack the others
+    if sum(counts) != num_channels:
+        raise UserError(
+            folder / "dataset.json",
+            f"{num_channels} channels in channel_names, but {sum(counts)} in {some_of(map(str, files.values()))}",
+            "a name for every channel of every file",
+            "Correct channel_names.",
+        )
+    ends = [sum(counts[: i + 1]) for i in range(num_files)]
+    return [tuple(range(end - count, end)) for end, count in zip(ends, counts, strict=True)]
+
+
+def _find_reader(dataset_json: dict, example: str) -> type[BaseReaderWriter]:
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # nnU-Net prints a traceback for every reader that fails
-            return determine_reader_writer_from_dataset_json(raw.dataset_json, example, verbose=False)
+            return determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
     except RuntimeError as error:
         raise UserError(
             example,
-            f"a file that no nnU-Net reader for {raw.dataset_json['file_ending']} can open",
+            f"a file that no nnU-Net reader for {dataset_json['file_ending']} can open",
             "a readable image",
             "Replace the file, or correct file_ending in dataset.json.",
         ) from error
 
 
-def _check_case(
-    files: dict, reader: type[BaseReaderWriter], allowed_labels: list[int]
-) -> tuple[list[bytes], tuple[str, ...] | None]:
-    """Digests of the voxels of each channel, and what is wrong with the case, if anything (then without digests)."""
-    try:
-        return _digest_channels(files, reader, allowed_labels), None
-    except _Problem as problem:
-        return [], problem.args
-
-
-def _digest_channels(files: dict, reader: type[BaseReaderWriter], allowed_labels: list[int]) -> list[bytes]:
-    digests: list[bytes] = []
-    grid = None
-    for file in files["images"]:
-        image, grid = _read_on_grid(file, reader, files["images"][0], grid)
-        if not_finite := _count_not_finite(file, image):
-            raise _Problem(
-                file,
-                f"{not_finite} voxels that are NaN or infinite",
-                "finite numbers",
-                "Replace them by a meaningful value, e.g. that of the background.",
+def _require_sound_names(folder: Path, cases: dict[str, dict[str, dict]]) -> None:
+    for (first, names), (second, others) in combinations(cases.items(), 2):
+        if shared := names.keys() & others.keys():
+            raise UserError(
+                folder / second,
+                f"cases that are also in {first}: {some_of(sorted(shared))}",
+                "every case in one of imagesTr, imagesUn and imagesTs only",
+                "Remove them from one of the two; rename them if they are different patients.",
             )
-        if image.min() == image.max():
-            raise _Problem(
-                file, f"the value {image.min():g} in every voxel", "an image", "Export it again, or remove the case."
+    for name, of_folder in cases.items():
+        # nnU-Net stores the preprocessed segmentation of CASE as CASE_seg, and takes no such file for an image
+        if name != "imagesTs" and (unsound := [case for case in of_folder if case.endswith("_seg") or "/" in case]):
+            raise UserError(
+                folder / name,
+                f"the case names {some_of(unsound)}",
+                "names without / that do not end in _seg, by which nnU-Net tells segmentations from images",
+                "Rename all files of these cases.",
             )
-        digest = hashlib.blake2b(np.ascontiguousarray(image)).digest()
-        if digest in digests:
-            raise _Problem(
-                file,
-                f"the same voxels as in {Path(files['images'][digests.index(digest)]).name}",
-                "another image of the patient in every channel",
-                "Replace one of the two files.",
-            )
-        digests.append(digest)
-
-    if "label" in files:
-        label, _ = _read_on_grid(files["label"], reader, files["images"][0], grid, is_label=True)
-        if (unexpected := np.unique(label[~np.isin(label, allowed_labels)])).size:
-            raise _Problem(
-                files["label"],
-                f"the label values {some_of(f'{i:g}' for i in unexpected)}",
-                f"only the values of dataset.json: {some_of(map(str, allowed_labels))}",
-                "Correct the label, or the labels in dataset.json.",
-            )
-    return digests
-
-
-def _count_not_finite(file: str, voxels: np.ndarray) -> int:
-    """Number of NaN and infinite voxels in the file, which ITK turns into zeros when it reads a NIfTI."""
-    if file.endswith((".nii", ".nii.gz")):
-        stored = nibabel.load(file)
-        if stored.get_data_dtype().kind == "f":
-            voxels = np.asanyarray(stored.dataobj)
-    return np.count_nonzero(~np.isfinite(voxels))
-
-
-def _read_on_grid(
-    file: str, reader: type[BaseReaderWriter], reference: str, grid: dict | None, is_label: bool = False
-) -> tuple[np.ndarray, dict]:
-    """Read one file, shape (1, *spatial), which must lie on the `grid` of the `reference` file; None: on any."""
-    try:
-        if file.endswith(".gz"):
-            _read_to_the_end(file)
-        voxels, properties = reader().read_seg(file) if is_label else reader().read_images([file])
-    except Exception as error:  # every reader raises the errors of its own library
-        raise _Problem(
-            file, f"an unreadable file ({type(error).__name__}: {error})", "an image", "Replace the file."
-        ) from error
-    if len(voxels) != 1:
-        raise _Problem(file, f"{len(voxels)} channels", "one channel per file", "Store every channel in its own file.")
-
-    found = {"shape": voxels.shape[1:], "spacing": properties["spacing"]}
-    found |= {key: properties["sitk_stuff"][key] for key in ("origin", "direction") if "sitk_stuff" in properties}
-    if "nibabel_stuff" in properties:
-        found["affine"] = properties["nibabel_stuff"]["original_affine"]
-    for key, value in found.items():
-        # NIfTI stores orientations in single precision: 1e-3 mm is noise. nnU-Net itself is stricter with spacings.
-        if grid and not np.allclose(value, grid[key], atol=1e-8 if key in ("shape", "spacing") else 1e-3):
-            raise _Problem(
-                file,
-                f"{key} {_rounded(value)}",
-                f"{_rounded(grid[key])} as in {Path(reference).name}",
-                "Register and resample all images and the label of a case to one grid.",
-            )
-    return voxels, grid or found
-
-
-def _read_to_the_end(file: str) -> None:
-    """Raise EOFError if a gzip file is cut off, which SimpleITK would fill up with zeros."""
-    with gzip.open(file) as stream:
-        while stream.read(2**20):
-            pass
-
-
-def _rounded(values: np.ndarray | tuple | list) -> list:
-    return np.round(np.asarray(values, dtype=float), 4).tolist()
