@@ -1,6 +1,6 @@
-"""Cases whose modalities were cropped and resampled apart, presented to nnU-Net's data loader as one M-channel case."""
+"""Cases whose modalities were cropped and resampled apart, presented to nnU-Net's data loader as one case."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
@@ -40,7 +40,7 @@ def common_frame(
 
 
 class PairedArray:
-    """M arrays (1, *own shape) at their offsets in one frame, read as a single array (M, *frame).
+    """M arrays (C_m, *own shape) at their offsets in one frame, read as a single array (C_1 + … + C_M, *frame).
 
     Only what a slice covers is read and decompressed. Voxels outside of an array have the fill value. With `positions`,
     further channels, one for each axis, tell where in the frame a voxel lies, from just above 0 to just below 1.
@@ -57,36 +57,40 @@ class PairedArray:
     ):
         self.arrays = arrays
         self.offsets = offsets
-        self.shape = (len(arrays) + len(frame) * positions, *frame)
+        self.channels = sum(array.shape[0] for array in arrays)
+        self.shape = (self.channels + len(frame) * positions, *frame)
         self.fill = fill
         self.dtype = np.dtype(dtype)
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         if index[0] != slice(None):
-            raise IndexError(f"all modalities are read at once, got {index[0]} for them.")
+            raise IndexError(f"all channels are read at once, got {index[0]} for them.")
         wanted = [range(n)[s] for s, n in zip(index[1:], self.shape[1:], strict=True)]
         out = np.full((self.shape[0], *map(len, wanted)), self.fill, self.dtype)
-        for channel, (array, offset) in enumerate(zip(self.arrays, self.offsets, strict=True)):
+        end = 0
+        for array, offset in zip(self.arrays, self.offsets, strict=True):
+            first_channel, end = end, end + array.shape[0]
             source, target = [], []
             for axis, start, size in zip(wanted, offset, array.shape[1:], strict=True):
                 first, last = max(axis.start, start), min(axis.stop, start + size)
                 source.append(slice(first - start, last - start))
                 target.append(slice(first - axis.start, last - axis.start))
             if all(s.start < s.stop for s in source):
-                out[(channel, *target)] = array[(slice(0, 1), *source)][0]
-        for axis in range(self.shape[0] - len(self.arrays)):
+                out[(slice(first_channel, end), *target)] = array[(slice(None), *source)]
+        for axis in range(self.shape[0] - self.channels):
             along = [-1 if a == axis else 1 for a in range(len(wanted))]
-            out[len(self.arrays) + axis] = ((np.array(wanted[axis]) + 0.5) / self.shape[1 + axis]).reshape(along)
+            out[self.channels + axis] = ((np.array(wanted[axis]) + 0.5) / self.shape[1 + axis]).reshape(along)
         return out
 
 
 class PairedDataset:
-    """The cases of M modality datasets, each as one M-channel case. Stands in for nnU-Net's dataset in its data loader.
+    """Cases with all of M modalities, each as one case. Stands in for nnU-Net's dataset in its data loader.
 
-    Channel m of a case's image and segmentation are modality m's own preprocessed files, voxel for voxel.
+    The channels of a case's image are those of its modalities, one modality after the other, and its segmentation has
+    one channel per modality: the preprocessed files of the modalities, voxel for voxel.
 
     Args:
-        datasets: one preprocessed nnU-Net dataset per modality.
+        datasets: modality -> its preprocessed nnU-Net dataset.
         identifiers: the cases to serve; every dataset has them.
         transpose_forward: see `common_frame`.
         target_spacing: see `common_frame`.
@@ -98,7 +102,7 @@ class PairedDataset:
 
     def __init__(
         self,
-        datasets: Sequence[nnUNetBaseDataset],
+        datasets: Mapping[str, nnUNetBaseDataset],
         identifiers: Sequence[str],
         transpose_forward: Sequence[int],
         target_spacing: Sequence[float],
@@ -116,11 +120,12 @@ class PairedDataset:
         """Open a case.
 
         Returns:
-            Image (M, *frame) in float32, followed by the positions if there are any, segmentation (M, *frame) in int16,
-            no previous stage, and properties with the foreground locations in the frame (`class_locations` as nnU-Net
-            has them).
+            Image (C_1 + … + C_M, *frame) in float32, followed by the positions if there are any, segmentation (M,
+            *frame) in int16, no previous stage, and properties with the foreground locations in the frame
+            (`class_locations` as nnU-Net has them).
         """
-        images, segmentations, _, properties = zip(*(d.load_case(identifier) for d in self.datasets), strict=True)
+        opened = [dataset.load_case(identifier) for dataset in self.datasets.values()]
+        images, segmentations, _, properties = zip(*opened, strict=True)
         shapes = [image.shape[1:] for image in images]
         frame, offsets = common_frame(properties, shapes, self.transpose_forward, self.target_spacing)
         return (

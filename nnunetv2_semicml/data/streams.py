@@ -1,10 +1,17 @@
-"""Labeled and unlabeled patches in one stream, with nnU-Net's augmentation applied to paired modalities."""
+"""Labeled and unlabeled patches in one stream, with nnU-Net's augmentation applied to paired modalities.
 
-from collections.abc import Sequence
+A draw is a set of modalities whose patches show the same places of the same cases; the labeled and the unlabeled batch
+consist of one or several draws.
+"""
+
+from collections.abc import Mapping, Sequence
 from itertools import groupby
+from math import ceil
+from typing import TypedDict
 
 import numpy as np
 import torch
+from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
@@ -13,83 +20,140 @@ from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from torch import Tensor
+
+from nnunetv2_semicml.data.paired_dataset import PairedDataset
 
 _GEOMETRIC = (SpatialTransform, MirrorTransform, Convert3DTo2DTransform, Convert2DTo3DTransform)
 _VOXELWISE = (ImageOnlyTransform, SegOnlyTransform, MaskImageTransform)
 
 
-class PairedTransform(BasicTransform):
-    """nnU-Net's augmentation of M modalities: one geometry for all, everything else as for a single modality.
+class Patches(TypedDict):
+    """A draw of B patches; a dict, since nnU-Net's loader pins tensors in dicts and lists alone.
 
-    Each modality has its own stock single-channel pipeline. Geometric transforms are drawn once and move all modalities
-    together; intensities, masks and targets are handled by each modality's own pipeline on its own channel, so that the
+    Attributes:
+        cases: their names.
+        images: modality -> (B, C_m, *patch).
+        targets: modality -> (B, T, *patch) or, for deep supervision, a list with one for each scale; nothing for
+            unlabeled cases.
+        positions: (B, axes, *patch), see `PairedDataset`, or None.
+    """
+
+    cases: Sequence[str]
+    images: dict[str, Tensor]
+    targets: dict[str, Tensor | list[Tensor]]
+    positions: Tensor | None
+
+
+class PairedTransform(BasicTransform):
+    """nnU-Net's augmentation of M modalities: one geometry for all, everything else as for a modality by itself.
+
+    Each modality has its own stock pipeline. Geometric transforms are drawn once and move all modalities together;
+    intensities, masks and targets are handled by each modality's own pipeline on its own channels, so that the
     assumptions of those transforms hold (the mask and the regions are read from segmentation channel 0).
 
     Args:
         pipelines: one pipeline per modality; they differ in nothing but their masking.
+        channels: number of image channels of each modality.
 
     Raises:
         NotImplementedError: for a transform that is not known to move voxels or to leave them in place.
     """
 
-    def __init__(self, pipelines: Sequence[ComposeTransforms]):
+    def __init__(self, pipelines: Sequence[ComposeTransforms], channels: Sequence[int]):
         super().__init__()
         runs = [[(key, list(run)) for key, run in groupby(p.transforms, _is_geometric)] for p in pipelines]
         # stages: (geometric?, the transforms of each modality)
         self.stages = [(same[0][0], [transforms for _, transforms in same]) for same in zip(*runs, strict=True)]
+        self.channels = list(channels)
 
     def apply(self, data_dict: dict, **params: object) -> dict:
-        """Augment a patch: image and segmentation (M, *spatial); target channels come out modality by modality.
+        """Augment a patch.
 
-        Further channels of the image are only moved.
+        Args:
+            data_dict: "image" (C_1 + … + C_M, *spatial), whose further channels are only moved, and "segmentation" (M,
+                *spatial).
+            **params: none.
+
+        Returns:
+            The same, augmented; targets come out modality by modality.
         """
         for geometric, transforms in self.stages:
             if geometric:
                 data_dict = _run(transforms[0], data_dict)
             else:
-                moved_only = data_dict["image"][len(transforms) :]
-                parts = [{key: value[m : m + 1] for key, value in data_dict.items()} for m in range(len(transforms))]
-                parts = [_run(own, part) for own, part in zip(transforms, parts, strict=True)]
+                moved_only = len(data_dict["image"]) - sum(self.channels)
+                *images, moved = data_dict["image"].split([*self.channels, moved_only])
+                segmentations = data_dict["segmentation"].split(1)
+                parts = [
+                    _run(own, {**data_dict, "image": image, "segmentation": segmentation})
+                    for own, image, segmentation in zip(transforms, images, segmentations, strict=True)
+                ]
                 data_dict = {key: _concatenate([part[key] for part in parts]) for key in data_dict}
-                if len(moved_only):
-                    data_dict["image"] = torch.cat([data_dict["image"], moved_only])
+                if moved_only:
+                    data_dict["image"] = torch.cat([data_dict["image"], moved])
         return data_dict
 
 
-class UnlabeledDataLoader(nnUNetDataLoader):
-    """Draws random patches of unlabeled cases; takes what nnU-Net's loader takes, without foreground oversampling."""
+class PairedDataLoader(nnUNetDataLoader):
+    """Draws patches of a `PairedDataset`; takes what nnU-Net's loader takes.
 
-    def __init__(self, *args: object, **kwargs: object):
-        super().__init__(*args, oversample_foreground_percent=0.0, **kwargs)
-        self.has_ignore = False  # an ignore label is looked for through labels; there are none
-
-    def get_indices(self) -> np.ndarray:
-        """Draw distinct cases as long as there are enough: contrastive losses take two patches for two cases."""
-        return np.random.choice(self.indices, self.batch_size, replace=self.batch_size > len(self.indices))
-
-
-class SemiSupervisedDataLoader(nnUNetDataLoader):
-    """Draws a labeled and an unlabeled batch at a time, so that both streams share one budget of worker processes.
+    Unlabeled cases are drawn without foreground oversampling and without their placeholder targets. The first ones of a
+    batch are different cases, as many as there are, since contrastive losses take two patches for two cases.
 
     Args:
-        *args, **kwargs: for nnU-Net's loader of the labeled cases.
-        unlabeled: the loader of the unlabeled cases.
-        labeled: whether labeled cases are needed at all.
+        data: the cases.
+        *args, **kwargs: for nnU-Net's loader.
+        channels: modality -> number of its image channels, in the dataset's order.
     """
 
-    def __init__(self, *args: object, unlabeled: UnlabeledDataLoader, labeled: bool = True, **kwargs: object):
-        super().__init__(*args, **kwargs)
-        self.unlabeled = unlabeled
-        self.labeled = labeled
+    def __init__(self, data: PairedDataset, *args: object, channels: Mapping[str, int], **kwargs: object):
+        super().__init__(data, *args, **kwargs)
+        self.channels = channels
+        if not data.labeled:
+            self.has_ignore = False  # an ignore label is looked for through labels; there are none
 
-    def generate_train_batch(self) -> dict:
-        """Draw nnU-Net's batch and, under "unlabeled", images (B, M, *patch), or more channels if they have positions.
+    def get_indices(self) -> Sequence[str]:
+        """Draw the cases of a batch."""
+        if self._data.labeled:
+            return super().get_indices()
+        rounds = ceil(self.batch_size / len(self.indices))
+        return np.concatenate([np.random.permutation(self.indices) for _ in range(rounds)])[: self.batch_size]
 
-        The placeholder target of the unlabeled cases is dropped.
-        """
-        batch = super().generate_train_batch() if self.labeled else {}
-        batch["unlabeled"] = self.unlabeled.generate_train_batch()["data"]
-        return batch
+    def generate_train_batch(self) -> Patches:
+        """Draw nnU-Net's batch and split it by modality."""
+        batch = super().generate_train_batch()
+        sizes = list(self.channels.values())
+        *images, positions = batch["data"].split([*sizes, batch["data"].shape[1] - sum(sizes)], dim=1)
+        targets = {}
+        if self._data.labeled:
+            scales = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
+            of_modalities = zip(*(scale.chunk(len(sizes), dim=1) for scale in scales), strict=True)
+            for name, of_modality in zip(self.channels, of_modalities, strict=True):
+                targets[name] = list(of_modality) if isinstance(batch["target"], list) else of_modality[0]
+        return {
+            "cases": list(batch["keys"]),
+            "images": dict(zip(self.channels, images, strict=True)),
+            "targets": targets,
+            "positions": positions if self._data.positions else None,
+        }
+
+
+class SemiSupervisedDataLoader(SlimDataLoaderBase):
+    """Draws a labeled and an unlabeled batch at a time, so that all streams share one budget of worker processes.
+
+    Args:
+        labeled: the loaders of labeled cases.
+        unlabeled: the loaders of unlabeled cases.
+    """
+
+    def __init__(self, labeled: Sequence[PairedDataLoader], unlabeled: Sequence[PairedDataLoader] = ()):
+        super().__init__(None, 0)
+        self.loaders = {"labeled": labeled, "unlabeled": unlabeled}
+
+    def generate_train_batch(self) -> dict[str, list[Patches]]:
+        """Draw from every loader: "labeled" and "unlabeled" patches."""
+        return {kind: [loader.generate_train_batch() for loader in loaders] for kind, loaders in self.loaders.items()}
 
 
 def _is_geometric(transform: BasicTransform) -> bool:

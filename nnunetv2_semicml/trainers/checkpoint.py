@@ -64,12 +64,10 @@ def load_checkpoint(
         ) from error
     for key, expected in provenance.items():
         if found.get(key) != expected:
-            raise UserError(
-                filename,
-                f"a checkpoint of {key} {found.get(key)}",
-                f"{key} {expected}",
-                remedy,
-            )
+            of = f"{key} {found.get(key)}", f"{key} {expected}"
+            if key.startswith("digest of "):
+                of = f"other {key.removeprefix('digest of ')}", "the same, since a run goes on as it began"
+            raise UserError(filename, f"a checkpoint of {of[0]}", of[1], remedy)
     return checkpoint
 
 

@@ -1,10 +1,12 @@
 """A stock nnU-Net trainer as one member of a group: it keeps its network and records, and is given its batches."""
 
+import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+from nnunetv2_semicml.data.modality_group import Modality
 from nnunetv2_semicml.trainers.checkpoint import save_atomically, use_builtin_numbers
 
 
@@ -16,7 +18,7 @@ class ModalityTrainerMixin:
     """
 
     name: str  # of the network: that of the modality, with a number if it is not the modality's first
-    channel: int  # of the modality in paired images
+    modality: Modality
     deployed: bool  # whether the network gets a model folder
     stock_trainer: type[nnUNetTrainer]
     provenance: dict
@@ -29,8 +31,11 @@ class ModalityTrainerMixin:
         return None, None
 
     def print_to_log_file(self, *args: object, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
-        """Write to this modality's log file and, during validation, to the console."""
-        also_print_to_console = also_print_to_console and self.print_to_console
+        """Write to this modality's log file and, warnings always and all during validation, to the console."""
+        if args[:1] == ("train_loss",) and np.isnan(args[1]):
+            args = ("train_loss: none, since the network rests in this epoch",)
+        warning = any("WARNING" in str(arg) for arg in args)
+        also_print_to_console = also_print_to_console and (self.print_to_console or warning)
         super().print_to_log_file(
             f"[{self.name}]", *args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp
         )
@@ -132,21 +137,21 @@ class ModalityTrainerMixin:
 
 
 def make_modality_trainer_class(
-    stock_trainer: type[nnUNetTrainer], class_name: str, name: str, channel: int, deployed: bool, provenance: dict
+    stock_trainer: type[nnUNetTrainer], class_name: str, name: str, modality: Modality, deployed: bool, provenance: dict
 ) -> type[nnUNetTrainer]:
     """Combine the mixin with a stock trainer.
 
     Args:
         stock_trainer: the nnU-Net trainer of the networks; it must be part of nnU-Net, so that any nnU-Net can predict.
         class_name: that of the conductor; nnU-Net derives the result folder from it.
-        name: of the network, for logs and as a key.
-        channel: of the modality in paired images.
+        name: of the network, for logs and as a key; the modality's first network has its name.
+        modality: what the network sees.
         deployed: whether checkpoints of the network are written for nnU-Net to predict with.
         provenance: stored in these checkpoints.
     """
     members = {
         "name": name,
-        "channel": channel,
+        "modality": modality,
         "deployed": deployed,
         "stock_trainer": stock_trainer,
         "provenance": provenance,

@@ -12,11 +12,12 @@ class nnUNetTrainerCPS(nnUNetTrainerCrossModalCPS):
     """Two networks that differ in their initial weights label each other's unlabeled cases; the first is deployed."""
 
     min_modalities = 1
+    compares_modalities = False
     networks_per_modality = 2
 
     def labelers(self, learner: nnUNetTrainer) -> list[nnUNetTrainer]:
         """The other network of the modality."""
-        return [t for t in self.trainers if t.channel == learner.channel and t is not learner]
+        return [t for t in self.trainers if t.modality is learner.modality and t is not learner]
 
 
 class nnUNetTrainerCPS_5epochs(nnUNetTrainerCPS):

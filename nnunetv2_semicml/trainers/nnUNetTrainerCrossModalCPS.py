@@ -20,6 +20,7 @@ class nnUNetTrainerCrossModalCPS(nnUNetTrainerSemiSupervised):
     """
 
     min_modalities = 2
+    compares_modalities = True
 
     def __init__(
         self,
@@ -37,7 +38,7 @@ class nnUNetTrainerCrossModalCPS(nnUNetTrainerSemiSupervised):
 
     def labelers(self, learner: nnUNetTrainer) -> list[nnUNetTrainer]:
         """Whose segmentations a network learns from: those of the other modalities."""
-        return [t for t in self.trainers if t.channel != learner.channel]
+        return [t for t in self.trainers if t.modality is not learner.modality]
 
     def unsupervised_terms(self, outputs: dict[str, Tensor], targets: None) -> dict[str, Tensor]:
         """Cross-entropy and Dice with pseudo-labels; means over those of a network, sums over the networks."""
@@ -45,14 +46,17 @@ class nnUNetTrainerCrossModalCPS(nnUNetTrainerSemiSupervised):
         probabilities = {name: self.probabilities(logits) for name, logits in outputs.items()}
         labels = {name: self.hard_pseudo_labels(p.detach()) for name, p in probabilities.items()}
         ce, dice = [], []
-        for trainer in self.trainers:
-            prediction, others = self.foreground(probabilities[trainer.name]), self.labelers(trainer)
-            for other in others:
-                label, share = labels[other.name], 1 / len(others)
-                target = self.foreground(label)
-                ce.append(share * soft_cross_entropy(outputs[trainer.name], label, regions))
-                dice.append(share * soft_dice_loss(prediction, target, batch_dice, distributed=self.is_ddp))
-        return {"ce": torch.stack(ce).sum(), "dice": torch.stack(dice).sum()}
+        for trainer in (t for t in self.trainers if t.name in outputs):
+            prediction = self.foreground(probabilities[trainer.name])
+            others = [labels[t.name] for t in self.labelers(trainer) if t.name in labels]
+            ce_of = [soft_cross_entropy(outputs[trainer.name], label, regions) for label in others]
+            dice_of = [
+                soft_dice_loss(prediction, self.foreground(label), batch_dice, distributed=self.is_ddp)
+                for label in others
+            ]
+            ce.append(torch.stack(ce_of).mean())
+            dice.append(torch.stack(dice_of).mean())
+        return {"ce": self.over_networks(ce), "dice": self.over_networks(dice)}
 
     def unsupervised_weights(self) -> dict[str, float]:
         """The ramped weight, of both."""

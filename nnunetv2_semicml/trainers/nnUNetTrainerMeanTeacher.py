@@ -40,14 +40,14 @@ class nnUNetTrainerMeanTeacher(nnUNetTrainerSelfEnsembling):
     def unsupervised_targets(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
         """Probabilities (B, heads, *patch) of every teacher, on noisy images."""
         return {
-            name: self.mean_prediction(teacher, images[name], 1, self.noise_std, self.noise_bounds)
-            for name, teacher in self.teachers.items()
+            name: self.mean_prediction(self.teachers[name], image, 1, self.noise_std, self.noise_bounds)
+            for name, image in images.items()
         }
 
     def unsupervised_terms(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """The sum over the networks, which learn independently of each other."""
         terms = [mse_loss(self.probabilities(logits), targets[name]) for name, logits in outputs.items()]
-        return {"mse": torch.stack(terms).sum()}
+        return {"mse": self.over_networks(terms)}
 
     def unsupervised_weights(self) -> dict[str, float]:
         """The ramped weight."""

@@ -114,7 +114,7 @@ class nnUNetTrainerSECL(nnUNetTrainerSelfEnsembling):
 
         Args:
             teacher: predicts projected features.
-            image: of some of the unlabeled cases, (B, 1, *patch), with noise.
+            image: of some of the unlabeled cases, (B, C, *patch), with noise.
             positions: of these cases, (B, axes, *patch), if the method needs them.
 
         Returns:
@@ -126,9 +126,10 @@ class nnUNetTrainerSECL(nnUNetTrainerSelfEnsembling):
     def unsupervised_targets(self, images: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Of every network the keys (B, R, D) of its teacher, and the parts (B, R, *size)."""
         targets = {}
-        for name, teacher in self.teachers.items():
+        where_all = images.get("positions")
+        for name, teacher in ((name, self.teachers[name]) for name in images if name in self.teachers):
             noisy = add_noise(images[name], self.noise_std, self.noise_bounds).split(self.cases_per_pass)
-            positions = images["positions"].split(self.cases_per_pass) if self.needs_positions else [None] * len(noisy)
+            positions = [None] * len(noisy) if where_all is None else where_all.split(self.cases_per_pass)
             keys, parts = [], []
             with torch.inference_mode():
                 for cases, where in zip(noisy, positions, strict=True):
@@ -150,15 +151,15 @@ class nnUNetTrainerSECL(nnUNetTrainerSelfEnsembling):
         """The contrast of anchors and keys, summed over the networks, which learn independently of each other."""
         loss, terms = ContrastiveLoss(self.contrast_temperature), []
         for name, features in outputs.items():
-            keys, parts = targets[name]
-            anchors, weight = pool_features(features, parts)
+            keys, parts = map(self.contrasted, targets[name])
+            anchors, weight = pool_features(self.contrasted(features), parts)
             present = (weight >= self.min_part).flatten()
             image, part = torch.meshgrid(*(torch.arange(n, device=keys.device) for n in weight.shape), indexing="ij")
             same_image, same_part = (_pairs(i) for i in (image, part))
             both = present[:, None] & present[None, :]
             positive = both & same_part if self.own_image else both & same_part & ~same_image
             terms.append(loss(anchors.flatten(0, 1), keys.flatten(0, 1), positive, both & ~same_part))
-        return {"contrast": torch.stack(terms).sum()}
+        return {"contrast": self.over_networks(terms)}
 
     def unsupervised_weights(self) -> dict[str, float]:
         """The ramped weight."""

@@ -19,6 +19,7 @@ class nnUNetTrainerSECLRegion(nnUNetTrainerSECL):
     """
 
     needs_positions = True
+    min_unlabeled = 2  # the same region of another case is positive
     own_image = False
 
     def __init__(

@@ -17,6 +17,8 @@ class nnUNetTrainerSemiCML(nnUNetTrainerSemiSupervised):
     """Two or more modalities teach each other on unlabeled cases by the ASC loss and prediction consistency."""
 
     min_modalities = 2
+    compares_modalities = True
+    min_unlabeled = 2
 
     def __init__(
         self,

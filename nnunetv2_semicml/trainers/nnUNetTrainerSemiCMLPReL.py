@@ -15,7 +15,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from torch import Tensor
 
 from nnunetv2_semicml.data.modality_group import environment_folder
-from nnunetv2_semicml.errors import UserError
+from nnunetv2_semicml.errors import UserError, some_of
 from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
 from nnunetv2_semicml.losses.soft_pseudo_label import confidence, soft_cross_entropy, soft_dice_loss
 from nnunetv2_semicml.trainers.checkpoint import load_checkpoint
@@ -45,6 +45,9 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
 
     first_stage: type[nnUNetTrainerSemiCML] = nnUNetTrainerSemiCML
     min_modalities = 2
+    compares_modalities = True
+    min_unlabeled = 2
+    better_modality: str | None = None
     epochs = 600  # published: 31 after 50 of Semi-CML, the same share of nnU-Net's 1000 here
 
     def __init__(
@@ -81,7 +84,6 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
         self.noise_bounds = (0.0, 0.2)
         self.confidence_weighting = False  # not published: weights voxels by the certainty of their pseudo-label
         self.teacher: Teacher | None = None
-        self.better_modality: str | None = None
         self.better_weights: dict[str, Tensor] = {}
         self.validation_dice: dict[str, float] = {}
 
@@ -111,11 +113,33 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
         for trainer in self.trainers:
             trainer.unwrapped_network().load_state_dict(checkpoint["modalities"][trainer.name]["network_weights"])
         pools = {name: state["best_dice"] for name, state in checkpoint["method"].items()}
-        # no value at all: nnU-Net never saw foreground in validation patches
+        self._require_foreground()
+        # no value at all: validation patches never showed foreground
         self.validation_dice = {name: fmean(dice) if dice else 0.0 for name, dice in pools.items()}
+        if not any(self.validation_dice.values()):
+            self.print_to_log_file("WARNING: no modality found any foreground in validation; the first one teaches.")
         better = max(self.validation_dice, key=self.validation_dice.get)
         self._set_teacher(better, checkpoint["method"][better]["teacher_weights"])
         self.better_weights = checkpoint["modalities"][better]["network_weights"]
+
+    def _require_foreground(self) -> None:
+        """Refuse to choose by the Dice of validation cases without foreground, the same ones for all modalities."""
+        splits = [set(trainer.do_split()[1]) for trainer in self.trainers]
+        cases = set.intersection(*splits) or set.union(*splits)
+        for trainer in self.trainers:
+            own = sorted(cases & set(trainer.do_split()[1]))
+            dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, own)
+            for case in own:
+                found = dataset.load_case(case)[3]["class_locations"]
+                # nnU-Net's key with -1 is of all annotated voxels, where there is an ignore label
+                if any(len(v) for label, v in found.items() if not (isinstance(label, tuple) and -1 in label)):
+                    return
+        raise UserError(
+            f"validation cases of fold {self.fold} of {self.group.dataset_name}",
+            f"no foreground in {some_of(sorted(cases))}",
+            "some, since the modality with the better validation Dice becomes the teacher",
+            "Train another fold, or edit splits_final.json.",
+        )
 
     def _set_teacher(self, modality: str, weights: dict) -> None:
         self.better_modality = modality
@@ -146,6 +170,10 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
         return ceil((1 - self.join_fraction) * self.num_epochs)
 
     # the method
+
+    def draws(self) -> list[tuple[str, ...]]:
+        """Those that show the better modality, from which the others learn."""
+        return [draw for draw in super().draws() if self.better_modality in (None, *draw)]
 
     def learners(self) -> list[nnUNetTrainer]:
         """The weaker modalities, and for the end of the stage all."""
@@ -189,7 +217,7 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
         """Mean probabilities of several passes of the teacher over noisy copies of an image.
 
         Args:
-            image: augmented patches (B, 1, *patch) of the better modality, the same that its network sees.
+            image: augmented patches (B, C, *patch) of the better modality, the same that its network sees.
 
         Returns:
             Probabilities (B, heads, *patch) without gradient: softmax with the background, or sigmoid for regions.

@@ -1,14 +1,17 @@
 """The base of all trainers here: stock trainers, one per modality, and a conductor that adds an unsupervised loss.
 
 nnU-Net's command line instantiates the conductor for the multi-modal dataset, or for that of a single modality, and
-runs nnU-Net's own training loop on it. The conductor draws labeled and unlabeled batches of paired modalities, computes
+runs nnU-Net's own training loop on it. The conductor draws a labeled batch of every modality and unlabeled batches of
+modalities that are compared, computes
 
-    supervised_weight * sum_m L_sup(m, labeled) + sum_terms weight_term(epoch) * L_term(all modalities, unlabeled)
+    supervised_weight * sum_m L_sup(m, labeled) + sum_terms weight_term(epoch) * mean_draws L_term(draw of unlabeled)
 
 and passes every other hook on to the modality trainers, which write complete stock model folders of their own.
 """
 
 import os
+from collections.abc import Sequence
+from itertools import combinations
 from math import ceil
 from os.path import basename, isfile, join
 from pathlib import Path
@@ -17,7 +20,6 @@ import numpy as np
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
@@ -28,14 +30,17 @@ from torch import distributed as dist
 from torch.nn.functional import one_hot
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nnunetv2_semicml.data.folds import SPLITS_FILE, read_folds
 from nnunetv2_semicml.data.modality_group import (
+    Modality,
     ModalityGroup,
     environment_folder,
     preprocessed_folder,
     unlabeled_identifier,
 )
 from nnunetv2_semicml.data.paired_dataset import PairedDataset
-from nnunetv2_semicml.data.streams import PairedTransform, SemiSupervisedDataLoader, UnlabeledDataLoader
+from nnunetv2_semicml.data.streams import PairedDataLoader, PairedTransform, SemiSupervisedDataLoader
+from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.losses.consistency import sigmoid_rampup
 from nnunetv2_semicml.trainers.checkpoint import (
     get_random_state,
@@ -75,13 +80,18 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         network_trainer: the nnU-Net trainer that every modality is trained and deployed with.
         epochs: length of the schedule; nnU-Net's, unless a subclass says otherwise.
         min_modalities: fewer are refused.
+        compares_modalities: whether the unsupervised terms compare the modalities of a case. A step then draws
+            unlabeled cases that have all modalities or, if cases lack some, a batch for every pair from those that have
+            both. Otherwise it draws a batch of every modality from all of its cases.
+        min_unlabeled: unlabeled cases to draw from, fewer of which are refused.
         networks_per_modality: differently initialized networks of every modality, of which the first is deployed.
         needs_positions: whether `unsupervised_targets` asks where in its case a patch lies.
         trainers: the modality trainers in channel order, from `initialize` on.
-        unlabeled_batch_size: unlabeled cases per step; None takes the plans' batch size, but at least the two cases
+        unlabeled_batch_size: unlabeled cases per draw; None takes the plans' batch size, but at least the two cases
             that a contrast needs.
-        asc_cases: unlabeled cases per step that an ASC loss contrasts; None takes those of the unlabeled batch. If
-            there are more, the step draws as many, and the other terms see the batch alone.
+        asc_cases: unlabeled cases per draw that an ASC loss contrasts; None takes those of the unlabeled batch, as far
+            as they are different cases. If there are more, the step draws as many, and the other terms see the batch
+            alone.
         supervised_weight: weight of nnU-Net's loss on labeled cases; 0 leaves these out.
         rampup_fraction: share of the schedule over which `ramp` rises, for methods that call it.
         two_pass: how a step is computed, see `train_step`; None chooses, and says why in the log.
@@ -94,6 +104,8 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
     network_trainer: type[nnUNetTrainer] = nnUNetTrainer
     epochs = 1000
     min_modalities = 1
+    compares_modalities = False
+    min_unlabeled = 1
     networks_per_modality = 1
     needs_positions = False
 
@@ -118,6 +130,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         if "previous_stage" in plans["configurations"].get(configuration, {}):
             raise NotImplementedError(f"{name} does not support the cascade: train 3d_fullres or 3d_lowres instead.")
         self.modality_plans = self.group.require_ready(plans, configuration)
+        self._require_cases(fold)
         batch_size = PlansManager(plans).get_configuration(configuration).batch_size
         if dist.is_available() and dist.is_initialized() and batch_size % dist.get_world_size():
             raise NotImplementedError(
@@ -142,6 +155,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         self.rampup_fraction = 0.4
         self.two_pass: bool | None = None
         self.cases_per_pass: int | None = None
+        self._distinct_cases = 0  # that every unlabeled draw can have, in all processes together
         self._random_state: dict | None = None
         self._validate_best = False
 
@@ -151,27 +165,29 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         """What the learners' predictions are compared with, if not with each other, e.g. a teacher's predictions.
 
         Args:
-            images: for every network by name, the augmented patches (B, 1, *patch) of unlabeled cases that it sees
-                afterwards if it is a learner; with `needs_positions` also "positions", see `PairedDataset`.
+            images: for every network of a draw by name, the augmented patches (B, C, *patch) of unlabeled cases that it
+                sees afterwards if it is a learner; with `needs_positions` also "positions", see `PairedDataset`.
 
         Returns:
             Anything without gradient, passed on to `unsupervised_terms`.
         """
 
     def unlabeled_output(self, trainer: nnUNetTrainer, images: Tensor) -> Tensor:
-        """What the unsupervised terms see of a network: its logits (B, heads, *patch) of images (B, 1, *patch)."""
+        """What the unsupervised terms see of a network: its logits (B, heads, *patch) of images (B, C, *patch)."""
         return trainer.local_network()(images)
 
     def unsupervised_terms(self, outputs: dict[str, Tensor], targets: object) -> dict[str, Tensor]:
-        """Compute the unsupervised loss terms on unlabeled cases.
+        """Compute the unsupervised loss terms on a draw of unlabeled cases.
 
         Args:
-            outputs: `unlabeled_output` of every network of `learners` by name, in float32. For logits see
+            outputs: `unlabeled_output` of every network of the draw that is one of `learners`, by name, in float32. For
+                logits see
                 `probabilities`, `foreground` and `segment`; for the cases see `in_batch` and `contrasted`.
             targets: what `unsupervised_targets` returned.
 
         Returns:
-            Scalar terms by name, unweighted. With several processes, a mean over this one's cases, or a quantity of all
+            Scalar terms by name, unweighted; a term is averaged over the draws of the step that have it (see
+            `over_networks`). With several processes, a mean over this one's cases, or a quantity of all
             cases with the gradient that `losses` documents; the gradients are averaged over the processes.
         """
         raise NotImplementedError
@@ -195,31 +211,69 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
     def set_method_state(self, state: dict) -> None:
         """Restore what `get_method_state` returned."""
 
+    # the draws of unlabeled cases
+
+    def draws(self) -> list[tuple[str, ...]]:
+        """Which modalities the unlabeled patches of a step show together; the same in every step and process."""
+        names = [modality.name for modality in self.group.modalities]
+        if not self.compares_modalities:
+            return [(name,) for name in names]
+        pairs = list(combinations(names, 2))
+        common = [self.group.common_cases(pair, labeled=False) for pair in pairs]
+        return [tuple(names)] if all(cases == common[0] for cases in common) else pairs
+
+    def over_networks(self, terms: Sequence[Tensor]) -> Tensor:
+        """Sum over all networks, of which a draw may show some: the mean of theirs, times the number of all."""
+        return len(self.trainers) * torch.stack(list(terms)).mean()
+
+    def _require_cases(self, fold: int | str) -> None:
+        """Refuse too few unlabeled cases, and nnU-Net's random split where it would differ between modalities."""
+        world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        for draw in self.draws():
+            number, needed = len(self.group.common_cases(draw, labeled=False)), max(self.min_unlabeled, world_size)
+            if number < needed:
+                raise UserError(
+                    self.group.file,
+                    f"{number} unlabeled cases with {' and '.join(draw)}",
+                    f"at least {needed}, which {type(self).__name__} contrasts or deals out to processes",
+                    "Add unlabeled cases, or train another method.",
+                )
+        folds = read_folds(self.group.file.with_name(SPLITS_FILE))
+        incomplete = len(self.group.patterns(labeled=True)) > 1
+        if isinstance(fold, int) and fold >= len(folds) and incomplete:
+            raise UserError(
+                self.group.file.with_name(SPLITS_FILE),
+                f"{len(folds)} folds",
+                f"fold {fold}, since nnU-Net's random split would differ between modalities that some cases lack",
+                "Train one of the folds in this file.",
+            )
+
     # setting up
 
     def initialize(self) -> None:
         """Build the modality trainers and let them build their networks."""
         if self.was_initialized:
             raise RuntimeError("initialize was called twice.")
-        for channel in range(len(self.group.modalities)):
+        for modality, modality_plans in zip(self.group.modalities, self.modality_plans, strict=True):
             for number in range(1, self.networks_per_modality + 1):
-                self.trainers.append(self._make_trainer(channel, number))
+                self.trainers.append(self._make_trainer(modality, modality_plans, number))
         self._set_batch_size_and_oversample()
         self._choose_passes()
         for key in self._term_keys():
             self.logger.local_logger.my_fantastic_logging.setdefault(key, [])
         self.was_initialized = True
 
-    def _make_trainer(self, channel: int, number: int) -> nnUNetTrainer:
+    def _make_trainer(self, modality: Modality, modality_plans: tuple[dict, dict], number: int) -> nnUNetTrainer:
         """The trainer of a modality's network number 1, which is deployed, or 2, …"""
-        modality, (plans, dataset_json) = self.group.modalities[channel], self.modality_plans[channel]
+        plans, dataset_json = modality_plans
+        channels = [dataset_json["channel_names"][str(i)] for i in range(len(modality.channels))]
         trainer_class = make_modality_trainer_class(
             self.network_trainer,
             type(self).__name__,
             modality.name if number == 1 else f"{modality.name} network {number}",
-            channel,
+            modality,
             number == 1,
-            {**self.provenance, "modality": modality.name},
+            {**self.provenance, "modality": modality.name, "channels": channels},
         )
         plans = {**plans, "continue_training": self.continue_training}
         # the list of cases, with the paths of this machine, must not travel with a deployed model
@@ -235,11 +289,17 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         return trainer
 
     def _choose_passes(self) -> None:
-        distinct = len(self.group.unlabeled) // self._world_size * self._world_size
+        fewest = min(len(self.group.common_cases(draw, labeled=False)) for draw in self.draws())
+        self._distinct_cases = distinct = fewest // self._world_size * self._world_size
         if self.asc_cases is not None and not 2 <= self.asc_cases <= distinct:
             raise ValueError(
-                f"asc_cases must lie between 2 and {distinct}, since there are {len(self.group.unlabeled)} unlabeled "
-                f"cases and none is to be contrasted with itself; got {self.asc_cases}."
+                f"asc_cases must lie between 2 and {distinct}, since there are no more unlabeled cases and none is to "
+                f"be contrasted with itself; got {self.asc_cases}."
+            )
+        if self.unlabeled_cases > distinct:
+            self.print_to_log_file(
+                f"A draw of {self.unlabeled_cases} unlabeled patches has several of a case, since there may be only "
+                f"{distinct} cases to draw from; only patches of different cases are contrasted."
             )
         self.cases_per_pass = self.cases_per_pass or self.batch_size
         batch_norm = any(isinstance(m, _BatchNorm) for t in self.trainers for m in t.network.modules())
@@ -265,9 +325,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             "plans": self.plans_manager.plans_name,
             "configuration": self.configuration_name,
             "fold": self.fold,
-            "digest of cases and architecture": self.group.training_digest(
-                self.plans_manager.plans, self.configuration_name
-            ),
+            **self.group.provenance(self.plans_manager.plans, self.configuration_name, self.fold),
             "trainer": type(self).__name__,
         }
 
@@ -286,69 +344,36 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
     # data
 
     def get_dataloaders(self) -> tuple:
-        """Streams of paired modalities: labeled and unlabeled patches for training, labeled ones for validation."""
-        first, *_ = of_modality = self._deployed_trainers()
-        scales = self._get_deep_supervision_scales()
-        rotation, dummy_2d, initial_patch_size, mirror_axes = (
-            first.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
-        patch_size = self.configuration_manager.patch_size
-        labels = {
-            "foreground_labels": self.label_manager.foreground_labels,
-            "regions": self.label_manager.foreground_regions if self.label_manager.has_regions else None,
-            "ignore_label": self.label_manager.ignore_label,
-        }
+        """Streams of patches: labeled and unlabeled ones for training, labeled ones for validation.
 
-        def training_transforms(deep_supervision_scales: list | None, **targets: object) -> PairedTransform:
-            return PairedTransform(
-                [
-                    t.get_training_transforms(
-                        patch_size,
-                        rotation,
-                        deep_supervision_scales,
-                        mirror_axes,
-                        dummy_2d,
-                        use_mask_for_norm=t.configuration_manager.use_mask_for_norm,
-                        **targets,
-                    )
-                    for t in of_modality
-                ]
+        Every modality has labeled patches of its own, of all of its cases. It is validated on patches that all
+        modalities show together, so that their Dice can be compared, unless no validation case has all modalities.
+        """
+        deployed = self._deployed_trainers()
+        split = {trainer: trainer.do_split() for trainer in deployed}
+        together = set.intersection(*(set(validation) for _, validation in split.values()))
+        if not together:
+            self.print_to_log_file(
+                "WARNING: no validation case has all modalities: each is validated on its own cases, and the Dice of "
+                "different modalities cannot be compared."
             )
-
-        validation_transforms = PairedTransform([t.get_validation_transforms(scales, **labels) for t in of_modality])
-        train_cases, validation_cases = first.do_split()
-        # each process draws from cases of its own, so that no two contrast a case with itself
-        unlabeled_cases = self.group.unlabeled[self.local_rank :: self._world_size] or self.group.unlabeled
-        oversampling = {
-            "oversample_foreground_percent": self.oversample_foreground_percent,
-            "probabilistic_oversampling": self.probabilistic_oversampling,
-        }
         train = SemiSupervisedDataLoader(
-            self._paired_dataset(train_cases, labeled=True),
-            self.batch_size,
-            initial_patch_size,
-            patch_size,
-            self.label_manager,
-            transforms=training_transforms(scales, **labels),
-            **oversampling,
-            labeled=self.supervised_weight != 0,
-            unlabeled=UnlabeledDataLoader(
-                self._paired_dataset(unlabeled_cases, labeled=False),
-                self.cases_here(self.unlabeled_cases),
-                initial_patch_size,
-                patch_size,
-                self.label_manager,
-                transforms=training_transforms(None),
-            ),
+            [self._loader([t], cases, True, True) for t, (cases, _) in split.items() if self.supervised_weight],
+            [
+                # each process draws from cases of its own, so that no two contrast a case with itself
+                self._loader(
+                    [t for t in deployed if t.name in draw],
+                    self.group.common_cases(draw, labeled=False)[self.local_rank :: self._world_size],
+                    False,
+                    True,
+                )
+                for draw in self.draws()
+            ],
         )
-        validation = nnUNetDataLoader(
-            self._paired_dataset(validation_cases, labeled=True),
-            self.batch_size,
-            patch_size,
-            patch_size,
-            self.label_manager,
-            transforms=validation_transforms,
-            **oversampling,
+        validation = SemiSupervisedDataLoader(
+            [self._loader(deployed, sorted(together), True, False)]
+            if together
+            else [self._loader([t], cases, True, False) for t, (_, cases) in split.items()]
         )
         workers = get_allowed_n_proc_DA()
         augmenters = (
@@ -359,22 +384,63 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             next(augmenter)  # as nnU-Net does: the workers start here, and what is wrong with the data shows now
         return augmenters
 
-    def _paired_dataset(self, cases: list[str], labeled: bool) -> PairedDataset:
-        identifier = self.configuration_manager.data_identifier
-        folders = [
-            str(preprocessed_folder(m.dataset_name) / (identifier if labeled else unlabeled_identifier(identifier)))
-            for m in self.group.modalities
+    def _loader(
+        self, trainers: Sequence[nnUNetTrainer], cases: Sequence[str], labeled: bool, augment: bool
+    ) -> PairedDataLoader:
+        """Patches that the modalities of some trainers show together."""
+        first = trainers[0]
+        rotation, dummy_2d, patch_size, mirror_axes = first.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        final_patch_size = self.configuration_manager.patch_size
+        scales = self._get_deep_supervision_scales() if labeled else None
+        labels = {
+            "foreground_labels": self.label_manager.foreground_labels,
+            "regions": self.label_manager.foreground_regions if self.label_manager.has_regions else None,
+            "ignore_label": self.label_manager.ignore_label,
+        }
+        pipelines = [
+            t.get_training_transforms(
+                final_patch_size,
+                rotation,
+                scales,
+                mirror_axes,
+                dummy_2d,
+                use_mask_for_norm=t.configuration_manager.use_mask_for_norm,
+                **(labels if labeled else {}),
+            )
+            if augment
+            else t.get_validation_transforms(scales, **labels)
+            for t in trainers
         ]
-        return PairedDataset(
-            [infer_dataset_class(folder)(folder, list(cases)) for folder in folders],
+        channels = {t.name: t.num_input_channels for t in trainers}
+        identifier = self.configuration_manager.data_identifier
+        folders = {
+            t.name: str(
+                preprocessed_folder(t.modality.dataset_name)
+                / (identifier if labeled else unlabeled_identifier(identifier))
+            )
+            for t in trainers
+        }
+        dataset = PairedDataset(
+            {name: infer_dataset_class(folder)(folder, list(cases)) for name, folder in folders.items()},
             cases,
             self.plans_manager.transpose_forward,
             self.configuration_manager.spacing,
             labeled,
             positions=self.needs_positions and not labeled,
         )
+        return PairedDataLoader(
+            dataset,
+            self.batch_size if labeled else self.cases_here(self.unlabeled_cases),
+            patch_size if augment else final_patch_size,
+            final_patch_size,
+            self.label_manager,
+            oversample_foreground_percent=self.oversample_foreground_percent if labeled else 0.0,
+            probabilistic_oversampling=self.probabilistic_oversampling and labeled,
+            transforms=PairedTransform(pipelines, list(channels.values())),
+            channels=channels,
+        )
 
-    def _augmenter(self, loader: nnUNetDataLoader, workers: int) -> object:
+    def _augmenter(self, loader: SemiSupervisedDataLoader, workers: int) -> object:
         if workers == 0:
             return SingleThreadedAugmenter(loader, None)
         return NonDetMultiThreadedAugmenter(
@@ -386,25 +452,30 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             wait_time=0.002,
         )
 
-    def _modality_batches(self, batch: dict) -> list[tuple[Tensor, Tensor | list[Tensor]]]:
-        """Split a paired batch on the device: (image (B, 1, *patch), target or list of targets) of each network."""
-        data = batch["data"].to(self.device, non_blocking=True)
-        target = batch["target"]
-        scales = [t.to(self.device, non_blocking=True) for t in (target if isinstance(target, list) else [target])]
-        batches = []
-        for trainer in self.trainers:
-            own = [scale.chunk(len(self.group.modalities), dim=1)[trainer.channel] for scale in scales]
-            image = data[:, trainer.channel : trainer.channel + 1]
-            batches.append((image, own if isinstance(target, list) else own[0]))
-        return batches
+    def labeled_batches(self, batch: dict) -> dict[str, tuple[Tensor, Tensor | list[Tensor]]]:
+        """The labeled part of a batch on the device: (image (B, C, *patch), target or targets) of each network."""
+        images, targets = {}, {}
+        for patches in batch["labeled"]:
+            for modality, image in patches["images"].items():
+                images[modality] = image.to(self.device, non_blocking=True)
+                target = patches["targets"][modality]
+                targets[modality] = (
+                    [scale.to(self.device, non_blocking=True) for scale in target]
+                    if isinstance(target, list)
+                    else target.to(self.device, non_blocking=True)
+                )
+        return {t.name: (images[t.modality.name], targets[t.modality.name]) for t in self.trainers}
 
-    def unlabeled_images(self, batch: dict) -> dict[str, Tensor]:
-        """The unlabeled part of a paired batch on the device, as `unsupervised_targets` takes it."""
-        data = batch["unlabeled"].to(self.device, non_blocking=True)
-        images = {t.name: data[:, t.channel : t.channel + 1] for t in self.trainers}
-        if self.needs_positions:
-            images["positions"] = data[:, len(self.group.modalities) :]
-        return images
+    def unlabeled_images(self, batch: dict) -> list[dict[str, Tensor]]:
+        """The unlabeled part of a batch on the device: of each draw what `unsupervised_targets` takes."""
+        draws = []
+        for patches in batch["unlabeled"]:
+            own = {name: image.to(self.device, non_blocking=True) for name, image in patches["images"].items()}
+            images = {t.name: own[t.modality.name] for t in self.trainers if t.modality.name in own}
+            if self.needs_positions:
+                images["positions"] = patches["positions"].to(self.device, non_blocking=True)
+            draws.append(images)
+        return draws
 
     def _deployed_trainers(self) -> list[nnUNetTrainer]:
         """One of each modality."""
@@ -440,7 +511,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
 
     @property
     def unlabeled_cases(self) -> int:
-        """Unlabeled cases of a step."""
+        """Unlabeled cases of a draw."""
         return max(self._unlabeled_batch, self.asc_cases or 0)
 
     @property
@@ -452,16 +523,17 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         return dist.get_world_size() if self.is_ddp else 1
 
     def cases_here(self, cases: int) -> int:
-        """How many of a number of cases fall to this process: to all equally many, rounded up."""
+        """How many of a draw's cases fall to this process: to all equally many, rounded up."""
         return ceil(cases / self._world_size)
 
     def in_batch(self, unlabeled: Tensor) -> Tensor:
-        """The cases of the unlabeled batch among those of the step; (B, ...)."""
+        """The cases of the unlabeled batch among those of the draw; (B, ...)."""
         return unlabeled[: self.cases_here(self._unlabeled_batch)]
 
     def contrasted(self, unlabeled: Tensor) -> Tensor:
-        """The cases that an ASC loss contrasts among those of the step; (B, ...)."""
-        return unlabeled[: self.cases_here(self.asc_cases or self._unlabeled_batch)]
+        """The cases that a loss contrasts among those of the draw, all different; (B, ...)."""
+        cases = min(self.asc_cases or self._unlabeled_batch, self._distinct_cases)
+        return unlabeled[: self.cases_here(cases)]
 
     def train_step(self, batch: dict) -> dict:
         """Make one coupled step of all networks.
@@ -472,15 +544,13 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         The result is the same, for the activation memory of one network at the planned batch size. The labeled cases
         follow, network by network.
         """
-        images = self.unlabeled_images(batch)
+        draws = self.unlabeled_images(batch)
         learners = self.learners()
         for trainer in learners:
             trainer.optimizer.zero_grad(set_to_none=True)
-        terms, total = self._unsupervised_step(learners, images)
+        terms, total = self._unsupervised_step(learners, draws)
         supervised = {}
-        if self.supervised_weight:
-            names = [trainer.name for trainer in self.trainers]
-            labeled = dict(zip(names, self._modality_batches(batch), strict=True))
+        labeled = self.labeled_batches(batch) if self.supervised_weight else {}
         exchanges = []
         for trainer in learners:
             if self.supervised_weight:
@@ -509,16 +579,26 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             "unsupervised": dict(zip(terms, values[n:], strict=True)),
         }
 
-    def _unsupervised_step(self, learners: list, images: dict) -> tuple[dict[str, Tensor], Tensor]:
+    def _unsupervised_step(
+        self, learners: Sequence[nnUNetTrainer], draws: Sequence[dict[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Add the gradient of the unsupervised loss; return its terms and their weighted sum, detached."""
-        targets = self.unsupervised_targets(images)
-        # the last learner may hold its activations, since its gradient is sent back first
-        passes = [self._passes(t, images[t.name], False, hold=t is learners[-1]) for t in learners]
-        outputs = {t.name: p.outputs[0].float() for t, p in zip(learners, passes, strict=True)}
-        terms = self.unsupervised_terms(outputs, targets)
+        passes: list[Passes] = []
+        of_draws: dict[str, list[Tensor]] = {}
+        for draw in draws:
+            targets = self.unsupervised_targets(draw)
+            present = [t for t in learners if t.name in draw]
+            # the last network of all may hold its activations, since its gradient is sent back first
+            own = [self._passes(t, draw[t.name], False, hold=draw is draws[-1] and t is present[-1]) for t in present]
+            outputs = {t.name: p.outputs[0].float() for t, p in zip(present, own, strict=True)}
+            for name, term in self.unsupervised_terms(outputs, targets).items():
+                of_draws.setdefault(name, []).append(term)
+            passes += own
+            del outputs, targets
+        terms = {name: torch.stack(values).mean() for name, values in of_draws.items()}
         weights = self.unsupervised_weights()
         total = sum(weights[name] * term for name, term in terms.items())
-        del outputs, targets
+        del of_draws
         self._scale(total).backward()
         while passes:
             passes.pop().backward()
@@ -592,7 +672,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
 
         Args:
             teacher: predicts logits.
-            image: augmented patches (B, 1, *patch).
+            image: augmented patches (B, C, *patch).
             passes: number of passes, each with noise, and dropout where there is any, of its own.
             noise_std: see `add_noise`.
             noise_bounds: see `add_noise`.
@@ -644,10 +724,11 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             trainer.on_validation_epoch_start()
 
     def validation_step(self, batch: dict) -> list[dict]:
-        """Validate every network on its own channel of the batch."""
+        """Validate every network on its modality's part of the batch."""
+        batches = self.labeled_batches(batch)
         return [
-            trainer.validation_step({"data": data, "target": target})
-            for trainer, (data, target) in zip(self.trainers, self._modality_batches(batch), strict=True)
+            trainer.validation_step(dict(zip(("data", "target"), batches[trainer.name], strict=True)))
+            for trainer in self.trainers
         ]
 
     def on_validation_epoch_end(self, val_outputs: list[list[dict]]) -> None:
@@ -665,7 +746,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             trainer.on_epoch_end()
             latest = {key: trainer.logger.get_value(key, step=-1) for key in ("train_losses", "val_losses")}
             dice = np.round(trainer.logger.get_value("dice_per_class_or_region", step=-1), 4).tolist()
-            losses = ", ".join(f"{key[:-2]} {value:.4f}" for key, value in latest.items())
+            losses = ", ".join(f"{key[:-2]} {v:.4f}" for key, v in latest.items() if not np.isnan(v))  # NaN: it rests
             self.print_to_log_file(f"{trainer.name}: {losses}, pseudo Dice {dice}")
         means = {name: self.logger.get_value(f"unsupervised/{name}", step=-1) for name in self.unsupervised_weights()}
         terms = [
@@ -721,14 +802,19 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         save_atomically(checkpoint, filename)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """Continue from a joint checkpoint.
+        """Continue from a joint checkpoint, or validate with it.
+
+        Cases that came after the training keep it from being continued, which would make a run of neither set of
+        cases, and not from being validated on a fold that is the same.
 
         Raises:
-            UserError: if it is damaged or belongs to another dataset, other modalities, plans, configuration or fold.
+            UserError: if it is damaged or belongs to another dataset, other modalities, plans, configuration, fold or,
+                to continue, other cases.
         """
         if not self.was_initialized:
             self.initialize()
-        checkpoint = load_checkpoint(filename_or_checkpoint, self.device, self.provenance)
+        required = {k: v for k, v in self.provenance.items() if self.continue_training or k != "digest of cases"}
+        checkpoint = load_checkpoint(filename_or_checkpoint, self.device, required)
         self.current_epoch = checkpoint["current_epoch"]
         self._best_ema = checkpoint["_best_ema"]
         self.logger.load_checkpoint(checkpoint["logging"])

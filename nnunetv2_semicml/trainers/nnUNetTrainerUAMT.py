@@ -41,9 +41,9 @@ class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
         """
         threshold = 0.75 + 0.25 * sigmoid_rampup(self.current_epoch, self.num_epochs)
         targets, noise = {}, (self.noise_std, self.noise_bounds)
-        for name, teacher in self.teachers.items():
-            prediction = self.mean_prediction(teacher, images[name], 1, *noise)
-            mean = self.mean_prediction(teacher, images[name], self.uncertainty_passes, *noise)
+        for name, image in images.items():
+            prediction = self.mean_prediction(self.teachers[name], image, 1, *noise)
+            mean = self.mean_prediction(self.teachers[name], image, self.uncertainty_passes, *noise)
             certain = confidence(mean, self.label_manager.has_regions) > 1 - threshold
             targets[name] = prediction, certain
         return targets
@@ -53,7 +53,7 @@ class nnUNetTrainerUAMT(nnUNetTrainerMeanTeacher):
     ) -> dict[str, Tensor]:
         """The sum over the networks, which learn independently of each other."""
         terms = [masked_consistency(self.probabilities(z), *targets[name], self.is_ddp) for name, z in outputs.items()]
-        return {"mse": torch.stack(terms).sum()}
+        return {"mse": self.over_networks(terms)}
 
 
 class nnUNetTrainerUAMT_5epochs(nnUNetTrainerUAMT):
