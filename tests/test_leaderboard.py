@@ -4,6 +4,7 @@ import html
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -18,6 +19,8 @@ import pytest
 import SimpleITK as sitk
 import submitit
 from filelock import FileLock
+from skimage.io import imsave
+from tifffile import imwrite
 
 from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup
 from nnunetv2_semicml.evaluation import leaderboard
@@ -54,17 +57,25 @@ for name in datasets:
         (folder / "checkpoint_final.pth").write_text("weights")
     (folder / "validation" / "summary.json").write_text("{}")
 """
-# A scan is 10 and, in the lesion, 100 (FLAIR) or 200 (T1). The stub finds the lesion, shifted by two voxels if it is of
-# the weak trainer, and by one more in T1.
+# A scan is 10 and, in the lesion, 100 (FLAIR), 200 (T1) or 250 (T1ce). The stub finds the lesion in the first file,
+# shifted by two voxels if it is of the weak trainer, and by one more in T1. For other files than NIfTI it has answers.
 PREDICT = """
 model = results / after("-d") / f"{after('-tr')}__{after('-p')}__{after('-c')}"
 folds = words[words.index("-f") + 1 : words.index("-device")]
 assert all((model / f"fold_{fold}" / "checkpoint_final.pth").is_file() for fold in folds if fold.isdigit())
-out = Path(after("-o"))
+out, scans = Path(after("-o")), sorted(Path(after("-i")).iterdir())
 out.mkdir()
-for scan in sorted(Path(after("-i")).glob("*_0000.nii.gz")):
-    others = scan.parent.glob(scan.name.replace("_0000", "_0001"))
-    assert bool(list(others)) == after("-d").endswith("Toy")
+brightest = {s.name: max(gzip.decompress(s.read_bytes())[352:]) if s.suffix == ".gz" else s.read_text("latin1")
+             for s in scans}
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps(["inputs", after("-d"), after("-tr"), brightest]) + "\\n")
+if answers := os.environ.get("ANSWERS"):
+    for answer in Path(answers).iterdir():
+        (out / answer.name).write_bytes(answer.read_bytes())
+    scans = []
+for scan in scans:
+    if "_0000" not in scan.name:
+        continue
     content = gzip.decompress(scan.read_bytes())
     header, voxels = content[:352], content[352:]  # NIfTI: rows of 24 bytes
     shift = 2 * (after("-tr") == "nnUNetTrainer") + (max(voxels) == 200)
@@ -87,29 +98,55 @@ def lesion(number):
     return mask
 
 
-def write_preprocessed(root, dataset, labeled, unlabeled):
-    """What planning leaves: the group, and of every dataset its description, plans and a folder of cases."""
-    number = int(dataset[7:10])
-    modalities = [Modality(c, i, f"Dataset{number + 1 + i}_{dataset[11:]}_{c}") for i, c in enumerate(CHANNELS)]
+def write_preprocessed(root, dataset, labeled, unlabeled, modalities=None, channels=CHANNELS, lacking=()):
+    """What planning leaves: the group, and of every dataset its description, plans and a folder of cases.
+
+    `modalities`: name -> channels; None: every channel by itself; {}: all are one, "all", in the dataset's own place.
+    `lacking`: (case, modality) that are not there.
+    """
+    number, name = re.fullmatch(r"Dataset(\d+)_(\w+)", dataset).groups()
+    if modalities is None:
+        modalities = {channel: [i] for i, channel in enumerate(channels)}
+    places = {m: (c, f"Dataset{int(number) + 1 + i}_{name}_{m}") for i, (m, c) in enumerate(modalities.items())}
+    of_group = [
+        Modality(
+            m,
+            of_modality,
+            of_modality,
+            place,
+            {case: "digest" for case in labeled if (case, m) not in lacking},
+            {case: "digest" for case in unlabeled if (case, m) not in lacking},
+        )
+        for m, (of_modality, place) in (places or {"all": ([*range(len(channels))], dataset)}).items()
+    ]
     configuration = {"data_identifier": "nnUNetPlans_2d", "architecture": {}}
     plans = {"plans_name": "nnUNetPlans", "configurations": {"2d": configuration}}
-    channels = {dataset: CHANNELS, **{modality.dataset_name: [modality.name] for modality in modalities}}
-    for name, of_dataset in channels.items():
-        (root / "preprocessed" / name / "nnUNetPlans_2d").mkdir(parents=True)
-        description = describe(of_dataset, len(labeled))
-        (root / "preprocessed" / name / "dataset.json").write_text(json.dumps(description))
-        (root / "preprocessed" / name / "nnUNetPlans.json").write_text(json.dumps(plans))
-        (root / "results" / name).mkdir(parents=True)
-    ModalityGroup(dataset, modalities, labeled, unlabeled).save()
+    described = {dataset: channels, **{m.dataset_name: [channels[c] for c in m.channels] for m in of_group}}
+    for of_dataset, names in described.items():
+        (root / "preprocessed" / of_dataset / "nnUNetPlans_2d").mkdir(parents=True)
+        (root / "preprocessed" / of_dataset / "dataset.json").write_text(json.dumps(describe(names, len(labeled))))
+        (root / "preprocessed" / of_dataset / "nnUNetPlans.json").write_text(json.dumps(plans))
+        (root / "results" / of_dataset).mkdir(parents=True)
+    ModalityGroup(dataset, of_group).save()
 
 
-def describe(channels, number):
+def describe(channels, number, file_ending=".nii.gz"):
     return {
         "channel_names": {str(i): channel for i, channel in enumerate(channels)},
         "labels": {"background": 0, "tumor": 1},
         "numTraining": number,
-        "file_ending": ".nii.gz",
+        "file_ending": file_ending,
     }
+
+
+def plan_anew(study, channels=CHANNELS, file_ending=".nii.gz", **options):
+    """Plan Dataset500_Toy otherwise."""
+    for folder in ("preprocessed", "results"):
+        shutil.rmtree(study / folder, ignore_errors=True)
+    write_preprocessed(study, "Dataset500_Toy", ["A", "B"], ["C", "D"], channels=channels, **options)
+    for file in [*(study / "preprocessed").glob("*/dataset.json"), study / "raw" / "Dataset500_Toy" / "dataset.json"]:
+        content = json.loads(file.read_text()) if "preprocessed" in str(file) else describe(channels, 2)
+        file.write_text(json.dumps(content | {"file_ending": file_ending}))
 
 
 class InProcess:
@@ -195,6 +232,11 @@ def trained(calls):
     ]
 
 
+def inputs(calls, dataset):
+    """What nnU-Net found in the folder of scans, when this dataset's network predicted."""
+    return next(c[3] for c in calls if c[:2] == ["inputs", dataset])
+
+
 def predicted(calls):
     return [(c[c.index("-d") + 1], c[c.index("-tr") + 1]) for c in calls if c[0] == "nnUNetv2_predict"]
 
@@ -220,6 +262,10 @@ def test_trains_predicts_evaluates_and_then_has_nothing_to_do(study, call):
         [(name, SEMI) for name in names[1:]] + [(name, "nnUNetTrainer") for name in names]
     )
     assert all(c[c.index("-f") : c.index("-f") + 3] == ["-f", "0", "1"] for c in calls if "predict" in c[0])
+    # the test scans of a modality by itself have the channel 0
+    for name, files in zip(names, ({"0000": 100, "0001": 200}, {"0000": 100}, {"0000": 200}), strict=True):
+        expected = {f"{case}_{i}.nii.gz": brightest for case in TEST_CASES for i, brightest in files.items()}
+        assert inputs(calls, name) == expected
 
     table = read_csv(study)
     assert list(table.columns) == leaderboard.COLUMNS
@@ -369,6 +415,7 @@ def test_a_second_stage_follows_the_first_of_its_fold(study, call, monkeypatch):
 def test_every_seed_has_results_of_its_own(study, call, monkeypatch):
     monkeypatch.setenv("FAIL", "never")
     calls = call("--methods", SEMI, STOCK, "--seeds", 3, 4)
+    calls = [c for c in calls if c[0] != "inputs"]
     assert {(c[0], c[-1]) for c in calls} == {(p, s) for p in ("nnUNetv2_train", "nnUNetv2_predict") for s in "34"}
     assert not fold_folder(study).exists()
     for seed in (3, 4):
@@ -428,10 +475,14 @@ def test_curves_over_the_labeled_share_of_several_leaderboards(study, call):
     table.to_csv(other, index=False)
     call("--methods", SEMI, "--compare", other, page=True)
     assert "Over the labeled share" in text_of(study / "out" / "leaderboard.html")
-    table.iloc[1:].replace({"case": {"P1": "Q1"}}).to_csv(other, index=False)
-    call(
-        "--methods", SEMI, "--compare", other, error=r"other.csv: found other test cases than this leaderboard: P1, Q1"
-    )
+    t1 = table["modality"] == "T1"
+    table.mask(t1, table.replace({"case": {"P1": "Q1"}})).to_csv(other, index=False)
+    message = r"other.csv: found other test cases of T1 than this leaderboard: P1, Q1"
+    call("--methods", SEMI, "--compare", other, error=message)
+    table[~t1 | (table["case"] != "P3")].to_csv(other, index=False)
+    call("--methods", SEMI, "--compare", other, error=r"found other test cases of T1 than this leaderboard: P3")
+    table.replace({"modality": {"T1": "T2"}}).to_csv(other, index=False)
+    call("--methods", SEMI, "--compare", other, error=r"found the modality T2; expected only FLAIR, T1, FLAIR \+ T1")
     table.drop(columns="hd95").to_csv(other, index=False)
     call("--methods", SEMI, "--compare", other, error="other.csv: found the columns dataset, method")
 
@@ -440,7 +491,9 @@ def test_curves_over_the_labeled_share_of_several_leaderboards(study, call):
     ("options", "error"),
     [
         (["--methods", "each:"], r"--methods: found 'each:'; expected \[NAME=\]"),
-        (["--methods", SEMI + "@999"], "found dataset 999"),
+        (["--methods", SEMI + "@999"], "found no dataset for @999"),
+        (["--methods", SEMI + "@Dataset999_X"], "found no dataset for @Dataset999_X"),
+        (["-d", "Dataset999_X", "--methods", SEMI], "found no raw dataset Dataset999_X"),
         (["--methods", SEMI, SEMI], "found nnUNetTrainerSemiCML on FLAIR twice"),
         (
             ["--methods", SEMI, "--reference", "SemiCML"],
@@ -473,7 +526,218 @@ def test_test_scans_without_reference_are_refused(study, call):
 
 def test_stock_nnunet_on_all_channels_needs_its_own_preprocessing(study, call):
     (study / "preprocessed" / "Dataset500_Toy" / "nnUNetPlans_2d").rmdir()
-    assert call("--methods", "all:nnUNetTrainer", error="nnUNetv2_preprocess -d Dataset500_Toy") == []
+    assert call("--methods", "all:nnUNetTrainer", error="nnUNetv2_preprocess -d 500 -plans") == []
+
+
+def add_channel(study, channel=2, brightest=250):
+    """Give every case a third channel."""
+    for file in (study / "raw" / "Dataset500_Toy").glob("images*/*_0000.nii.gz"):
+        voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+        write_image(
+            file.with_name(file.name.replace("_0000", f"_{channel:04d}")),
+            np.where(voxels > 50, brightest, 10).astype(np.uint8),
+        )
+
+
+def test_a_modality_of_two_channels_beside_one_of_one(study, call):
+    add_channel(study)
+    plan_anew(study, channels=["FLAIR", "T1", "T1ce"], modalities={"FLAIR": [0], "MR": [2, 1]})
+    calls = call("--methods", SEMI, STOCK, "all:nnUNetTrainer", page=True)
+    assert inputs(calls, "Dataset501_Toy_FLAIR") == {f"{case}_0000.nii.gz": 100 for case in TEST_CASES}
+    # in the order of the modality
+    of_mr = {"0000": 250, "0001": 200}
+    expected = {f"{case}_{i}.nii.gz": brightest for case in TEST_CASES for i, brightest in of_mr.items()}
+    assert inputs(calls, "Dataset502_Toy_MR") == expected
+    assert len(inputs(calls, "Dataset500_Toy")) == 3 * len(TEST_CASES)
+    dice = read_csv(study).groupby(["modality", "method"])["dice"].mean()
+    assert dice["MR", SEMI] == 1
+    assert dice["MR", STOCK] == pytest.approx(7 / 9, abs=1e-5)
+    assert ("FLAIR + T1 + T1ce", "all:nnUNetTrainer") in dice
+    page = text_of(study / "out" / "leaderboard.html")
+    assert "MR: median and worst patient" in page
+    assert "the slice with the largest outlined area; of the scan, T1ce." in page
+    assert "Training cases 2 labeled cases: 2 with FLAIR + MR; 2 unlabeled cases: 2 with FLAIR + MR" in page
+
+
+def test_a_dataset_with_other_channels_in_a_modality_is_refused(study, call):
+    write_preprocessed(study, "Dataset600_Full", ["A"], ["B"], modalities={"FLAIR": [0], "T1": [0, 1]})
+    message = r"Dataset602_Full_T1/dataset.json: found .*'0': 'FLAIR', '1': 'T1'.*; expected .*\{'0': 'T1'\}"
+    assert call("--methods", "each:nnUNetTrainer@600", error=message) == []
+    write_preprocessed(study, "Dataset610_Full", ["A"], ["B"], modalities={"FLAIR": [0]})
+    message = "Dataset610_Full/modalities.json: found the modalities FLAIR; expected T1"
+    assert call("--methods", "each:nnUNetTrainer@610", error=message) == []
+
+
+def test_files_with_other_channels_than_when_planned_are_refused(study, call):
+    plan_anew(study, modalities={"FLAIR": [0], "T1": [2]}, channels=["FLAIR", "T2", "T1"])
+    (study / "raw" / "Dataset500_Toy" / "dataset.json").write_text(json.dumps(describe(CHANNELS, 2)))
+    assert call("--methods", SEMI, error="found T1 with the channels 2; expected whole files") == []
+
+
+def test_cases_that_lack_a_modality_are_left_out_of_its_results_alone(study, call):
+    (study / "raw" / "Dataset500_Toy" / "imagesTs" / "P1_0001.nii.gz").unlink()
+    plan_anew(study, lacking=[("B", "T1"), ("C", "FLAIR")])
+    for folder, file in (("imagesTr", "B_0001"), ("imagesUn", "C_0000")):
+        (study / "raw" / "Dataset500_Toy" / folder / f"{file}.nii.gz").unlink()
+    theirs = study / "theirs"
+    for i, case in enumerate(TEST_CASES):
+        if case != "P1":
+            write_image(theirs / f"{case}.nii.gz", lesion(4 + i))
+    calls = call("--methods", SEMI, STOCK, "--external", f"Theirs=T1={theirs}", "--reference", STOCK, page=True)
+    assert {name[:2] for name in inputs(calls, "Dataset501_Toy_FLAIR")} == {"P0", "P1", "P2", "P3"}
+    assert inputs(calls, "Dataset502_Toy_T1") == {f"{case}_0000.nii.gz": 200 for case in ("P0", "P2", "P3")}
+    table = read_csv(study)
+    for method in (SEMI, STOCK):
+        cases = table[table["method"] == method].groupby("modality")["case"].agg(list).to_dict()
+        assert cases == {"FLAIR": TEST_CASES, "T1": ["P0", "P2", "P3"]}
+    trained_on = table.drop_duplicates("modality").set_index("modality")[["labeled", "unlabeled"]]
+    assert trained_on.to_numpy().tolist() == [[2, 1], [1, 2]]
+    markdown, page = (study / "out" / "leaderboard.md").read_text(), text_of(study / "out" / "leaderboard.html")
+    assert f"| FLAIR | tumor | {SEMI} | 4 | 1.000 ± 0.000 |" in markdown
+    assert f"| T1 | tumor | {SEMI} | 3 | 0.889 ± 0.000 |" in markdown
+    # paired by the cases of the modality
+    assert f"| Dice | FLAIR | tumor | {SEMI} | +0.222 | +0.222 … +0.222 | 4 / 0 |" in markdown
+    assert f"| Dice | T1 | tumor | {SEMI} | +0.222 | +0.222 … +0.222 | 3 / 0 |" in markdown
+    assert "| Dice | T1 | tumor | Theirs | +0.333 | +0.333 … +0.333 | 3 / 0 |" in markdown
+    for text in (markdown, page):
+        assert "4, each modality alone: 4 with FLAIR, 3 with T1. Results of a modality are those of the cases" in text
+        assert (
+            "2 labeled cases: 1 with FLAIR + T1, 1 with FLAIR; 2 unlabeled cases: 1 with FLAIR + T1, 1 with T1" in text
+        )
+    assert "Over the labeled share" not in page  # one share for each modality
+    assert "FLAIR 4 patients" in page
+    assert "T1 3 patients" in page
+    assert call("--methods", SEMI, STOCK) == []
+
+
+def test_a_modality_that_no_test_case_has_is_said(study, call):
+    for case in TEST_CASES:
+        (study / "raw" / "Dataset500_Toy" / "imagesTs" / f"{case}_0001.nii.gz").unlink()
+    (study / "raw" / "Dataset500_Toy" / "imagesTs" / "P3_0000.nii.gz").rename(
+        study / "raw" / "Dataset500_Toy" / "imagesTs" / "P3_0001.nii.gz"
+    )
+    plan_anew(study, modalities={"FLAIR": [0], "both": [0, 1]})
+    options = ["--external", f"Theirs=both={study}"]
+    message = "found 'Theirs=both=.*one of the modalities that test cases have: FLAIR. Write"
+    assert call("--methods", SEMI, *options, error=message) == []
+    message = "imagesTs: found no test case with both; expected at least one, for --methods all:nnUNetTrainer"
+    assert call("--methods", SEMI, "all:nnUNetTrainer", error=message) == []
+    calls = call("--methods", SEMI, STOCK)
+    assert trained(calls) == [("Dataset500_Toy", "0", SEMI, ""), ("Dataset501_Toy_FLAIR", "0", "nnUNetTrainer", "")]
+    assert set(read_csv(study)["modality"]) == {"FLAIR"}
+    expected = "3 with FLAIR, 0 with both, 1 with none of these, which no method segments. "
+    expected += "Results of a modality are those of the cases that have it; there are none of both"
+    assert expected in (study / "out" / "leaderboard.md").read_text()
+
+
+def test_stock_nnunet_on_all_channels_refuses_cases_that_lack_one(study, call):
+    message = r"found 1 labeled cases of {} that lack a channel: {}; expected all channels of every .*--one_modality"
+    write_preprocessed(study, "Dataset600_Full", ["A", "Q"], ["C"], lacking=[("Q", "FLAIR")])  # without raw files
+    error = message.format("Dataset600_Full", "Q")
+    assert call("--methods", "all:nnUNetTrainer@600", error=error) == []
+    # a modality that the group does not have counts, too
+    plan_anew(study, modalities={"FLAIR": [0]})
+    (study / "raw" / "Dataset500_Toy" / "imagesTr" / "B_0001.nii.gz").unlink()
+    assert call("--methods", SEMI, "all:nnUNetTrainer", error=message.format("Dataset500_Toy", "B")) == []
+    write_preprocessed(study, "Dataset700_Full", ["A"], ["C"], modalities={})
+    calls = call("--methods", SEMI, "all:nnUNetTrainer@700")
+    assert predicted(calls) == [("Dataset501_Toy_FLAIR", SEMI), ("Dataset700_Full", "nnUNetTrainer")]
+    assert set(read_csv(study)["modality"]) == {"FLAIR", "FLAIR + T1"}
+
+
+def test_one_modality_in_the_dataset_s_own_place(study, call):
+    plan_anew(study, modalities={}, lacking=[("B", "all")])
+    (study / "raw" / "Dataset500_Toy" / "imagesTr" / "B_0000.nii.gz").unlink()
+    (study / "raw" / "Dataset500_Toy" / "imagesTs" / "P2_0001.nii.gz").unlink()
+    calls = call("--methods", SEMI, STOCK, "all:nnUNetTrainer", f"Again={SEMI}", f"each:{SEMI}")
+    # each network once, however it is asked for
+    assert trained(calls) == [("Dataset500_Toy", "0", SEMI, ""), ("Dataset500_Toy", "0", "nnUNetTrainer", "")]
+    assert predicted(calls) == [("Dataset500_Toy", SEMI), ("Dataset500_Toy", "nnUNetTrainer")]
+    assert {name[:2] for name in inputs(calls, "Dataset500_Toy")} == {"P0", "P1", "P3"}
+    table = read_csv(study)
+    assert set(table["modality"]) == {"all"}
+    assert set(table["method"]) == {SEMI, STOCK, "all:nnUNetTrainer", "Again", f"each:{SEMI}"}
+    assert set(zip(table["labeled"], table["unlabeled"], strict=True)) == {(1, 2)}
+
+
+def test_methods_that_would_share_networks_are_refused(study, call):
+    message = f"found {SEMI} and each:{SEMI}, which both write the networks of {SEMI} on Dataset501_Toy_FLAIR; expected"
+    assert call("--methods", SEMI, f"each:{SEMI}", error=message) == []
+
+
+def test_the_same_training_under_two_names_runs_once(study, call):
+    second = SEMI + "PReL"
+    calls = call("--methods", SEMI, second, f"Again={SEMI}")
+    assert [trainer for _, _, trainer, _ in trained(calls)] == [SEMI, second]
+    assert set(read_csv(study)["method"]) == {SEMI, second, "Again"}
+
+
+def test_datasets_are_found_by_their_whole_number_or_name(study, call):
+    write_preprocessed(study, "Dataset600_Full", ["A"], ["C"])
+    write_preprocessed(study, "Dataset6000_Other", ["A", "B"], ["C"])
+    write_preprocessed(study, "Dataset5001_Other", ["A", "B"], ["C"])
+    calls = call("-d", "Dataset500_Toy", "--methods", "each:nnUNetTrainer@600")
+    assert [dataset for dataset, *_ in trained(calls)] == ["Dataset601_Full_FLAIR", "Dataset602_Full_T1"]
+    calls = call("--methods", "each:nnUNetTrainer@6000", "Same=each:nnUNetTrainer@Dataset6000_Other")
+    assert [dataset for dataset, *_ in trained(calls)] == ["Dataset6001_Other_FLAIR", "Dataset6002_Other_T1"]
+
+
+def rewrite(study, file_ending, write):
+    """Give Dataset500_Toy files of another ending; `write` gets the file and the voxels of what it replaces."""
+    for file in (study / "raw" / "Dataset500_Toy").glob("*/*.nii.gz"):
+        write(
+            file.with_name(file.name.replace(".nii.gz", file_ending)), sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+        )
+        file.unlink()
+
+
+def test_photographs_hold_several_channels(study, call, monkeypatch):
+    def write(file, voxels):
+        if file.parent.name.startswith("labels"):
+            imsave(file, voxels[2], check_contrast=False)
+        elif file.stem.endswith("_0000"):
+            imsave(file, np.stack([voxels[2], voxels[2] // 2, 0 * voxels[2]], -1), check_contrast=False)
+
+    rewrite(study, ".png", write)
+    plan_anew(study, channels=["R", "G", "B"], file_ending=".png", modalities={})
+    group = ModalityGroup.load("Dataset500_Toy")  # of one file per case
+    group.modalities[0].files[:] = [0]
+    group.save()
+    (study / "answers").mkdir()
+    for i, case in enumerate(TEST_CASES):
+        imsave(study / "answers" / f"{case}.png", np.roll(lesion(4 + i)[2], 1, 1), check_contrast=False)
+    monkeypatch.setenv("ANSWERS", str(study / "answers"))
+    calls = call("--methods", SEMI, page=True)
+    assert sorted(inputs(calls, "Dataset500_Toy")) == [f"{case}_0000.png" for case in TEST_CASES]
+    assert read_csv(study)["dice"].tolist() == pytest.approx([8 / 9] * 4, abs=1e-5)
+    assert "of the scan, the mean of R, G, B." in text_of(study / "out" / "leaderboard.html")
+
+
+def test_the_spacing_of_a_tiff_lies_beside_it(study, call, monkeypatch):
+    def write(file, voxels):
+        imwrite(file, voxels)
+        spacing = file.with_name(re.sub(r"(_\d{4})?\.tiff", ".json", file.name))
+        spacing.write_text(json.dumps({"spacing": [3, 1, 2]}))
+
+    rewrite(study, ".tiff", write)
+    plan_anew(study, file_ending=".tiff", modalities={"T1": [1]})
+    (study / "answers").mkdir()
+    for i, case in enumerate(TEST_CASES):
+        write(study / "answers" / f"{case}.tiff", np.roll(lesion(4 + i), 2, 2))
+    monkeypatch.setenv("ANSWERS", str(study / "answers"))
+    calls = call("--methods", SEMI, page=True)
+    found = inputs(calls, "Dataset501_Toy_T1")
+    assert sorted(found) == sorted(f"{case}{end}" for case in TEST_CASES for end in ("_0000.tiff", ".json"))
+    assert json.loads(found["P0.json"]) == {"spacing": [3, 1, 2]}
+    assert read_csv(study)["hd95"].tolist() == pytest.approx([4] * 4)  # two voxels of 2 mm
+
+    for folder in (study / "raw" / "Dataset500_Toy" / "labelsTs", study / "answers"):
+        for file in folder.glob("*.json"):
+            file.write_text(json.dumps({"spacing": [3, 1, 4.5]}))
+    assert call("--methods", SEMI, error=r"P0.tiff: found spacing \[3, 1, 2\]; expected \[3.0, 1.0, 4.5\]") == []
+    (study / "raw" / "Dataset500_Toy" / "imagesTs" / "P0.json").write_text(json.dumps({"spacing": [3, 1, 4.5]}))
+    assert predicted(call("--methods", SEMI)) == [("Dataset501_Toy_T1", SEMI)]
+    assert read_csv(study)["hd95"].tolist() == pytest.approx([9] * 4)
 
 
 class Nothing(Job):

@@ -170,8 +170,8 @@ class Predict(Job):
         model: what to predict with.
         dataset: the dataset whose network predicts.
         folds: 0, 1, … or all.
-        scans: case -> one file per channel of that dataset.
-        file_ending: of scans and predictions.
+        scans: case -> what nnU-Net reads of it: the name that it expects, e.g. CASE_0000.tif and CASE.json -> file.
+        file_ending: of the predictions.
         out: the folder of the predictions.
         options: more options of nnUNetv2_predict.
     """
@@ -179,7 +179,7 @@ class Predict(Job):
     model: Model
     dataset: str
     folds: tuple[str, ...]
-    scans: Mapping[str, Sequence[str]]
+    scans: Mapping[str, Mapping[str, str]]
     file_ending: str
     out: Path
     options: tuple[str, ...]
@@ -196,7 +196,7 @@ class Predict(Job):
 
     def _inputs(self) -> dict:
         checkpoints = [self.model.fold_folder(self.dataset, fold) / "checkpoint_final.pth" for fold in self.folds]
-        scans = [file for files in self.scans.values() for file in files]
+        scans = [file for files in self.scans.values() for file in files.values()]
         return {"arguments": self._arguments(), "files": [state(file) for file in [*checkpoints, *scans]]}
 
     def missing(self) -> str:
@@ -212,12 +212,9 @@ class Predict(Job):
         shutil.rmtree(temporary, ignore_errors=True)  # of an interrupted run
         scans, predictions = temporary / "scans", temporary / "predictions"
         scans.mkdir(parents=True)
-        for case, files in self.scans.items():
-            for channel, file in enumerate(files):
-                _link(file, scans / f"{case}_{channel:04d}{self.file_ending}")
-            # nnU-Net reads the spacing of a TIFF from a file beside it
-            if (spacing := Path(files[0]).with_name(f"{case}.json")).is_file():
-                _link(spacing, scans / spacing.name)
+        for files in self.scans.values():
+            for name, file in files.items():
+                _link(file, scans / name)
         arguments = ["-i", scans, "-o", predictions, *self._arguments(), "-device", self.model.device]
         self._call(self.model.programs / "nnUNetv2_predict", *arguments, **self.model.environment())
         (predictions / INPUTS_FILE).write_text(json.dumps(inputs))
@@ -249,10 +246,15 @@ class Evaluate(Job):
 
     def _inputs(self) -> dict:
         ending = self.dataset_json["file_ending"]
-        pairs = [(file, self.predictions / f"{case}{ending}") for case, file in self.references.items()]
+        # nnU-Net reads the spacing of a TIFF from CASE.json beside it
+        files = [
+            file
+            for case, reference in self.references.items()
+            for file in (reference, Path(reference).with_name(f"{case}.json"), self.predictions / f"{case}{ending}")
+        ]
         definition = version("nnunetv2-semicml"), self.dataset_json["labels"]
         # as JSON gives it back
-        return json.loads(json.dumps({"definition": definition, "files": [state(f) for pair in pairs for f in pair]}))
+        return json.loads(json.dumps({"definition": definition, "files": [state(file) for file in files]}))
 
     def missing(self) -> str:
         """A prediction, or its metrics."""

@@ -11,7 +11,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +19,6 @@ from pathlib import Path
 import pandas as pd
 import submitit
 import torch
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semicml.data.modality_group import (
@@ -29,7 +27,13 @@ from nnunetv2_semicml.data.modality_group import (
     environment_folder,
     preprocessed_folder,
 )
-from nnunetv2_semicml.data.raw_dataset import RawDataset, read_raw_dataset
+from nnunetv2_semicml.data.raw_dataset import (
+    RawDataset,
+    dataset_number,
+    datasets_with_id,
+    raw_root,
+    read_raw_dataset,
+)
 from nnunetv2_semicml.errors import UserError, reports_user_errors, some_of
 from nnunetv2_semicml.evaluation.jobs import Evaluate, Job, Model, Predict, Train, read_json, run_jobs
 from nnunetv2_semicml.evaluation.leaderboard_page import Files, Incomplete, Report, write_markdown, write_page
@@ -42,6 +46,38 @@ COLUMNS += ["labeled", "unlabeled"]
 
 
 @dataclass(frozen=True)
+class Scans:
+    """The test scans that are segmented under one name in the tables.
+
+    Attributes:
+        channels: names, in the order in which a network reads them.
+        files: of a case that hold these channels, as indices.
+        cases: the test cases that have all of these files.
+    """
+
+    channels: list[str]
+    files: list[int]
+    cases: list[str]
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a method has for one modality.
+
+    Attributes:
+        dataset: the dataset whose network it is.
+        scans: what it segments.
+        labeled: number of labeled training cases that have the modality.
+        unlabeled: number of unlabeled training cases that have it, used or not.
+    """
+
+    dataset: str
+    scans: Scans
+    labeled: int
+    unlabeled: int
+
+
+@dataclass(frozen=True)
 class Method:
     """A trainer, how it is trained and what its networks predict.
 
@@ -50,20 +86,16 @@ class Method:
         trainer: class name.
         scope: "group": trained once on the multi-modal dataset, writes a network for every modality; "each": trained on
             the dataset of every modality by itself; "all": trained on the multi-modal dataset by stock nnU-Net, all
-            channels at once.
-        trained: the datasets to train.
-        predicts: modality -> the dataset whose network predicts it.
-        labeled: number of labeled training cases.
-        unlabeled: number of unlabeled training cases, used or not.
+            channels at once. A dataset that is one modality has "group", however it was asked for.
+        trained: the datasets to train -> the datasets that have a network afterwards.
+        networks: modality -> what predicts it; modalities without test case are left out.
     """
 
     name: str
     trainer: str
     scope: str
-    trained: tuple[str, ...]
-    predicts: dict[str, str]
-    labeled: int
-    unlabeled: int
+    trained: dict[str, tuple[str, ...]]
+    networks: dict[str, Network]
 
 
 @dataclass(frozen=True)
@@ -77,6 +109,26 @@ class Entry:
     unlabeled: int | None = None
 
 
+def find_scans(raw: RawDataset, group: ModalityGroup) -> dict[str, Scans]:
+    """The test scans of every modality and of all channels at once, by the names that they have in the tables.
+
+    Raises:
+        UserError: the dataset's files have other channels than when its modalities were planned.
+    """
+    scans = {}
+    for modality in group.modalities:
+        if raw.files_of_channels(modality.channels) != modality.files:
+            raise UserError(
+                group.file,
+                f"{modality.name} with the channels {some_of(map(str, modality.channels))}",
+                f"whole files of {raw.folder}, whose files hold the channels {raw.channels_of_files}",
+                "Plan and preprocess the dataset again.",
+            )
+        scans[modality.name] = _scans(raw, modality.files)
+    scans.setdefault(_name_of_all(raw, group), _scans(raw, range(len(raw.channels_of_files))))
+    return scans
+
+
 def parse_method(text: str, raw: RawDataset, group: ModalityGroup) -> Method:
     """Read one of --methods.
 
@@ -87,14 +139,15 @@ def parse_method(text: str, raw: RawDataset, group: ModalityGroup) -> Method:
         group: its modalities.
 
     Raises:
-        UserError: the text has another form, or the other dataset is not there, has other modalities, channels or
-            labels, or was made for training on some of the test cases.
+        UserError: the text has another form, no test case has what the method needs, it cannot be trained on cases that
+            lack channels, or the other dataset is not there, has other modalities, channels or labels, or was made for
+            training on some of the test cases.
     """
-    match = re.fullmatch(r"(?:([^=]+)=)?((?:(each|all):)?(\w+)(?:@([\w.-]+))?)", text)
+    match = re.fullmatch(r"(?:([^=]+)=)?((?:(each|all):)?(\w+)(?:@([\w.+-]+))?)", text)
     if not match:
         raise UserError("--methods", repr(text), NOTATION, "Write e.g. nnUNetTrainerSemiCML or each:nnUNetTrainer.")
     name, spec, scope, trainer, other = match.groups()
-    dataset = raw.name if other is None else _dataset_name(other)
+    dataset = raw.name if other is None else _find_dataset(other)
     trained_group = group
     if dataset != raw.name:
         # stock nnU-Net on all channels needs no modality datasets
@@ -104,8 +157,7 @@ def parse_method(text: str, raw: RawDataset, group: ModalityGroup) -> Method:
         labeled, unlabeled = trained_group.labeled, trained_group.unlabeled
     else:
         references = preprocessed_folder(dataset) / "gt_segmentations"
-        ending = raw.dataset_json["file_ending"]
-        labeled, unlabeled = [file.name.removesuffix(ending) for file in references.glob(f"*{ending}")], []
+        labeled, unlabeled = [f.name.removesuffix(raw.file_ending) for f in references.glob(f"*{raw.file_ending}")], []
     if shared := sorted(raw.test.keys() & {*labeled, *unlabeled}):
         raise UserError(
             f"--methods {text}",
@@ -113,37 +165,60 @@ def parse_method(text: str, raw: RawDataset, group: ModalityGroup) -> Method:
             "test cases that no method is trained on",
             "Name another dataset, or make one that leaves these cases out.",
         )
+    single = trained_group is not None and trained_group.is_single
     if scope == "all":
-        trained, predicts = (dataset,), {" + ".join(raw.channel_names): dataset}
+        # of a dataset that is one modality only the complete cases were preprocessed
+        if not single and (incomplete := _incomplete_cases(dataset, raw, trained_group)):
+            raise UserError(
+                f"--methods {text}",
+                f"{len(incomplete)} labeled cases of {dataset} that lack a channel: {some_of(incomplete)}",
+                "all channels of every labeled case, since stock nnU-Net takes the files of a case for its first "
+                "channels",
+                "Plan a copy of the dataset with nnUNetv2_semicml_plan_and_preprocess --one_modality, which leaves "
+                f"these cases out, and write all:{trainer}@ with its id.",
+            )
+        every_channel = _scans(raw, range(len(raw.channels_of_files)))
+        if trained_group:
+            every_modality = [modality.name for modality in trained_group.modalities]
+            labeled, unlabeled = (trained_group.common_cases(every_modality, labeled=kind) for kind in (True, False))
+        networks = {_name_of_all(raw, group): Network(dataset, every_channel, len(labeled), len(unlabeled))}
     else:
-        dataset_of = {modality.name: modality.dataset_name for modality in trained_group.modalities}
-        wanted = [modality.name for modality in group.modalities]
-        if lacking := [modality for modality in wanted if modality not in dataset_of]:
+        others = {modality.name: modality for modality in trained_group.modalities}
+        if lacking := [modality.name for modality in group.modalities if modality.name not in others]:
             raise UserError(
-                trained_group.file, f"the modalities {some_of(dataset_of)}", some_of(lacking), "Name another dataset."
+                trained_group.file, f"the modalities {some_of(others)}", some_of(lacking), "Name another dataset."
             )
-        predicts = {modality: dataset_of[modality] for modality in wanted}
-        trained = tuple(predicts.values()) if scope == "each" else (dataset,)
-    for modality, of_network in predicts.items():
-        channels = raw.dataset_json["channel_names"] if scope == "all" else {"0": modality}
-        expected = {"channel_names": channels, **{key: raw.dataset_json[key] for key in ("labels", "file_ending")}}
-        file = preprocessed_folder(of_network) / "dataset.json"
-        described = read_json(file)
-        found = described and {key: described.get(key) for key in expected}
-        if found != expected:
-            raise UserError(
-                file,
-                "no such file" if found is None else str(found),
-                f"{expected}, as in {raw.folder / 'dataset.json'}",
-                "Plan and preprocess this dataset, or name another one.",
+        networks = {
+            modality.name: Network(
+                others[modality.name].dataset_name,
+                _scans(raw, modality.files),
+                len(others[modality.name].labeled),
+                len(others[modality.name].unlabeled),
             )
-    return Method(name or spec, trainer, scope or "group", trained, predicts, len(labeled), len(unlabeled))
+            for modality in group.modalities
+        }
+    for network in networks.values():
+        _require_same_channels(network, raw)
+    tested = {modality: network for modality, network in networks.items() if network.scans.cases}
+    if not tested:
+        raise UserError(
+            raw.folder / "imagesTs",
+            f"no test case with {' or '.join(networks)}",
+            f"at least one, for --methods {text}",
+            "Add such a case, or leave the method out.",
+        )
+    if scope == "each":
+        trained = {network.dataset: (network.dataset,) for network in tested.values()}
+    else:
+        written = [dataset] if scope == "all" else [modality.dataset_name for modality in trained_group.modalities]
+        trained = {dataset: tuple(written)}
+    return Method(name or spec, trainer, "group" if single else scope or "group", trained, tested)
 
 
 def plan_method(
     method: Method,
     raw: RawDataset,
-    references: dict[str, str],
+    references: Mapping[str, str],
     out: Path,
     args: argparse.Namespace,
     first_stages: dict[tuple, list[str]],
@@ -164,7 +239,8 @@ def plan_method(
     """
     folds = tuple(args.f)
     entries = {
-        modality: Entry(method.name, modality, {}, method.labeled, method.unlabeled) for modality in method.predicts
+        modality: Entry(method.name, modality, {}, network.labeled, network.unlabeled)
+        for modality, network in method.networks.items()
     }
     for seed in args.seeds or [None]:
         # nnU-Net's result folders have no seed in their names, so every seed has result folders of its own
@@ -180,7 +256,7 @@ def plan_method(
         )
         of_seed = "" if seed is None else f", seed {seed}"
         train: dict[str, list[Train]] = {}
-        for dataset in method.trained:
+        for dataset, written in method.trained.items():
             for fold in folds:
                 earlier = first_stages.setdefault((dataset, fold, seed), [])
                 job = Train(
@@ -189,18 +265,15 @@ def plan_method(
                     model=model,
                     dataset=dataset,
                     fold=fold,
-                    validated=tuple(method.predicts.values()) if method.scope == "group" else (dataset,),
+                    validated=written,
                     options=tuple(shlex.split(args.train_options)),
                 )
                 if method.scope == "group":
                     earlier.append(job.name)
                 train.setdefault(dataset, []).append(job)
-        for modality, dataset in method.predicts.items():
-            before = train[dataset if method.scope == "each" else method.trained[0]]
-            channel = None if method.scope == "all" else raw.channel_names.index(modality)
-            scans = {
-                c: files["images"] if channel is None else [files["images"][channel]] for c, files in raw.test.items()
-            }
+        for modality, network in method.networks.items():
+            dataset, cases = network.dataset, network.scans.cases
+            before = train[dataset if method.scope == "each" else next(iter(method.trained))]
             place = Path(
                 f"{method.scope}_{method.trainer}",
                 "unseeded" if seed is None else f"seed_{seed}",
@@ -213,8 +286,8 @@ def plan_method(
                 model=model,
                 dataset=dataset,
                 folds=folds,
-                scans=scans,
-                file_ending=raw.dataset_json["file_ending"],
+                scans={case: _input_files(raw, case, network.scans.files) for case in cases},
+                file_ending=raw.file_ending,
                 out=out / "predictions" / place,
                 options=tuple(shlex.split(args.predict_options)),
             )
@@ -222,7 +295,7 @@ def plan_method(
                 name=f"evaluate {modality} with {method.trainer} of {dataset}{of_seed}",
                 needs=(predict.name,),
                 predictions=predict.out,
-                references=references,
+                references={case: references[case] for case in cases},
                 dataset_json=raw.dataset_json,
                 out=out / "metrics" / place.with_name(f"{dataset}.json"),
             )
@@ -231,20 +304,21 @@ def plan_method(
 
 
 def plan_external(
-    text: str, modalities: Sequence[str], raw: RawDataset, references: dict[str, str], out: Path
+    text: str, scans: Mapping[str, Scans], raw: RawDataset, references: Mapping[str, str], out: Path
 ) -> Entry:
     """Jobs of one of --external, NAME=MODALITY=FOLDER: predictions that were made elsewhere.
 
     Raises:
-        UserError: the text has another form, or there is no such modality or folder.
+        UserError: the text has another form, or there is no such modality, test case of it, or folder.
     """
     name, _, rest = text.partition("=")
     modality, _, folder = rest.partition("=")
-    if modality not in modalities:
+    tested = [name for name, of_modality in scans.items() if of_modality.cases]
+    if modality not in tested:
         raise UserError(
             "--external",
             repr(text),
-            f"NAME=MODALITY=FOLDER with one of the modalities {', '.join(modalities)}",
+            f"NAME=MODALITY=FOLDER with one of the modalities that test cases have: {', '.join(tested)}",
             'Write e.g. "TransUNet=FLAIR=predictions/flair".',
         )
     if not Path(folder).is_dir():
@@ -253,7 +327,7 @@ def plan_external(
     evaluate = Evaluate(
         name=f"evaluate {modality} of {name}",
         predictions=Path(folder).absolute(),
-        references=references,
+        references={case: references[case] for case in scans[modality].cases},
         dataset_json=raw.dataset_json,
         out=out / "metrics" / "external" / f"{file_name}.json",
     )
@@ -289,11 +363,11 @@ def collect(entries: Sequence[Entry], failures: dict[str, str], dataset: str) ->
     return table.astype(dict.fromkeys(("seed", "labeled", "unlabeled"), "Int64")), incomplete
 
 
-def read_table(file: Path, cases: Collection[str]) -> pd.DataFrame:
+def read_table(file: Path, scans: Mapping[str, Scans]) -> pd.DataFrame:
     """Read the leaderboard.csv of another dataset, for curves over the labeled share.
 
     Raises:
-        UserError: it is no such table, or has other test cases than these.
+        UserError: it is no such table, or has other modalities than these, or other test cases of one of them.
     """
     try:
         names = dict.fromkeys(("dataset", "method", "modality", "case", "class"), str)
@@ -307,25 +381,102 @@ def read_table(file: Path, cases: Collection[str]) -> pd.DataFrame:
             ", ".join(COLUMNS),
             "Name a leaderboard.csv of this version.",
         )
-    if different := set(table["case"]) ^ set(cases):
-        raise UserError(
-            file,
-            f"other test cases than this leaderboard: {some_of(sorted(different))}",
-            "the same test cases, so that only the training differs",
-            "Split both datasets with the same test set.",
-        )
+    for modality, cases in table.groupby("modality")["case"]:
+        if modality not in scans:
+            raise UserError(
+                file, f"the modality {modality}", f"only {some_of(scans)}", "Name a table of the same modalities."
+            )
+        if different := {*cases} ^ {*scans[modality].cases}:
+            raise UserError(
+                file,
+                f"other test cases of {modality} than this leaderboard: {some_of(sorted(different))}",
+                "the same test cases, so that only the training differs",
+                "Split both datasets with the same test set.",
+            )
     return table
 
 
-def _dataset_name(name_or_id: str) -> str:
-    try:
-        return maybe_convert_to_dataset_name(name_or_id)
-    except (RuntimeError, ValueError) as error:
-        raise UserError("--methods", f"dataset {name_or_id}", "a dataset of nnU-Net", str(error)) from error
+def _scans(raw: RawDataset, files: Sequence[int]) -> Scans:
+    channels = [raw.channel_names[channel] for i in files for channel in raw.channels_of_files[i]]
+    cases = [case for case, of_case in raw.test.items() if None not in [of_case["images"][i] for i in files]]
+    return Scans(channels, list(files), cases)
+
+
+def _name_of_all(raw: RawDataset, group: ModalityGroup) -> str:
+    """All channels at once, in the tables: the modality that has them all, if there is one."""
+    whole = [modality.name for modality in group.modalities if len(modality.channels) == len(raw.channel_names)]
+    return whole[0] if whole else " + ".join(raw.channel_names)
+
+
+def _input_files(raw: RawDataset, case: str, files: Sequence[int]) -> dict[str, str]:
+    """What nnU-Net reads of a test case: the name that it expects -> the file."""
+    read = raw.read_files(raw.test[case], files)
+    images = {f"{case}_{i:04d}{raw.file_ending}": file for i, file in enumerate(read[: len(files)])}
+    return images | {Path(file).name: file for file in read[len(files) :]}
+
+
+def _find_dataset(name_or_id: str) -> str:
+    if not name_or_id.isdecimal():
+        found = [name_or_id] if preprocessed_folder(name_or_id).is_dir() else []
+    else:
+        found = datasets_with_id(int(name_or_id))
+    if len(found) != 1:
+        raise UserError(
+            "--methods",
+            f"{some_of(found) or 'no dataset'} for @{name_or_id}",
+            "one preprocessed dataset with this id or name",
+            "Correct the id, or name the dataset in full.",
+        )
+    return found[0]
+
+
+def _incomplete_cases(dataset: str, raw: RawDataset, group: ModalityGroup | None) -> list[str]:
+    """The labeled cases of a dataset that lack a file, or, where only preprocessed cases are there, a modality."""
+    if dataset == raw.name or (raw_root() / dataset).is_dir():
+        source = raw if dataset == raw.name else read_raw_dataset(dataset, require_unlabeled=False)
+        return [case for case, files in source.labeled.items() if None in files["images"]]
+    if group is None:
+        return []
+    complete = group.common_cases([modality.name for modality in group.modalities], labeled=True)
+    return sorted({*group.labeled} - {*complete})
+
+
+def _require_same_channels(network: Network, raw: RawDataset) -> None:
+    """Refuse a network that was made for other channels, labels or files than those of the test scans."""
+    expected = {
+        "channel_names": {str(i): channel for i, channel in enumerate(network.scans.channels)},
+        **{key: raw.dataset_json[key] for key in ("labels", "file_ending")},
+    }
+    file = preprocessed_folder(network.dataset) / "dataset.json"
+    described = read_json(file)
+    found = described and {key: described.get(key) for key in expected}
+    if found != expected:
+        raise UserError(
+            file,
+            "no such file" if found is None else str(found),
+            f"{expected}, as in {raw.folder / 'dataset.json'}",
+            "Plan and preprocess this dataset, or name another one.",
+        )
+
+
+def _require_own_networks(methods: Sequence[Method]) -> None:
+    """Refuse two trainings that write into the same folder of nnUNet_results, where one would pass for the other."""
+    writers: dict[tuple[str, str], tuple[str, str]] = {}
+    for method in methods:
+        for dataset, written in method.trained.items():
+            for network in written:
+                trained, first = writers.setdefault((method.trainer, network), (dataset, method.name))
+                if trained != dataset:
+                    raise UserError(
+                        "--methods",
+                        f"{first} and {method.name}, which both write the networks of {method.trainer} on {network}",
+                        "one of them",
+                        "Leave one out, or give it a subclass of the trainer, under another name.",
+                    )
 
 
 def _references(raw: RawDataset) -> dict[str, str]:
-    references = {case: raw.folder / "labelsTs" / f"{case}{raw.dataset_json['file_ending']}" for case in raw.test}
+    references = {case: raw.folder / "labelsTs" / f"{case}{raw.file_ending}" for case in raw.test}
     if not references:
         raise UserError(
             raw.folder / "imagesTs", "no test scan", "scans that no training sees", "Add them, and labelsTs."
@@ -356,7 +507,7 @@ def _require_preprocessed(job: Train) -> None:
                 "no such folder",
                 f"preprocessed cases, to {job.name}",
                 "Run nnUNetv2_semicml_plan_and_preprocess; for all channels at once: "
-                f"nnUNetv2_preprocess -d {dataset} -plans_name {job.model.plans} -c {configuration}",
+                f"nnUNetv2_preprocess -d {dataset_number(dataset)} -plans_name {job.model.plans} -c {configuration}",
             )
 
 
@@ -411,11 +562,12 @@ def leaderboard(args: argparse.Namespace, command: str) -> Path:
     default = environment_folder("nnUNet_results") / "leaderboards" / f"{raw.name}__{args.p}__{args.c}"
     out = (args.o or default).absolute()
 
+    scans = find_scans(raw, group)
     methods = [parse_method(text, raw, group) for text in args.methods]
+    _require_own_networks(methods)
     first_stages: dict[tuple, list[str]] = {}
     entries = [e for method in methods for e in plan_method(method, raw, references, out, args, first_stages)]
-    modalities = [modality.name for modality in group.modalities] + [" + ".join(raw.channel_names)]
-    entries += [plan_external(text, modalities, raw, references, out) for text in args.external]
+    entries += [plan_external(text, scans, raw, references, out) for text in args.external]
     rows = [(entry.method, entry.modality) for entry in entries]
     if twice := [f"{method} on {modality}" for method, modality in rows if rows.count((method, modality)) > 1]:
         raise UserError("--methods, --external", f"{twice[0]} twice", "different names", f"Write {NOTATION}.")
@@ -424,10 +576,12 @@ def leaderboard(args: argparse.Namespace, command: str) -> Path:
         names = ", ".join(dict.fromkeys(method for method, _ in rows))
         raise UserError("--reference", reference, f"one of {names}", "Correct it, or leave it out.")
 
-    others = [read_table(file, references) for file in args.compare]
+    others = [read_table(file, scans) for file in args.compare]
 
-    # methods may share jobs, e.g. when they differ in the name alone
-    jobs = {job.name: job for entry in entries for chain in entry.chains.values() for job in chain}
+    # methods may share jobs, e.g. when they differ in the name alone; the first comes before all that need it
+    jobs: dict[str, Job] = {}
+    for job in (job for entry in entries for chain in entry.chains.values() for job in chain):
+        jobs.setdefault(job.name, job)
     for job in jobs.values():
         if isinstance(job, Train) and job.missing():
             _require_preprocessed(job)
@@ -438,12 +592,12 @@ def leaderboard(args: argparse.Namespace, command: str) -> Path:
     report = Report(
         title=f"Leaderboard of {raw.name}",
         command=command,
-        facts=_facts(raw, group, args),
+        facts=_facts(raw, group, scans, args),
         reference=reference,
         cases=cases,
         incomplete=incomplete,
         others=others,
-        files=_files(entries, incomplete, raw, references),
+        files=_files(entries, incomplete, raw, scans, references),
     )
     out.mkdir(parents=True, exist_ok=True)
     for name, write in (
@@ -465,12 +619,14 @@ def leaderboard(args: argparse.Namespace, command: str) -> Path:
     return out / "leaderboard.html"
 
 
-def _facts(raw: RawDataset, group: ModalityGroup, args: argparse.Namespace) -> dict[str, str]:
+def _facts(
+    raw: RawDataset, group: ModalityGroup, scans: Mapping[str, Scans], args: argparse.Namespace
+) -> dict[str, str]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     packages = ("nnunetv2-semicml", "nnunetv2", "torch", "monai", "scipy")
     return {
-        "Test cases": f"{len(raw.test)}, each modality alone",
-        "Training cases": f"{len(group.labeled)} labeled, {len(group.unlabeled)} unlabeled",
+        "Test cases": _describe_test(raw, {m.name: scans[m.name].cases for m in group.modalities}),
+        "Training cases": "; ".join(group.describe()),
         "Configuration": f"{args.c}, {args.p}",
         "Folds": ", ".join(args.f) + (", predicted as an ensemble" if len(args.f) > 1 else ""),
         "Seeds": ", ".join(map(str, args.seeds)) if args.seeds else "none set, one run",
@@ -482,12 +638,30 @@ def _facts(raw: RawDataset, group: ModalityGroup, args: argparse.Namespace) -> d
     }
 
 
+def _describe_test(raw: RawDataset, cases_of: Mapping[str, Collection[str]]) -> str:
+    """How many test cases have which modality."""
+    text = f"{len(raw.test)}, each modality alone"
+    if all(len(cases) == len(raw.test) for cases in cases_of.values()):
+        return text
+    counts = [f"{len(cases)} with {modality}" for modality, cases in cases_of.items()]
+    if without := raw.test.keys() - {case for cases in cases_of.values() for case in cases}:
+        counts.append(f"{len(without)} with none of these, which no method segments")
+    text += f": {', '.join(counts)}. Results of a modality are those of the cases that have it"
+    if untested := [modality for modality, cases in cases_of.items() if not cases]:
+        text += f"; there are none of {' and '.join(untested)}"
+    return text
+
+
 def _files(
-    entries: Sequence[Entry], incomplete: Sequence[Incomplete], raw: RawDataset, references: dict[str, str]
+    entries: Sequence[Entry],
+    incomplete: Sequence[Incomplete],
+    raw: RawDataset,
+    scans: Mapping[str, Scans],
+    references: Mapping[str, str],
 ) -> list[Files]:
     """What to look at: scans, references and the predictions of the first seed."""
     gaps = {(entry.method, entry.modality) for entry in incomplete}
-    reader = determine_reader_writer_from_dataset_json(raw.dataset_json, next(iter(references.values())), verbose=False)
+    reader = raw.find_reader()
     predictions: dict[str, dict[str, Path]] = {}
     for entry in entries:
         if (entry.method, entry.modality) not in gaps:
@@ -496,18 +670,23 @@ def _files(
     return [
         Files(
             modality=modality,
-            # all channels at once: the first is shown
-            scans={
-                case: files["images"][raw.channel_names.index(modality) if modality in raw.channel_names else 0]
-                for case, files in raw.test.items()
-            },
+            scans={case: raw.test[case]["images"][scans[modality].files[0]] for case in scans[modality].cases},
+            shown=_describe_shown(raw, scans[modality]),
             references=references,
             predictions=of_methods,
-            file_ending=raw.dataset_json["file_ending"],
+            file_ending=raw.file_ending,
             reader=reader(),
         )
         for modality, of_methods in predictions.items()
     ]
+
+
+def _describe_shown(raw: RawDataset, scans: Scans) -> str:
+    """What of a scan the overlays show, if that is not all."""
+    channels = scans.channels[: len(raw.channels_of_files[scans.files[0]])]
+    if len(scans.channels) == 1:
+        return ""
+    return channels[0] if len(channels) == 1 else f"the mean of {', '.join(channels)}"
 
 
 @reports_user_errors
@@ -520,13 +699,20 @@ def main() -> None:
         epilog=f"""methods: {NOTATION}
   nnUNetTrainerSemiCML        trained once on dataset -d, predicts every modality
   each:nnUNetTrainer          trained on the dataset of every modality by itself
-  all:nnUNetTrainer           stock nnU-Net on all channels of dataset -d at once
+  all:nnUNetTrainer           stock nnU-Net on all channels of dataset -d at once; no labeled case may lack one
   each:nnUNetTrainer@600      trained on the modality datasets of dataset 600, e.g. the same patients, all labeled
   "Upper bound=each:nnUNetTrainer@600"     the same with a name for the tables
-A method that goes on from another's networks stands after it.""",
+A method that goes on from another's networks stands after it. If -d is one modality, all of these train on it.
+Test cases that lack a modality are left out of its results.""",
     )
     add = parser.add_argument
-    add("-d", type=int, required=True, metavar="ID", help="the multi-modal dataset, planned and preprocessed")
+    add(
+        "-d",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        required=True,
+        metavar="ID",
+        help="id or name of the dataset, planned and preprocessed",
+    )
     add("-c", required=True, metavar="CONFIGURATION", help="e.g. 2d, 3d_fullres")
     add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="folds (default: 0 1 2 3 4), or all")
     add("--methods", nargs="+", required=True, metavar="METHOD", help="see below")

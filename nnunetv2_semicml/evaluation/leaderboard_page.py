@@ -33,9 +33,9 @@ DEFINITIONS = (
     "A patient with nothing to find in whom nothing was found counts as perfect: 1, or 0 mm. Where only one of "
     "prediction and reference is empty, undefined metrics count as the worst: 0, or the diagonal of the image in mm. "
     "“Missed” and “invented” are the numbers of such patients. In leaderboard.csv, undefined values are left empty.",
-    "Mean ± standard deviation over the patients; seeds are averaged first, and their lowest and highest mean follows. "
-    "Differences are paired by patient, with 95 % bootstrap intervals (BCa) and two-sided Wilcoxon signed-rank tests, "
-    "Holm-corrected for all comparisons of the same metric on this page.",
+    "Mean ± standard deviation over the patients who have the modality; seeds are averaged first, and their lowest and "
+    "highest mean follows. Differences are paired by patient, with 95 % bootstrap intervals (BCa) and two-sided "
+    "Wilcoxon signed-rank tests, Holm-corrected for all comparisons of the same metric on this page.",
 )
 
 
@@ -60,7 +60,8 @@ class Files:
 
     Attributes:
         modality: the modality.
-        scans: case -> image file.
+        scans: case -> image file, of the cases that have the modality; the mean of its channels is shown.
+        shown: what of a scan that is, in words; empty if all.
         references: case -> reference segmentation.
         predictions: method -> folder.
         file_ending: of the predictions.
@@ -69,6 +70,7 @@ class Files:
 
     modality: str
     scans: Mapping[str, str]
+    shown: str
     references: Mapping[str, str]
     predictions: Mapping[str, Path]
     file_ending: str
@@ -127,10 +129,10 @@ def write_markdown(file: Path, report: Report) -> None:
             for job, why in entry.missing.items()
         ]
     titles = [_title(metric) for metric in METRICS]
-    lines += ["", "## Results", "", _line(["modality", "class", "method", *titles, "missed", "invented"])]
-    lines.append("|---" * (len(METRICS) + 5) + "|")
+    lines += ["", "## Results", "", _line(["modality", "class", "method", "patients", *titles, "missed", "invented"])]
+    lines.append("|---" * (len(METRICS) + 6) + "|")
     for row in report.summary:
-        cells = [row["modality"], row["class"], row["method"]]
+        cells = [row["modality"], row["class"], row["method"], str(row["cases"])]
         for metric in METRICS:
             mean, sd = _number(row[metric], metric), _number(row[f"{metric}_sd"], metric)
             cells.append(f"{mean} ± {sd} {_seed_range(row, metric)}".rstrip())
@@ -176,7 +178,8 @@ def write_page(file: Path, report: Report) -> None:
     if not (plotted := differences[differences["class"] == classes[0]]).empty:
         rows = len(plotted) // len(METRICS)
         plots["differences"] = themed(lambda figure: plot_differences(figure, plotted, methods), (9, 1 + 0.32 * rows))
-    if curves["share"].nunique() > 1:
+    # modalities differ in their shares if cases lack some, but each of them needs two for a curve
+    if (curves.groupby("modality")["share"].nunique() > 1).any():
         size = (width, 2.8 * len(PLOTTED) + 0.4)
         plots["curves"] = themed(lambda figure: plot_curves(figure, curves), size)
     environment = jinja2.Environment(
@@ -192,6 +195,8 @@ def write_page(file: Path, report: Report) -> None:
         colors=_colors(methods),
         reference_color=REFERENCE_COLOR,
         modalities=modalities,
+        patients=patients.groupby("modality")["case"].nunique().to_dict(),
+        shown={files.modality: files.shown for files in report.files},
         classes=classes,
         several_seeds=any(row["seeds"] > 1 for row in report.summary),
         differences=differences.to_dict("records"),
@@ -324,14 +329,14 @@ def _overlays(files: Files, scores: pd.DataFrame, colors: Mapping[str, str]) -> 
     shown = []
     for rank, case in {"median": ranked[(len(ranked) - 1) // 2], "worst": ranked[0]}.items():
         image, properties = files.reader.read_images([files.scans[case]])
-        spacing = properties["spacing"][1:]
+        scan, spacing = image.mean(0), properties["spacing"][1:]
         reference = files.reader.read_seg(files.references[case])[0][0]
         z = int((reference > 0).sum((1, 2)).argmax())
-        panels = {"": overlay(image[0, z], [], spacing)}
+        panels = {"": overlay(scan[z], [], spacing)}
         for method, folder in files.predictions.items():
             prediction = files.reader.read_seg(str(folder / f"{case}{files.file_ending}"))[0][0]
             outlines = [(reference[z], REFERENCE_COLOR, 1.2), (prediction[z], colors[method], 1.8)]
-            panels[method] = overlay(image[0, z], outlines, spacing)
+            panels[method] = overlay(scan[z], outlines, spacing)
         place = {"rank": rank, "case": case, "slice": z + 1, "slices": len(reference)}
         shown.append({**place, "dice": dice.loc[case, list(files.predictions)].to_dict(), "panels": panels})
     return shown
