@@ -60,10 +60,11 @@ def require_cases(folds: Folds, cases: Collection[str], file: Path) -> None:
     """
     found = {case for fold in folds for case in (*fold["train"], *fold["val"])}
     if found != {*cases}:
-        example = sorted(found ^ {*cases})[0]
+        kinds = {"lack": {*cases} - found, "name": found - {*cases}}
+        examples = [f"{verb} {min(members)}" for verb, members in kinds.items() if members]
         raise UserError(
             file,
-            f"folds that {'lack' if example in cases else 'name'} {example}",
+            f"folds that {' and '.join(examples)}",
             f"the {len(cases)} labeled cases, by their names without channel and file ending",
             "Correct the file, or delete it to have new folds made.",
         )

@@ -18,10 +18,11 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from tqdm import tqdm
 
 from nnunetv2_semicml.data.raw_dataset import RawDataset, allowed_labels
-from nnunetv2_semicml.data.stored_file import check_stored_file
+from nnunetv2_semicml.data.stored_file import check_stored_file, digest_of
 from nnunetv2_semicml.errors import UserError, some_of
 
 # Files of a case lie on one grid if no voxel is displaced by more than this share of the voxel size: programs round
@@ -41,12 +42,14 @@ class _Checked:
         digests: of each modality's voxels; None if the case lacks it.
         labels: that occur.
         files: size, time of modification and digest of each file.
+        apart: why nnU-Net does not read the files of all modalities at once, if so.
         problem: arguments of a UserError.
     """
 
     digests: list[bytes | None] = field(default_factory=list)
     labels: set[int] = field(default_factory=set)
     files: dict[str, list] = field(default_factory=dict)
+    apart: str = ""
     problem: tuple[str, ...] | None = None
 
 
@@ -55,12 +58,15 @@ class CheckedImages:
     """What a check has found out by the way.
 
     Attributes:
-        files: every file that nnU-Net reads -> [size in bytes, time of modification in ns, digest of its bytes].
+        files: every file of imagesTr, labelsTr and imagesUn that nnU-Net reads -> [size in bytes, time of modification
+            in ns, digest of its bytes].
         labels: labeled case -> the values that occur in its label.
+        apart: labeled case that has all modalities, whose files nnU-Net does not read at once -> why not.
     """
 
     files: dict[str, list]
     labels: dict[str, set[int]]
+    apart: dict[str, str]
 
 
 def check_images(
@@ -135,21 +141,13 @@ def check_images(
         raise UserError(
             where, found, expected, remedy + (f" (and {len(others)} more: {some_of(others)})" if others else "")
         )
+    found = list(zip(cases, checked, strict=True))
+    labeled = {case: result for (folder, case, _), result in found if folder == "imagesTr"}
     return CheckedImages(
-        files={file: state for result in checked for file, state in result.files.items()},
-        labels={
-            case: result.labels for (_, case, files), result in zip(cases, checked, strict=True) if "label" in files
-        },
+        files={f: state for (folder, *_), result in found if folder != "imagesTs" for f, state in result.files.items()},
+        labels={case: result.labels for case, result in labeled.items()},
+        apart={case: result.apart for case, result in labeled.items() if result.apart and None not in result.digests},
     )
-
-
-def digest_of(file: str | Path) -> str:
-    """Digest of the bytes of a file."""
-    digest = hashlib.blake2b(digest_size=16)
-    with Path(file).open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_case(
@@ -175,25 +173,31 @@ def _check_voxels(
     labels: list[int],
     modalities: Sequence[Sequence[int]],
 ) -> None:
-    images, reference = files["images"], None
-    # nnU-Net's reader itself compares the spacings of files that it reads together
-    together = [set(of_modality) for of_modality in modalities]
-    if "label" in files and None not in images:
-        together = [set(range(len(images)))]
+    images, reference = files["images"], None  # the first image, its channels and grid
     for indices in modalities:
         if None in [images[i] for i in indices]:
             checked.digests.append(None)
             continue
-        voxels, constant = hashlib.blake2b(), True
+        voxels, constant, grids = hashlib.blake2b(), True, []
         for i in indices:
-            image, grid = _read(images[i], reader)
-            _require_channels(images[i], image, raw.channels_of_files[i], raw)
-            if reference is not None:
-                strict = any({i, reference[0]} <= group for group in together)
-                _require_grid(images[i], grid, images[reference[0]], reference[1], strict)
-            reference = reference or (i, grid)
-            if not_finite := np.count_nonzero(~np.isfinite(image)):
-                raise _not_finite(images[i], not_finite)
+            image, grid = _check_image(images[i], [raw.channel_names[c] for c in raw.channels_of_files[i]], reader)
+            reference = reference or (images[i], len(image), grid)
+            _require_grid(images[i], grid, reference[0], reference[2])
+            if grids and not _read_at_once(grid, grids[0]):
+                raise _differ(
+                    images[i],
+                    "spacing",
+                    grid,
+                    images[indices[0]],
+                    grids[0],
+                    "No voxel lies elsewhere by that, but nnU-Net does not read such files of one modality together: "
+                    "copy the header of one file to the others, e.g. with SimpleITK's CopyInformation.",
+                )
+            grids.append(grid)
+            if not _read_at_once(grid, reference[2]):
+                checked.apart = "spacing " + " and ".join(_differing("spacing", reference[2], grid))
+            elif len(image) != reference[1]:
+                checked.apart = f"{reference[1]} and {len(image)} channels in a file"
             voxels.update(np.ascontiguousarray(image))
             constant = constant and all(channel.min() == channel.max() for channel in image)
         first = images[indices[0]]
@@ -220,20 +224,46 @@ def _check_voxels(
                 checked.files[file] = [status.st_size, status.st_mtime_ns, digest_of(file)]
     if "label" in files and reference is not None:
         label, grid = _read(files["label"], reader, is_label=True)
-        _require_channels(files["label"], label, (0,), raw)
-        _require_grid(files["label"], grid, images[reference[0]], reference[1], strict=False)
-        values = np.unique(label)
-        if (unexpected := values[~np.isin(values, labels)]).size:
-            nearly = np.isin(np.rint(unexpected), labels).all()
-            raise _Problem(
-                files["label"],
-                f"the label values {some_of(f'{i:.9g}' for i in unexpected)}",
-                f"only the values of dataset.json: {some_of(map(str, labels))}",
-                "Store whole numbers, without a scale factor in the header."
-                if nearly
-                else "Correct the label, or the labels in dataset.json.",
-            )
-        checked.labels = set(values.astype(int).tolist())
+        if reader is Tiff3DIO and raw.read_files(files, []) == [files["label"]]:
+            grid["spacing"] = reference[2]["spacing"]  # of CASE.json, which need not lie beside a label, too
+        checked.labels = _check_label(files["label"], label, labels)
+        _require_grid(files["label"], grid, reference[0], reference[2])
+
+
+def _check_image(file: str, channel_names: Sequence[str], reader: type[BaseReaderWriter]) -> tuple[np.ndarray, dict]:
+    """Read an image: its voxels (channels, *spatial) and its grid."""
+    image, grid = _read(file, reader)
+    if len(image) != len(channel_names):
+        single = len(channel_names) == 1
+        raise _Problem(
+            file,
+            f"{len(image)} channels",
+            "one channel per file" if single else f"the {len(channel_names)} channels {some_of(channel_names)}",
+            "Store every channel in its own file, or name all channels of such files in dataset.json.",
+        )
+    if not_finite := np.count_nonzero(~np.isfinite(image)):
+        raise _not_finite(file, not_finite)
+    return image, grid
+
+
+def _check_label(file: str, label: np.ndarray, allowed: Sequence[int]) -> set[int]:
+    """Find the values that occur in a label."""
+    if len(label) != 1:
+        raise _Problem(
+            file, f"{len(label)} channels", "one, with a whole number in every voxel", "Store the label like that."
+        )
+    values = np.unique(label)
+    if (unexpected := values[~np.isin(values, allowed)]).size:
+        nearly = np.isin(np.rint(unexpected), allowed).all()
+        raise _Problem(
+            file,
+            f"the label values {some_of(f'{i:.9g}' for i in unexpected)}",
+            f"only the values of dataset.json: {some_of(map(str, allowed))}",
+            "Store whole numbers, without a scale factor in the header."
+            if nearly
+            else "Correct the label, or the labels in dataset.json.",
+        )
+    return set(values.astype(int).tolist())
 
 
 def _not_finite(file: str, number: int) -> _Problem:
@@ -251,15 +281,15 @@ def _read(file: str, reader: type[BaseReaderWriter], is_label: bool = False) -> 
     def unreadable(why: str) -> _Problem:
         return _Problem(file, f"an unreadable file ({why})", "an image", "Replace the file.")
 
-    cut_off, not_finite = check_stored_file(file)
-    if cut_off:
-        raise unreadable(cut_off)
-    if not_finite and not is_label:
-        raise _not_finite(file, not_finite)
     try:
+        stored = check_stored_file(file)
         voxels, properties = reader().read_seg(file) if is_label else reader().read_images([file])
     except Exception as error:  # every reader raises the errors of its own library
         raise unreadable(f"{type(error).__name__}: {error}") from error
+    if stored.damage:
+        raise unreadable(stored.damage)
+    if stored.not_finite and not is_label:
+        raise _not_finite(file, stored.not_finite)
     if issubclass(reader, SimpleITKIO) and (components := _components(file)) > 1:
         raise _Problem(
             file,
@@ -277,63 +307,61 @@ def _components(file: str) -> int:
     return header.GetNumberOfComponents()
 
 
-def _require_channels(file: str, voxels: np.ndarray, channels: Sequence[int], raw: RawDataset) -> None:
-    if len(voxels) != len(channels):
-        names = [raw.channel_names[c] for c in channels]
-        raise _Problem(
-            file,
-            f"{len(voxels)} channels",
-            "one channel per file" if len(channels) == 1 else f"the {len(channels)} channels {some_of(names)}",
-            "Store every channel in its own file, or name all channels of such files in dataset.json.",
-        )
-
-
 def _grid(voxels: np.ndarray, properties: dict) -> dict[str, np.ndarray]:
     """Shape, spacing, and what places voxels in the world as far as the format has that: origin and matrix, in mm."""
     grid = {"shape": np.array(voxels.shape[1:]), "spacing": np.array(properties["spacing"], dtype=float)}
     if "sitk_stuff" in properties:
         stored = properties["sitk_stuff"]
-        n = len(stored["spacing"])
-        direction = np.reshape(stored["direction"], (n, n))
-        grid |= {"origin": np.array(stored["origin"]), "direction": direction}
-        grid["matrix"] = direction * np.array(stored["spacing"])
+        # a fourth axis is that of the channels, or has one entry; a 2D image has two axes
+        n = min(3, len(stored["spacing"]))
+        direction = np.reshape(stored["direction"], (len(stored["spacing"]),) * 2)[:n, :n]
+        grid |= {"origin": np.array(stored["origin"][:n]), "direction": direction}
+        grid["matrix"] = direction * np.array(stored["spacing"][:n])
     if "nibabel_stuff" in properties:
         affine = np.asarray(properties["nibabel_stuff"]["original_affine"])
         grid |= {"affine": affine, "origin": affine[:3, 3], "matrix": affine[:3, :3]}
     return grid
 
 
-def _require_grid(file: str, grid: dict, reference: str, expected: dict, strict: bool) -> None:
-    """Refuse another grid.
+def _require_grid(file: str, grid: dict, reference: str, expected: dict) -> None:
+    """Refuse another grid than that of the reference, a file of the same case.
 
-    Args:
-        file: the file.
-        grid: its grid.
-        reference: the file to compare with.
-        expected: that one's grid.
-        strict: whether nnU-Net reads both together, for which it wants spacings that agree to a hundred-thousandth.
+    Raises:
+        _Problem: naming what differs.
     """
-
-    def refuse(key: str, remedy: str) -> _Problem:
-        found, other = (np.asarray(g[key], dtype=float) for g in (grid, expected))
-        digits = next((d for d in (4, 6, 9) if np.round(found, d).tolist() != np.round(other, d).tolist()), 17)
-        found, other = (np.round(values, digits).tolist() for values in (found, other))
-        return _Problem(file, f"{key} {found}", f"{other} as in {Path(reference).name}", remedy)
-
     register = "Register and resample all images and the label of a case to one grid."
     if grid["shape"].tolist() != expected["shape"].tolist():
-        raise refuse("shape", register)
-    displacement = _displacement(grid, expected)
-    if displacement > GRID_TOLERANCE:
+        raise _differ(file, "shape", grid, reference, expected, register)
+    if _displacement(grid, expected) > GRID_TOLERANCE:
         candidates = ("spacing", "origin", "direction", "affine")
-        differing = [k for k in candidates if k in grid and not np.allclose(grid[k], expected[k], atol=1e-3)]
-        raise refuse(next(iter(differing), "spacing"), register)
-    if strict and not np.allclose(grid["spacing"], expected["spacing"]):
-        raise refuse(
-            "spacing",
-            "No voxel lies elsewhere by that, but nnU-Net does not read such files together: copy the header of one "
-            "file to the others, e.g. with SimpleITK's CopyInformation.",
-        )
+        # a 2D image and one of a single slice have them in different forms
+        differing = [
+            k
+            for k in candidates
+            if k in grid and not (grid[k].shape == expected[k].shape and np.allclose(grid[k], expected[k], atol=1e-3))
+        ]
+        raise _differ(file, next(iter(differing), "spacing"), grid, reference, expected, register)
+
+
+def _read_at_once(grid: dict, other: dict) -> bool:
+    """Whether nnU-Net's readers, which compare spacings so, take two files for those of one image."""
+    return np.allclose(grid["spacing"], other["spacing"])
+
+
+def _differ(file: str, key: str, grid: dict, reference: str, expected: dict, remedy: str) -> _Problem:
+    found, other = _differing(key, grid, expected)
+    return _Problem(file, f"{key} {found}", f"{other} as in {Path(reference).name}", remedy)
+
+
+def _differing(key: str, *grids: dict) -> list[str]:
+    """The values under a key, with as many digits as tell them apart."""
+    values = [np.asarray(grid[key], dtype=float) for grid in grids]
+    for digits in (0, 3, 6, 9, 17):
+        texts = [str(np.round(v, digits).astype(float if digits else int).tolist()) for v in values]
+        # three digits at least, unless these are counts
+        if len(set(texts)) == len(texts) and (digits or key == "shape"):
+            break
+    return texts
 
 
 def _displacement(grid: dict, expected: dict) -> float:
@@ -342,11 +370,9 @@ def _displacement(grid: dict, expected: dict) -> float:
         # the format knows spacings alone, which are compared over the extent of the image
         apart = np.abs(grid["spacing"] - expected["spacing"]) * (grid["shape"] - 1)
         return float(apart.max() / expected["spacing"].min())
-    if grid["matrix"].shape != expected["matrix"].shape:
-        return np.inf
-    n = len(grid["origin"])
-    extent = np.append(grid["shape"][::-1] - 1, [0] * n)[:n]  # a fourth axis is that of the channels
+    n = min(len(grid["origin"]), len(expected["origin"]))  # 2 if one of them is a 2D image
+    extent = grid["shape"][::-1][:n] - 1
     corners = np.array(list(product(*((0, end) for end in extent))))
-    places = [corners @ g["matrix"].T + g["origin"] for g in (grid, expected)]
-    smallest = np.linalg.norm(expected["matrix"], axis=0).min()
+    places = [corners @ g["matrix"][:n, :n].T + g["origin"][:n] for g in (grid, expected)]
+    smallest = np.linalg.norm(expected["matrix"][:n, :n], axis=0).min()
     return float(np.linalg.norm(places[0] - places[1], axis=1).max() / smallest)

@@ -16,7 +16,7 @@ from pathlib import Path
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semicml.data.folds import SPLITS_FILE, read_folds, require_cases, require_modalities, restrict, same_folds
-from nnunetv2_semicml.data.image_check import digest_of
+from nnunetv2_semicml.data.stored_file import digest_of
 from nnunetv2_semicml.errors import UserError
 
 MODALITIES_FILE = "modalities.json"
@@ -208,9 +208,9 @@ class ModalityGroup:
             if len(cases := self.common_cases(pair, labeled=False)) < 2:
                 raise UserError(
                     f"imagesUn of {self.dataset_name}",
-                    f"{len(cases)} unlabeled cases with {' and '.join(pair)}",
+                    f"{len(cases) or 'no'} unlabeled case with {' and '.join(pair)}",
                     "at least 2, since methods compare the modalities of a case, and cases with each other",
-                    "Add such cases, or plan without one of these modalities.",
+                    "Add such cases, or plan one of these modalities alone (--modalities), or both as one.",
                 )
 
     def require_ready(self, plans: dict, configuration: str) -> list[tuple[dict, dict]]:

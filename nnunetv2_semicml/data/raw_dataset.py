@@ -84,7 +84,7 @@ class RawDataset:
         if self.file_ending.lower() in Tiff3DIO.supported_file_endings:
             # nnU-Net reads the spacing of a TIFF from CASE.json beside it
             n = len(self.file_ending)
-            stems = [images[0][: -n - len("_0000")], *(label[:-n] for label in read[len(images) :])]
+            stems = [image[: -n - len("_0000")] for image in images[:1]] + [label[:-n] for label in read[len(images) :]]
             read += [f"{stem}.json" for stem in stems if Path(f"{stem}.json").is_file()]
         return read
 

@@ -9,6 +9,7 @@ writes them, by Tiff3DIO, with fewer pages. The readers notice in all others: NR
 page, and NIfTI by NibabelIO (tests/test_stored_file.py has the table).
 """
 
+import hashlib
 import itertools
 import math
 import os
@@ -80,6 +81,15 @@ def check_stored_file(file: str | os.PathLike) -> Findings:
             return Findings("a gzip stream without its end", 0)
         except zlib.error as error:
             return Findings(f"a damaged gzip stream ({error})", 0)
+
+
+def digest_of(file: str | os.PathLike) -> str:
+    """Digest of the bytes of a file."""
+    digest = hashlib.blake2b(digest_size=16)
+    with Path(file).open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _unpacked(stream: BinaryIO) -> Iterator[bytes]:
