@@ -1,0 +1,130 @@
+"""Lets nnU-Net's preprocessor make the files of a configuration: those that are new or have changed, of all modalities.
+
+Labeled cases go where nnU-Net has them, unlabeled ones into a folder beside. May import nnU-Net, data/ and `errors`.
+"""
+
+import filecmp
+import multiprocessing
+import shutil
+from collections.abc import Collection
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tqdm import tqdm
+
+from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup, preprocessed_folder, unlabeled_identifier
+from nnunetv2_semicml.data.raw_dataset import RawDataset
+from nnunetv2_semicml.errors import UserError
+
+_ENDS = (".b2nd", "_seg.b2nd", ".pkl")  # of the files of a preprocessed case
+
+
+def still_valid(
+    group: ModalityGroup, identifier: str, done: dict[str, dict], plans_name: str, configuration: str
+) -> dict:
+    """Find what of an earlier preprocessing can stay.
+
+    Args:
+        group: with the digests of the raw files as they are now.
+        identifier: data identifier of the configuration.
+        done: what there is of it, in the form of a value of `ModalityGroup.preprocessed`.
+        plans_name: of the plans.
+        configuration: of the plans.
+
+    Returns:
+        In the same form: the cases whose raw files and settings are the same, and whose files are there.
+    """
+    valid = {}
+    for name, new in group.sources(plans_name, configuration).items():
+        old = done.get(name)
+        valid[name] = {"settings": new["settings"], "labeled": {}, "unlabeled": {}}
+        if old is None or old["settings"] != new["settings"]:
+            continue
+        for kind, folder in _folders(name, identifier).items():
+            valid[name][kind] = {
+                case: digest
+                for case, digest in new[kind].items()
+                if old[kind].get(case) == digest and all((folder / f"{case}{end}").is_file() for end in _ENDS)
+            }
+    return valid
+
+
+def preprocess_configuration(
+    raw: RawDataset,
+    group: ModalityGroup,
+    plans_name: str,
+    configuration: str,
+    identifier: str,
+    num_processes: int,
+    verbose: bool,
+) -> None:
+    """Make what `group.preprocessed` does not have yet of a configuration, and remove what does not belong to it.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    jobs, kept = [], 0
+    nothing = {"labeled": {}, "unlabeled": {}}
+    executor = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"))
+    try:
+        for modality in group.modalities:
+            folder = preprocessed_folder(modality.dataset_name)
+            plans = PlansManager(str(folder / f"{plans_name}.json"))
+            manager = plans.get_configuration(configuration)
+            preprocessor = manager.preprocessor_class(verbose=verbose)
+            valid = group.preprocessed.get(identifier, {}).get(modality.dataset_name, nothing)
+            for kind, output in _folders(modality.dataset_name, identifier).items():
+                _remove_cases_but(output, valid[kind])
+                output.mkdir(exist_ok=True)
+                kept += len(valid[kind])
+                cases = raw.labeled if kind == "labeled" else raw.unlabeled
+                for case in getattr(modality, kind).keys() - valid[kind].keys():
+                    images, label = [cases[case]["images"][i] for i in modality.files], cases[case].get("label")
+                    dataset_json = str(folder / "dataset.json")
+                    arguments = (str(output / case), images, label, plans, manager, dataset_json)
+                    jobs.append(executor.submit(preprocessor.run_case_save, *arguments))
+            _copy_labels(raw, modality, folder / "gt_segmentations")
+        if kept:
+            print(f"{configuration}: {kept} preprocessed images stay, {len(jobs)} are new or have changed.")
+        for job in tqdm(jobs, desc=f"Preprocessing {configuration}"):
+            job.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            preprocessed_folder(raw.name),
+            "that a process was killed, probably for lack of memory",
+            "enough memory for one case in each process",
+            "Use fewer processes (-np).",
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)  # after an error, nobody waits for the others
+
+
+def _folders(dataset_name: str, identifier: str) -> dict[str, Path]:
+    """Kind of cases -> folder of their preprocessed files."""
+    folder = preprocessed_folder(dataset_name)
+    return {"labeled": folder / identifier, "unlabeled": folder / unlabeled_identifier(identifier)}
+
+
+def _remove_cases_but(folder: Path, kept: Collection[str]) -> None:
+    """Remove the preprocessed files of other cases, whose number may have shrunk."""
+    if not kept:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    names = {f"{case}{end}" for case in kept for end in _ENDS}
+    for file in folder.iterdir():
+        if file.name not in names:
+            file.unlink()
+
+
+def _copy_labels(raw: RawDataset, modality: Modality, folder: Path) -> None:
+    """Keep in gt_segmentations, by which nnU-Net validates, the labels as they are now."""
+    folder.mkdir(exist_ok=True)
+    wanted = {f"{case}{raw.file_ending}": raw.labeled[case]["label"] for case in modality.labeled}
+    for file in folder.iterdir():
+        if file.name not in wanted:
+            file.unlink()
+    for name, label in wanted.items():
+        if not (folder / name).is_file() or not filecmp.cmp(label, folder / name, shallow=False):
+            shutil.copyfile(label, folder / name)
