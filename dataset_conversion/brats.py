@@ -10,6 +10,8 @@ Expected, as .nii or .nii.gz, at any depth below FOLDER:
     2019    HGG|LGG/BraTS19_CBICA_AAB_1/BraTS19_CBICA_AAB_1_{t1,t1ce,t2,flair,seg}
     2020    BraTS20_Training_001/BraTS20_Training_001_{…}; the label of case 355 is called W39_1998.09.19_Segm
     2021    BraTS2021_00000/BraTS2021_00000_{…}
+The four contrasts become channels, or those that --modalities names. In plan_and_preprocess every channel is a modality
+by itself, unless its own option --modalities chooses or joins channels: MR=T1,T1ce T2.
 The images are copied voxel by voxel. The labels of the files, 1 (necrotic and non-enhancing core), 2 (edema) and 4
 (enhancing tumour), become consecutive, as nnU-Net wants them:
     --labels        1   2   4
@@ -19,8 +21,8 @@ The images are copied voxel by voxel. The labels of the files, 1 (necrotic and n
                                 the challenge evaluates and nnU-Net trained for it
 The grade of the cases of 2019 (HGG or LGG) stands in strata.csv, for withhold_labels --stratify.
 
-    python -m dataset_conversion.brats MICCAI_BraTS2020_TrainingData -d 500 --year 2020 --modalities T1ce T2 \\
-        --labels whole_tumour [--unlabeled MICCAI_BraTS2020_ValidationData]
+    python -m dataset_conversion.brats MICCAI_BraTS2020_TrainingData -d 500 --year 2020 [--modalities T1ce T2] \\
+        [--labels whole_tumour] [--unlabeled MICCAI_BraTS2020_ValidationData]
 """
 
 from collections.abc import Sequence
@@ -63,7 +65,7 @@ def convert_brats(
     folder: Path,
     dataset_id: int,
     year: int,
-    modalities: Sequence[str] = ("T1ce", "T2"),
+    modalities: Sequence[str] = MODALITIES,
     labels: str = "whole_tumour",
     unlabeled: Path | None = None,
 ) -> Path:
@@ -116,7 +118,12 @@ def main() -> None:
     parser = argument_parser("Convert BraTS 2019, 2020 or 2021.", "the training data")
     parser.add_argument("--year", type=int, choices=CASES, required=True)
     parser.add_argument(
-        "--modalities", nargs="+", choices=MODALITIES, default=["T1ce", "T2"], help="two or more (default: T1ce T2)"
+        "--modalities",
+        nargs="+",
+        choices=MODALITIES,
+        default=[*MODALITIES],
+        help="channels of the dataset, two or more (default: all four; plan_and_preprocess can still choose or join "
+        "them, e.g. with --modalities MR=T1,T1ce T2)",
     )
     parser.add_argument("--labels", choices=LABELS, default="whole_tumour", help="default: whole_tumour")
     parser.add_argument("--unlabeled", type=Path, metavar="FOLDER", help="images without labels: the validation data")

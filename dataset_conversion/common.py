@@ -325,7 +325,8 @@ def run(convert: Callable[..., Path], parser: argparse.ArgumentParser) -> None:
     """Call a converter with the arguments of the command line, and say what it has written and what to do next."""
     options = vars(parser.parse_args())
     folder = convert(**options)
-    num_labeled = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["numTraining"]
+    dataset_json = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    num_labeled, channels = dataset_json["numTraining"], [*dataset_json["channel_names"].values()]
     num_unlabeled = len([*(folder / "imagesUn").glob("*_0000.nii.gz")])
     print(f"{folder}: {num_labeled} labeled, {num_unlabeled} unlabeled")
     if num_unlabeled:
@@ -336,4 +337,10 @@ def run(convert: Callable[..., Path], parser: argparse.ArgumentParser) -> None:
         print(
             f"Next: nnUNetv2_semicml_withhold_labels -d {options['dataset_id']} --output_id ID --labeled_fraction 0.1"
             + stratify
+        )
+    if len(channels) > 2:
+        joined = [f"{channels[0]}+{channels[1]}={channels[0]},{channels[1]}", *channels[2:]]
+        print(
+            "In nnUNetv2_semicml_plan_and_preprocess every channel is a modality by itself, unless --modalities "
+            f"chooses or joins channels, e.g. --modalities {' '.join(joined)}"
         )

@@ -16,8 +16,9 @@ import SimpleITK as sitk
 import tifffile
 
 from dataset_conversion import brats, chaos, common, hecktor, lgg, msd_prostate, myops
-from nnunetv2_semicml.data import raw_dataset
-from nnunetv2_semicml.data.raw_dataset import RawDataset, check_images, read_raw_dataset
+from nnunetv2_semicml.data import image_check
+from nnunetv2_semicml.data.image_check import check_images
+from nnunetv2_semicml.data.raw_dataset import RawDataset, read_raw_dataset
 from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.planning.withhold_labels import withhold_labels
 
@@ -72,8 +73,8 @@ def read(file: Path | str) -> np.ndarray:
 def converted(monkeypatch: pytest.MonkeyPatch, folder: Path, require_unlabeled: bool = False) -> RawDataset:
     """The new dataset, which must pass what plan_and_preprocess checks."""
     # threads start at once; here it matters what is checked, and not in which process
-    monkeypatch.setattr(raw_dataset, "ProcessPoolExecutor", lambda number, context: ThreadPoolExecutor(number))
-    found = read_raw_dataset(int(folder.name[7:10]), require_unlabeled=require_unlabeled)
+    monkeypatch.setattr(image_check, "ProcessPoolExecutor", lambda number, context: ThreadPoolExecutor(number))
+    found = read_raw_dataset(folder.name, require_unlabeled=require_unlabeled)
     check_images(found, 1, show_progress=False)
     assert found.folder == folder
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # no temporary folder is left
@@ -173,7 +174,10 @@ def test_brats_labels(raw: Path, source: Path, monkeypatch: pytest.MonkeyPatch, 
     """`values` are what 0, 1, 2 and 4 become; 355 shows that the misnamed label is the one that is read."""
     brats_2020(source)
     found = converted(monkeypatch, brats.convert_brats(source / "train", 500, 2020, labels=labels))
-    assert found.channel_names == ["T1ce", "T2"]
+    assert found.channel_names == ["T1", "T1ce", "T2", "FLAIR"]
+    for case, files in found.labeled.items():
+        for name, file in zip(("t1", "t1ce", "t2", "flair"), files["images"], strict=True):
+            assert np.array_equal(read(file), read(next(source.rglob(f"{case}_{name}.nii"))))
     assert found.dataset_json["labels"] == in_json
     assert found.dataset_json.get("regions_class_order") == order
     for case, name in (("BraTS20_Training_001", "BraTS20_Training_001_seg"), ("BraTS20_Training_355", "W39*")):
@@ -205,7 +209,7 @@ def test_rounded_headers_become_equal(raw: Path, source: Path, monkeypatch: pyte
     rounded = {"spacing": (1.001, 1, 0.999), "origin": (0.01, -239, 0), "direction": BRATS_DIRECTION}
     write(file, noise(1, 2), **rounded)
     folder = brats.convert_brats(source / "train", 500, 2021)
-    assert sitk.ReadImage(str(folder / "imagesTr" / "BraTS2021_00000_0001.nii.gz")).GetSpacing() == (1, 1, 1)
+    assert sitk.ReadImage(str(folder / "imagesTr" / "BraTS2021_00000_0002.nii.gz")).GetSpacing() == (1, 1, 1)
     converted(monkeypatch, folder)
 
 
@@ -220,7 +224,7 @@ def test_types_of_voxels(raw: Path, source: Path):
     label = labels_of((0, 1, 2, 4), 7, dtype=np.float64)
     write(stem.with_name(f"{stem.name}_seg.nii.gz"), label, **header)
     folder = brats.convert_brats(source / "train", 500, 2021)
-    t1ce, t2 = (read(folder / "imagesTr" / f"BraTS2021_00000_000{channel}.nii.gz") for channel in range(2))
+    t1ce, t2 = (read(folder / "imagesTr" / f"BraTS2021_00000_000{channel}.nii.gz") for channel in (1, 2))
     assert (t1ce.dtype, t2.dtype) == (np.float32, np.uint16)
     assert np.array_equal(t1ce, stored.astype(np.float32))
     assert np.array_equal(read(folder / "labelsTr" / "BraTS2021_00000.nii.gz"), label > 0)
@@ -769,7 +773,7 @@ REFUSED = {
         brats_2021,
         rewrite(f"{B}_t2.nii.gz", noise(5), **BH | {"origin": (0, -239, 0.2)}),
         as_year(2021),
-        ["BraTS2021_00002_t2.nii.gz: found size [6, 5, 4]", "origin [0.0, -239.0, 0.2]", "_t1ce.nii.gz"],
+        ["BraTS2021_00002_t2.nii.gz: found size [6, 5, 4]", "origin [0.0, -239.0, 0.2]", "_t1.nii.gz"],
     ),
     "brats: image of another orientation": (
         brats_2021,
@@ -1245,8 +1249,9 @@ def test_command_line(
     monkeypatch.setattr("sys.argv", [module.__name__, *arguments.split()])
     module.main()
     captured = capsys.readouterr()
-    *_, written, following_line = captured.out.splitlines()
-    assert written.startswith(str(raw))
+    lines = captured.out.splitlines()
+    place = [printed.startswith(str(raw)) for printed in lines].index(True)
+    written, following_line = lines[place : place + 2]
     assert line in written
     assert following_line.startswith("Next: nnUNetv2_semicml_")
     assert following in following_line
@@ -1257,3 +1262,26 @@ def test_command_line(
         module.main()
     assert stopped.value.code == 1
     assert capsys.readouterr().err.startswith("Error: -d: found")
+
+
+@pytest.mark.parametrize(
+    ("options", "example"),
+    [
+        ("", "--modalities T1+T1ce=T1,T1ce T2 FLAIR"),
+        ("--modalities FLAIR T1ce T1", "--modalities FLAIR+T1ce=FLAIR,T1ce T1"),
+        ("--modalities T1ce T2", None),
+    ],
+)
+def test_says_that_modalities_can_be_joined(
+    raw: Path,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: str,
+    example: str | None,
+):
+    brats_2021(source)
+    monkeypatch.setattr("sys.argv", ["brats", *f"{source / 'train'} -d 500 --year 2021 {options}".split()])
+    brats.main()
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.endswith(example) if example else "--modalities" not in last
