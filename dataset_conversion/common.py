@@ -1,6 +1,6 @@
 """What the converters share: finding and reading NIfTI files, checks of grids and labels, and writing a raw dataset.
 
-May import nnU-Net and of the package `errors` and `raw_dataset`.
+May import nnU-Net and of the package `errors` and data/.
 """
 
 import argparse
@@ -19,9 +19,8 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
-from nnunetv2.paths import nnUNet_raw
-from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
+from nnunetv2_semicml.data.raw_dataset import confusable_with_id, datasets_with_id, raw_root
 from nnunetv2_semicml.errors import UserError, some_of
 
 # Images of one case count as lying on one grid if no voxel is displaced by more than this share of the voxel size:
@@ -260,9 +259,10 @@ def new_dataset(
     """A new dataset to add cases to; it appears in nnUNet_raw when the block is left, and not at all after an error.
 
     Args:
-        dataset_id: must be free in nnUNet_raw, nnUNet_preprocessed and nnUNet_results.
+        dataset_id: must be free in nnUNet_raw, nnUNet_preprocessed and nnUNet_results, and not be the beginning of
+            another one there, nor the other way round.
         name: without "DatasetXXX_".
-        channel_names: one per modality.
+        channel_names: in channel order.
         labels: as in dataset.json.
         reference: where the data come from.
         licence: under which.
@@ -271,26 +271,27 @@ def new_dataset(
     Raises:
         UserError: nnUNet_raw is not set, or the id is not free.
     """
-    if not nnUNet_raw.is_set():
-        raise UserError(
-            "environment variable nnUNet_raw",
-            "that it is not set",
-            "the folder of the raw datasets",
-            "Set it as nnU-Net's documentation/setting_up_paths.md describes.",
-        )
-    if not 1 <= dataset_id <= 999:
-        raise UserError("-d", str(dataset_id), "a number from 1 to 999", "Choose another id.")
-    if taken := list(find_candidate_datasets(dataset_id)):
+    root = raw_root()
+    if dataset_id < 1:
+        raise UserError("-d", str(dataset_id), "a number from 1 on", "Choose another id.")
+    if taken := datasets_with_id(dataset_id):
         raise UserError(
             "-d",
             f"{dataset_id}, the id of {some_of(taken)}",
             "an id that is free in nnUNet_raw, nnUNet_preprocessed and nnUNet_results",
             "Choose another id, or remove the old dataset there.",
         )
-    folder = Path(nnUNet_raw).absolute() / f"Dataset{dataset_id:03d}_{name}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if confusable := confusable_with_id(dataset_id):
+        raise UserError(
+            "-d",
+            f"{dataset_id}, beside {some_of(confusable)}",
+            "an id that nnU-Net, which compares the beginnings of names, does not take for that of another dataset",
+            "Choose another id.",
+        )
+    folder = root / f"Dataset{dataset_id:03d}_{name}"
+    root.mkdir(parents=True, exist_ok=True)
     # A temporary neighbor becomes the dataset at once: an interrupted run leaves nothing that looks like one.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".dataset_conversion_") as temporary:
+    with tempfile.TemporaryDirectory(dir=root, prefix=".dataset_conversion_") as temporary:
         dataset = NewDataset(Path(temporary) / folder.name)
         yield dataset
         generate_dataset_json(

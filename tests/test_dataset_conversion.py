@@ -1170,16 +1170,33 @@ def test_refuses(raw: Path, source: Path, write_miniature: Callable, change: Cal
 
 
 def test_refuses_a_taken_or_impossible_id(raw: Path, source: Path, monkeypatch: pytest.MonkeyPatch):
+    """nnU-Net takes Dataset5001_Other for a dataset of the number 500."""
     brats_2021(source)
-    taken = raw.parent / "results" / "Dataset500_Other"
-    taken.mkdir()
-    for dataset_id, words in ((500, "-d: found 500, the id of Dataset500_Other"), (0, "-d: found 0;"), (1000, "-d: ")):
+    (raw.parent / "results" / "Dataset500_Other").mkdir()
+    (raw.parent / "preprocessed" / "Dataset6001_Other").mkdir()
+    for dataset_id, words in (
+        (500, "-d: found 500, the id of Dataset500_Other"),
+        (6001, "-d: found 6001, the id of Dataset6001_Other"),
+        (5001, "-d: found 5001, beside Dataset500_Other"),
+        (600, "-d: found 600, beside Dataset6001_Other"),
+        (0, "-d: found 0; expected a number from 1 on"),
+    ):
         with pytest.raises(UserError, match=words):
             brats.convert_brats(source / "train", dataset_id, 2021)
     monkeypatch.delenv("nnUNet_raw")
     with pytest.raises(UserError, match="environment variable nnUNet_raw: found that it is not set"):
         brats.convert_brats(source / "train", 501, 2021)
     assert not [*raw.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("dataset_id", "name"), [(7, "Dataset007_BraTS2021"), (50, "Dataset050_BraTS2021"), (1234, "Dataset1234_BraTS2021")]
+)
+def test_ids(raw: Path, source: Path, monkeypatch: pytest.MonkeyPatch, dataset_id: int, name: str):
+    brats_2021(source)
+    (raw.parent / "results" / "Dataset500_Other").mkdir()
+    assert converted(monkeypatch, brats.convert_brats(source / "train", dataset_id, 2021)).name == name
+    assert read_raw_dataset(dataset_id, require_unlabeled=False).name == name
 
 
 def test_interruption_leaves_nothing(raw: Path, source: Path, monkeypatch: pytest.MonkeyPatch):
