@@ -1,4 +1,7 @@
-"""Withholding labels: the draw is seeded, nested, stratified and by patient; a refusal leaves nothing behind."""
+"""Withholding labels and modalities: the draws are seeded, nested, stratified and by patient.
+
+A refusal leaves nothing behind.
+"""
 
 import json
 import os
@@ -10,13 +13,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
+from skimage.io import imsave
 
-from nnunetv2_semicml.data.raw_dataset import check_images, read_raw_dataset
+from nnunetv2_semicml.data.image_check import check_images
+from nnunetv2_semicml.data.raw_dataset import read_raw_dataset
 from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.planning.withhold_labels import draw_order, main, withhold_labels
 
 CASES = [f"P{patient}_{scan}" for patient in range(6) for scan in "xy"]  # 6 patients, 2 scans each
 PATIENTS = {case: case[:2] for case in CASES}
+
+# The cases in the order of e.g. printf '0 without 1 P0_x' | sha256sum
+ORDERS = {
+    text: cases.split()
+    for text, cases in (
+        ("0", "P5_y P0_x P0_y P3_x P3_y P1_x P4_x P2_x P1_y P4_y P2_y P5_x"),
+        ("0 without 0", "P1_x P0_y P5_y P2_y P5_x P4_x P3_y P3_x P1_y P0_x P2_x P4_y"),
+        ("0 without 1", "P4_x P4_y P0_y P3_y P3_x P0_x P1_x P2_x P5_x P5_y P1_y P2_y"),
+        ("0 without 0,1,2", "P4_x P2_y P0_y P4_y P0_x P1_y P2_x P3_y P3_x P5_x P1_x P5_y"),
+        ("0 without 3", "P0_y P4_y P3_y P0_x P3_x P2_y P2_x P4_x P1_x P5_x P1_y P5_y"),
+        ("3 without 0", "P1_y P5_x P2_x P3_x P1_x P2_y P3_y P5_y P0_y P0_x P4_y P4_x"),
+    )
+}
+LABELED_FIRST, WITHOUT_CT, WITHOUT_PET = (ORDERS[text] for text in ("0", "0 without 0", "0 without 1"))
 
 
 @pytest.fixture
@@ -83,6 +103,7 @@ def test_writes_the_semi_supervised_layout(raw: Path):
 
     source = json.loads((raw / "Dataset500_Toy" / "dataset.json").read_text())
     assert json.loads((folder / "dataset.json").read_text()) == source | {"numTraining": 3}
+    assert record["dropped"] == {}
     check_images(read_raw_dataset(7), 1, show_progress=False)
 
 
@@ -126,20 +147,76 @@ def test_cases_listed_in_dataset_json_get_nnunets_names(raw: Path):
     assert read_raw_dataset(501).labeled.keys() == set(record_of(folder)["labeled"])
 
 
+def test_cases_that_lack_files_lack_them_in_the_new_dataset(raw: Path):
+    source = raw / "Dataset500_Toy"
+    write_test_set(raw)
+    gone = ["P5_y_0000.nii.gz", "P2_y_0001.nii.gz"]  # of a labeled and of an unlabeled case
+    for name in gone:
+        (source / "imagesTr" / name).unlink()
+    (source / "imagesTs" / "T_0000.nii.gz").unlink()
+    folder = withhold_labels(500, 501, num_labeled=3)
+    assert record_of(folder)["labeled"] == sorted(LABELED_FIRST[:3])
+    assert names(folder / "imagesTr") + names(folder / "imagesUn") == [
+        name
+        for share in (LABELED_FIRST[:3], LABELED_FIRST[3:])
+        for name in image_names(sorted(share))
+        if name not in gone
+    ]
+    assert names(folder / "imagesTs") == ["T_0001.nii.gz"]
+    assert read_raw_dataset(501).labeled["P5_y"]["images"][0] is None
+
+
+@pytest.mark.parametrize("source", [500, 1234, "Dataset500_Toy", "Dataset1234_Large"])
+def test_ids_of_the_source_are_exact(raw: Path, source):
+    shutil.copytree(raw / "Dataset500_Toy", raw / "Dataset1234_Large")
+    (raw / "Dataset5001_Confusable").mkdir()  # for nnU-Net another dataset with the id 500
+    folder = withhold_labels(source, 6000, num_labeled=3)
+    assert folder == raw / ("Dataset6000_Toy" if "500" in str(source) else "Dataset6000_Large")
+    assert len(read_raw_dataset(6000).unlabeled) == 9
+
+
 def test_the_spacing_of_tiffs_comes_along(raw: Path):
     source = raw / "Dataset500_Toy"
+    (source / "imagesTr" / "P3_x_0000.nii.gz").unlink()
     for file in [*source.rglob("*.nii.gz")]:  # what is in them does not matter here
         file.rename(file.with_name(file.name.replace(".nii.gz", ".tif")))
     for case in CASES:
         write_json(source / "imagesTr" / f"{case}.json", {"spacing": [1, 2, 3]})
         write_json(source / "labelsTr" / f"{case}.json", {"spacing": [1, 2, 3]})
     write_json(source / "dataset.json", json.loads((source / "dataset.json").read_text()) | {"file_ending": ".tif"})
-    folder = withhold_labels(500, 501, num_labeled=3)
+    folder = withhold_labels(500, 501, num_labeled=3, drop_modality={"CT": 0.5})
     record = record_of(folder)
     for share, subfolder in (("labeled", "imagesTr"), ("labeled", "labelsTr"), ("unlabeled", "imagesUn")):
         assert [name for name in names(folder / subfolder) if name.endswith(".json")] == [
             f"{case}.json" for case in record[share]
         ]
+    (source / "imagesTr" / "P0_x.json").unlink()  # each by itself
+    (source / "labelsTr" / "P0_y.json").unlink()
+    folder = withhold_labels(500, 502, labeled_fraction=1)
+    assert [c for c in CASES if f"{c}.json" not in names(folder / "imagesTr")] == ["P0_x"]
+    assert [c for c in CASES if f"{c}.json" not in names(folder / "labelsTr")] == ["P0_y"]
+
+
+def test_the_spacing_beside_an_image_that_is_dropped_comes_along(raw: Path):
+    source = raw / "Dataset500_Toy"
+    content = json.loads((source / "dataset.json").read_text()) | {"file_ending": ".tif"}
+    content["dataset"] = {
+        case: {"images": [f"CT/{case}_0000.tif", f"PET/{case}_0001.tif"], "label": f"labels/{case}.tif"}
+        for case in CASES
+    }
+    write_json(source / "dataset.json", content)
+    for folder in ("CT", "PET", "labels"):
+        (source / folder).mkdir()
+    for case, files in content["dataset"].items():
+        for file in (*files["images"], files["label"]):
+            (source / file).touch()  # what is in them does not matter here
+        write_json(source / "CT" / f"{case}.json", {"spacing": [1, 2, 3]})
+    folder = withhold_labels(500, 501, num_labeled=4, drop_modality={"CT": 0.5})
+    (case, *_) = record_of(folder)["dropped"]["CT"]
+    assert [name for name in names(folder / "imagesTr") if name.startswith(case)] == [
+        f"{case}.json",
+        f"{case}_0001.tif",
+    ]
 
 
 def test_same_seed_same_choice_and_another_seed_another_one(raw: Path):
@@ -219,8 +296,164 @@ def test_the_sources_own_test_set_comes_along(raw: Path):
     assert names(folder / "labelsTs") == ["T.nii.gz"]
 
 
-def occupy(variable: str):
-    return lambda raw: (raw.parent / variable / "Dataset501_Old").mkdir(parents=True)
+def first(order: list[str], share: list[str], number: int, passed_over: str = "") -> list[str]:
+    return [case for case in order if case in share and case not in passed_over.split()][:number]
+
+
+# fractions beside four labeled and eight unlabeled cases -> modality -> (order, number of labeled cases, of unlabeled
+# cases that lose it, those passed over because nothing else is left)
+DROPS = {
+    "by name": ({"CT": 0.5}, {"CT": (WITHOUT_CT, 2, 4, "")}),
+    "by number": ({"0": 0.5}, {"0": (WITHOUT_CT, 2, 4, "")}),
+    "another modality": ({"PET": 0.5}, {"PET": (WITHOUT_PET, 2, 4, "")}),
+    "rounded": ({"CT": 0.4}, {"CT": (WITHOUT_CT, 2, 3, "")}),  # 1.6 and 3.2
+    "of one share": ({"CT": 0.1}, {"CT": (WITHOUT_CT, 0, 1, "")}),  # 0.4 and 0.8
+    "both, the second passing over": (
+        {"CT": 0.5, "PET": 0.25},
+        {"CT": (WITHOUT_CT, 2, 4, ""), "PET": (WITHOUT_PET, 1, 2, "P0_y P4_x")},
+    ),
+    "both, in the other order": (
+        {"PET": 0.25, "CT": 0.5},
+        {"PET": (WITHOUT_PET, 1, 2, ""), "CT": (WITHOUT_CT, 2, 4, "P0_y P4_x")},
+    ),
+}
+
+
+@pytest.mark.parametrize(("fractions", "expected"), DROPS.values(), ids=DROPS)
+def test_drops_modalities(raw: Path, fractions: dict, expected: dict):
+    folder = withhold_labels(500, 501, num_labeled=4, drop_modality=fractions)
+    record = record_of(folder)
+    shares = LABELED_FIRST[:4], LABELED_FIRST[4:]
+    dropped = {
+        modality: sorted(
+            case
+            for share, number in zip(shares, numbers, strict=True)
+            for case in first(order, share, number, passed_over)
+        )
+        for modality, (order, *numbers, passed_over) in expected.items()
+    }
+    assert record["dropped"] == dropped
+    assert record["options"]["drop_modality"] == fractions
+    assert (record["labeled"], record["unlabeled"]) == tuple(map(sorted, shares))  # the draw of labels is the same
+    file_of = {"CT": "0000", "0": "0000", "PET": "0001"}
+    gone = {f"{case}_{file_of[modality]}.nii.gz" for modality, cases in dropped.items() for case in cases}
+    for subfolder, share in zip(("imagesTr", "imagesUn"), shares, strict=True):
+        assert names(folder / subfolder) == [name for name in image_names(sorted(share)) if name not in gone]
+    assert names(folder / "labelsTr") == [f"{case}.nii.gz" for case in record["labeled"]]
+    assert all(any(files["images"]) for members in read_raw_dataset(501).folders.values() for files in members.values())
+    check_images(read_raw_dataset(501), 1, show_progress=False)
+
+
+def test_another_seed_drops_others(raw: Path):
+    folder = withhold_labels(500, 501, labeled_fraction=1, drop_modality={"CT": 0.25}, seed=3)
+    assert record_of(folder)["dropped"] == {"CT": sorted(ORDERS["3 without 0"][:3])}
+
+
+def test_a_smaller_fraction_is_part_of_a_larger_one_and_the_second_modality_changes_nothing(raw: Path):
+    lost: dict[str, set[str]] = {"CT": set(), "PET": set()}
+    for i, fraction in enumerate((0.1, 0.2, 0.4, 0.5, 0.6)):
+        fractions = {"CT": fraction}
+        ct = record_of(withhold_labels(500, 600 + i, num_labeled=4, drop_modality=fractions))["dropped"]["CT"]
+        both = record_of(withhold_labels(500, 700 + i, num_labeled=4, drop_modality=fractions | {"PET": 0.2}))
+        assert both["dropped"]["CT"] == ct
+        pet = record_of(withhold_labels(500, 800 + i, num_labeled=4, drop_modality={"CT": 0.2, "PET": fraction}))
+        for modality, cases in (("CT", ct), ("PET", pet["dropped"]["PET"])):
+            assert lost[modality] < set(cases)
+            lost[modality] = set(cases)
+
+
+def test_all_cases_of_a_patient_lose_a_modality_and_every_fold_has_it(raw: Path, tmp_path: Path):
+    groups = write_json(tmp_path / "patients.json", PATIENTS)
+    folder = withhold_labels(500, 501, num_labeled=3, groups=groups, drop_modality={"CT": 0.3})
+    record = record_of(folder)
+    # labels by printf '0 P0' | sha256sum: P1 P5 P0, then P2 P4 P3; CT by '0 without 0 P0': P1 P3 P5 P0 P2 P4
+    assert record["labeled"] == ["P0_x", "P0_y", "P1_x", "P1_y", "P5_x", "P5_y"]
+    assert record["dropped"] == {"CT": ["P1_x", "P1_y", "P3_x", "P3_y"]}
+    folds = json.loads((folder / "splits_final.json").read_text())
+    assert len(folds) == 2  # as many as patients with CT
+    for fold in folds:
+        assert sorted(fold["train"] + fold["val"]) == record["labeled"]
+        assert not {PATIENTS[case] for case in fold["train"]} & {PATIENTS[case] for case in fold["val"]}
+        for part in fold.values():
+            assert {"P0", "P5"} & {PATIENTS[case] for case in part}
+
+    # P1 can not lose CT if one of the scans has nothing else: the next one of the order does
+    (raw / "Dataset500_Toy" / "imagesTr" / "P1_x_0001.nii.gz").unlink()
+    folder = withhold_labels(500, 502, num_labeled=3, groups=groups, drop_modality={"CT": 0.3})
+    assert record_of(folder)["dropped"] == {"CT": ["P3_x", "P3_y", "P5_x", "P5_y"]}
+
+
+def test_who_lacks_a_modality_is_not_counted_among_those_who_lose_it(raw: Path):
+    for case in WITHOUT_CT[:4]:
+        (raw / "Dataset500_Toy" / "imagesTr" / f"{case}_0000.nii.gz").unlink()
+    record = record_of(withhold_labels(500, 501, labeled_fraction=1, drop_modality={"CT": 0.25}))
+    assert record["dropped"] == {"CT": sorted(WITHOUT_CT[4:6])}  # of the other 8
+
+
+def test_the_strata_lose_a_modality_in_proportion(raw: Path, tmp_path: Path):
+    sites = write_json(tmp_path / "sites.json", {case: case[-1] for case in CASES})
+    record = record_of(withhold_labels(500, 501, num_labeled=4, stratify=sites, drop_modality={"CT": 0.5}))
+    for share, number in (("labeled", 1), ("unlabeled", 2)):
+        lost = [case[-1] for case in record["dropped"]["CT"] if case in record[share]]
+        assert [lost.count(site) for site in "xy"] == [number, number]
+
+
+def test_the_test_set_keeps_all_images(raw: Path):
+    folder = withhold_labels(500, 501, num_labeled=3, test_fraction=0.5, drop_modality={"CT": 0.6})
+    record = record_of(folder)
+    assert names(folder / "imagesTs") == image_names(record["test"])
+    assert record["dropped"] == {
+        "CT": sorted(case for share in ("labeled", "unlabeled") for case in first(WITHOUT_CT, record[share], 2))
+    }
+    write_test_set(raw)
+    folder = withhold_labels(500, 502, num_labeled=3, drop_modality={"CT": 0.6})
+    assert names(folder / "imagesTs") == image_names(["T"])
+
+
+def write_color_dataset(raw: Path) -> None:
+    """Dataset300_Color: R, G and B in one file, depth in another."""
+    source = raw / "Dataset300_Color"
+    for i, case in enumerate(CASES):
+        rng = np.random.default_rng(i)
+        for name, voxels in (
+            (f"imagesTr/{case}_0000.png", rng.integers(0, 256, (5, 6, 3))),
+            (f"imagesTr/{case}_0001.png", rng.integers(0, 256, (5, 6))),
+            (f"labelsTr/{case}.png", np.eye(5, 6)),
+        ):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            imsave(source / name, voxels.astype(np.uint8), check_contrast=False)
+    content = {
+        "channel_names": {"0": "R", "1": "G", "2": "B", "3": "depth"},
+        "labels": {"background": 0, "tumour": 1},
+        "numTraining": len(CASES),
+        "file_ending": ".png",
+    }
+    write_json(source / "dataset.json", content)
+
+
+@pytest.mark.parametrize(
+    ("modality", "channels", "file"),
+    [("R,G,B", "0,1,2", 0), ("2,0,G", "0,1,2", 0), ("depth", "3", 1), ("3", "3", 1)],
+)
+def test_a_file_of_several_channels_is_dropped_whole(raw: Path, modality: str, channels: str, file: int):
+    write_color_dataset(raw)
+    folder = withhold_labels(300, 301, num_labeled=4, drop_modality={modality: 0.25})
+    record = record_of(folder)
+    order = ORDERS[f"0 without {channels}"]
+    dropped = sorted(first(order, LABELED_FIRST[:4], 1) + first(order, LABELED_FIRST[4:], 2))
+    assert record["dropped"] == {modality: dropped}
+    for share, subfolder in (("labeled", "imagesTr"), ("unlabeled", "imagesUn")):
+        assert names(folder / subfolder) == [
+            f"{case}_000{i}.png" for case in record[share] for i in range(2) if i != file or case not in dropped
+        ]
+    new = read_raw_dataset(301)
+    assert new.channels_of_files == [(0, 1, 2), (3,)]
+    assert new.find_reader() is NaturalImage2DIO
+    check_images(new, 1, show_progress=False)
+
+
+def occupy(variable: str, name: str = "Dataset501_Old"):
+    return lambda raw: (raw.parent / variable / name).mkdir(parents=True)
 
 
 def write_file(content: str):
@@ -248,25 +481,22 @@ FILE = Path("file")  # stands for the file that the row writes
 REFUSALS = {
     "no such source": (
         nothing,
-        {"source_id": 499},
+        {"dataset": 499},
         "raw",
         "no raw dataset with the id 499",
         "Dataset499_NAME",
         "correct",
     ),
-    "semi-supervised source": (
-        lambda raw: write(raw / "Dataset500_Toy" / "imagesUn" / "u_0000.nii.gz", np.ones((2, 3, 4))),
-        {},
-        "imagesUn/u_0001.nii.gz",
-        "no such file",
-        "one file for each",
-        "Add the missing image",
+    "part of the source's name": (
+        nothing,
+        {"dataset": "Dataset500"},
+        "raw",
+        "no raw dataset Dataset500",
+        "Dataset500_NAME",
+        "Correct the name",
     ),
     "unlabeled cases": (
-        lambda raw: [
-            write(raw / "Dataset500_Toy" / "imagesUn" / f"u_000{channel}.nii.gz", np.ones((2, 3, 4)))
-            for channel in range(2)
-        ],
+        lambda raw: write(raw / "Dataset500_Toy" / "imagesUn" / "u_0000.nii.gz", np.ones((2, 3, 4))),
         {},
         "imagesUn",
         "unlabeled cases",
@@ -284,7 +514,18 @@ REFUSALS = {
         )
         for variable in ("raw", "preprocessed", "results")
     },
-    "id too large": (nothing, {"output_id": 1000}, "--output_id", "1000", "from 1 to 999", "Choose another id"),
+    **{
+        f"id {number} beside {name}": (
+            occupy("results", name),
+            {"output_id": number},
+            "--output_id",
+            f"{number}, beside {name}",
+            "does not take for that of another dataset",
+            "Choose another id",
+        )
+        for number, name in ((123, "Dataset1234_X"), (1234, "Dataset123_X"), (5001, "Dataset500_Toy"))
+    },
+    "no id": (nothing, {"output_id": 0}, "--output_id", "0", "from 1 on", "Choose another id"),
     "bad name": (nothing, {"output_name": "a/b"}, "--output_name", "'a/b'", "letters", "Choose another name"),
     "two shares": (
         nothing,
@@ -418,6 +659,46 @@ REFUSALS = {
         "JSON",
         "Correct the path or file",
     ),
+    **{
+        f"drop {', '.join(drops)} {[*drops.values()]}{' of colors' if extra else ''}": (
+            write_color_dataset if extra else nothing,
+            {"num_labeled": 4, "drop_modality": drops, **extra},
+            "--drop_modality",
+            found,
+            expected,
+            remedy,
+        )
+        for drops, extra, found, expected, remedy in (
+            ({"MR": 0.5}, {}, "'MR'", "one of CT, PET", "Correct the name"),
+            ({"2": 0.5}, {}, "'2'", "one of CT, PET", "Correct the name"),
+            ({"CT,": 0.5}, {}, "''", "one of CT, PET", "Correct the name"),
+            ({"CT": 0.2, "0": 0.2}, {}, "CT twice", "every channel once", "Remove one"),
+            ({"CT,CT": 0.2}, {}, "CT twice", "every channel once", "Remove one"),
+            *(
+                ({"CT": fraction}, {}, f"CT={fraction}", "above 0 and below 1", "Give a fraction")
+                for fraction in (0, 1, -0.1, 1.5, float("nan"))
+            ),
+            ({"CT": 0.05}, {}, "no patient at all", "one at least", "larger fraction"),  # 0.2 and 0.4 patients
+            ({"CT": 0.9}, {}, "4 of 4 labeled patients, 4 of whom", "some who keep", "smaller fraction"),
+            ({"CT,PET": 0.5}, {}, "2 of 4 labeled patients, 0 of whom", "other images of all", "smaller fraction"),
+            ({"CT": 0.5, "PET": 0.7}, {}, "PET=0.7, which is 3 of 4 labeled", "other images of all", "smaller"),
+            ({"CT": 0.5, "PET": 0.5}, {}, "no labeled case keeps", "planning needs", "another seed"),
+            ({"R": 0.5}, {"dataset": 300}, "R", "a case has R, G, B; depth", "all channels of a file"),
+            ({"B,depth": 0.5}, {"dataset": 300}, "B,depth", "a case has R, G, B; depth", "all channels of a file"),
+        )
+    },
+    "channels of one name": (
+        lambda raw: write_json(
+            raw / "Dataset500_Toy" / "dataset.json",
+            json.loads((raw / "Dataset500_Toy" / "dataset.json").read_text())
+            | {"channel_names": {"0": "MR", "1": "MR"}},
+        ),
+        {"drop_modality": {"MR": 0.5}},
+        "--drop_modality",
+        "'MR', the name of channels 0, 1",
+        "or its number",
+        "Give the number",
+    ),
 }
 
 
@@ -430,7 +711,7 @@ def snapshot(folder: Path) -> dict[Path, bytes | None]:
 )
 def test_refuses(raw: Path, prepare, options: dict, where: str, found: str, expected: str, remedy: str):
     prepare(raw)
-    options = {"source_id": 500, "output_id": 501, "num_labeled": 3} | options
+    options = {"dataset": 500, "output_id": 501, "num_labeled": 3} | options
     options = {key: raw.parent / value if isinstance(value, Path) else value for key, value in options.items()}
     before = snapshot(raw.parent)
     with pytest.raises(UserError) as error:
@@ -477,6 +758,27 @@ def test_command_line(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     captured = capsys.readouterr()
     assert captured.err.startswith("Error: --output_id: found 501")
     assert "Traceback" not in captured.err
+
+
+def test_command_line_drops_modalities(raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    command = "withhold_labels -d 500 --output_id 501 --num_labeled 4 --drop_modality"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "CT=0.5", "1=.25"])
+    main()
+    output = capsys.readouterr().out
+    assert "4 labeled, 8 unlabeled, 0 test" in output
+    assert "Cases that lost CT: 2 labeled, 4 unlabeled\nCases that lost 1: 1 labeled, 2 unlabeled\n" in output
+    assert record_of(raw / "Dataset501_Toy")["options"]["drop_modality"] == {"CT": 0.5, "1": 0.25}
+
+    for texts, found in (
+        (["CT"], "'CT'"),
+        (["CT=half"], "'CT=half'"),
+        (["=0.5"], "'=0.5'"),
+        (["CT=0.1", "CT=0.2"], "CT twice"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*command.split(), *texts])
+        with pytest.raises(SystemExit):
+            main()
+        assert capsys.readouterr().err.startswith(f"Error: --drop_modality: found {found}; expected ")
 
 
 def test_module_runs_without_warnings():

@@ -1,7 +1,7 @@
 """Turns a fully labeled nnU-Net dataset into a semi-supervised one (DESIGN 2): `nnUNetv2_semicml_withhold_labels`.
 
-The labels of the unlabeled cases do not exist in the new dataset, so that no code can use them by mistake. May import
-nnU-Net, `errors` and `raw_dataset`.
+The labels of the unlabeled cases do not exist in the new dataset, so that no code can use them by mistake. On request,
+neither do the images of some modality of some training cases. May import nnU-Net, `errors`, `raw_dataset` and `folds`.
 """
 
 import argparse
@@ -13,19 +13,20 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, find_candidate_datasets
 
-from nnunetv2_semicml.data.raw_dataset import RawDataset, read_raw_dataset
+from nnunetv2_semicml.data.folds import NUM_FOLDS, SPLITS_FILE, Folds, extend_folds
+from nnunetv2_semicml.data.raw_dataset import RawDataset, confusable_with_id, datasets_with_id, read_raw_dataset
 from nnunetv2_semicml.errors import UserError, reports_user_errors, some_of
+
+_DROP = "--drop_modality"
 
 
 def withhold_labels(
-    source_id: int,
+    dataset: int | str,
     output_id: int,
     output_name: str | None = None,
     *,
@@ -35,17 +36,28 @@ def withhold_labels(
     test_cases: Path | None = None,
     groups: Path | None = None,
     stratify: Path | None = None,
+    drop_modality: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> Path:
     """Write a new raw dataset in which only some cases of a fully labeled one keep their label.
+
+    The source's cases may lack modalities. They lack the same in the new dataset, and in the training set perhaps more.
 
     The draw depends on the seed and the names alone, and is nested: with the same seed, test set, groups and strata, a
     smaller labeled set is a subset of a larger one. withheld_labels.json in the new dataset records it. A test set that
     the source has (imagesTs and labelsTs) comes along; imagesTs without labelsTs stays behind.
 
+    Every modality has an order of its own, from the seed, the numbers of its channels and the names. Of the labeled
+    patients that have it the first round(fraction × their number) lose it, and likewise of the unlabeled ones: a
+    smaller fraction is part of a larger one, and with another labeled share the choice differs in a few patients only.
+    No case loses all images: modalities are drawn in the order given, and a patient with a case that has nothing else
+    left is passed over for the next one, which keeps the number. The choice for a later modality thus depends on the
+    fractions of the earlier ones.
+
     Args:
-        source_id: the fully labeled dataset, which stays as it is.
-        output_id: the new dataset; must be free in nnUNet_raw, nnUNet_preprocessed and nnUNet_results.
+        dataset: the number or the whole name of the fully labeled dataset, which stays as it is.
+        output_id: the new dataset; must be free in nnUNet_raw, nnUNet_preprocessed and nnUNet_results, for nnU-Net too,
+            which takes 123 for Dataset1234_X.
         output_name: name of the new dataset without "DatasetXXX_"; default: that of the source.
         labeled_fraction: share of the patients outside the test set that keep their labels; 1 withholds none, which
             makes the fully labeled dataset to compare with. Either this or
@@ -54,7 +66,11 @@ def withhold_labels(
         test_cases: file that names the cases to move there, one a line or, if it ends in .json, as a list.
         groups: the patient of every case; all cases of a patient go the same way, also in the folds, which are then
             written to splits_final.json. A CSV file with the columns case and group, or a JSON file {case: group}.
-        stratify: e.g. the hospital of every case, in the same form: test and labeled set hold each in proportion.
+        stratify: e.g. the hospital of every case, in the same form: test and labeled set hold each in proportion, and
+            so do those who lose a modality.
+        drop_modality: modality -> share of the patients with it, above 0 and below 1, whose training cases lose its
+            images. A modality is a channel, by name or number, or several, joined by commas, that are whole files. The
+            test set keeps all images.
         seed: another seed, another draw.
 
     Returns:
@@ -66,12 +82,12 @@ def withhold_labels(
     """
     if (labeled_fraction is None) == (num_labeled is None):
         raise UserError("--labeled_fraction, --num_labeled", "both or neither", "one of them", "Give exactly one.")
-    source = read_raw_dataset(source_id, require_unlabeled=False)
+    source = read_raw_dataset(dataset, require_unlabeled=False)
     if source.unlabeled:
         raise UserError(
             source.folder / "imagesUn", "unlabeled cases", "a fully labeled dataset", "Choose another source dataset."
         )
-    folder = source.folder.parent / _free_name(output_id, output_name or source.name[len("Dataset000_") :])
+    folder = source.folder.parent / _free_name(output_id, output_name or source.name.partition("_")[2])
 
     patient_of = _read_table(groups, source.labeled) if groups else {case: case for case in source.labeled}
     stratum_of = _read_strata(stratify, patient_of) if stratify else dict.fromkeys(patient_of.values(), "")
@@ -97,6 +113,8 @@ def withhold_labels(
         for name, patients in (("labeled", order[:n]), ("unlabeled", order[n:]), ("test", test))
     }
     shares["test"] |= own_test_set
+    drop_modality = drop_modality or {}
+    dropped, kept = _drop_modalities(source, shares, drop_modality, patient_of, stratum_of, seed)
     record = {
         "source": source.name,
         "seed": seed,
@@ -107,15 +125,17 @@ def withhold_labels(
             "test_cases": test_cases and str(test_cases),
             "groups": groups and str(groups),
             "stratify": stratify and str(stratify),
+            "drop_modality": dict(drop_modality),
         },
         **{name: sorted(cases) for name, cases in shares.items()},
+        "dropped": dropped,
     }
-    folds = _patient_folds(shares["labeled"], patient_of) if groups else None
-    _write(folder, source, shares, record, folds)
+    folds = _patient_folds({case: kept[case] for case in shares["labeled"]}, patient_of) if groups else None
+    _write(folder, source, shares, kept, record, folds)
     return folder
 
 
-def draw_order(stratum_of: dict[str, str], seed: int) -> list[str]:
+def draw_order(stratum_of: dict[str, str], seed: int | str) -> list[str]:
     """A random order of patients of which every beginning holds each stratum in proportion.
 
     Each patient has a random place within the stratum, and the strata are interleaved evenly. The first n patients are
@@ -150,16 +170,23 @@ def _number(option: str, fraction: float | None, number: int | None, total: int)
 
 
 def _free_name(dataset_id: int, name: str) -> str:
-    if not 1 <= dataset_id <= 999:
-        raise UserError("--output_id", str(dataset_id), "a number from 1 to 999", "Choose another id.")
+    if dataset_id < 1:
+        raise UserError("--output_id", str(dataset_id), "a number from 1 on", "Choose another id.")
     if not re.fullmatch(r"[\w.-]+", name):
         raise UserError("--output_name", repr(name), "letters, digits, _, - and . only", "Choose another name.")
-    if taken := list(find_candidate_datasets(dataset_id)):
+    if taken := datasets_with_id(dataset_id):
         raise UserError(
             "--output_id",
-            f"{dataset_id}, the id of {', '.join(taken)}",
+            f"{dataset_id}, the id of {some_of(taken)}",
             "an id that is free in nnUNet_raw, nnUNet_preprocessed and nnUNet_results",
             "Choose another id, or remove the old dataset there.",
+        )
+    if confusable := confusable_with_id(dataset_id):
+        raise UserError(
+            "--output_id",
+            f"{dataset_id}, beside {some_of(confusable)}",
+            "an id that nnU-Net, which compares the beginnings of names, does not take for that of another dataset",
+            "Choose another id.",
         )
     return f"Dataset{dataset_id:03d}_{name}"
 
@@ -246,56 +273,179 @@ def _read_test_patients(file: Path, patient_of: dict[str, str]) -> set[str]:
     return patients
 
 
-def _patient_folds(cases: Collection[str], patient_of: dict[str, str]) -> list[dict] | None:
-    """nnU-Net's folds drawn over patients, so that none is in training and validation at once; None for one patient."""
-    patients = sorted({patient_of[case] for case in cases})
-    if len(patients) < 2:
+def _read_drops(source: RawDataset, drop_modality: Mapping[str, float]) -> dict[str, tuple[int, ...]]:
+    """Modality -> its channels, which are whole files."""
+    file, names = source.folder / "dataset.json", source.channel_names
+    channels_of: dict[str, tuple[int, ...]] = {}
+    for modality, fraction in drop_modality.items():
+        channels = []
+        for name in [modality] if modality in names else modality.split(","):
+            found = [i for i, known in enumerate(names) if known == name]
+            if not found and name.isdecimal() and int(name) < len(names):
+                found = [int(name)]
+            if len(found) != 1:
+                raise UserError(
+                    _DROP,
+                    f"{name!r}, the name of channels {some_of(map(str, found))}" if found else repr(name),
+                    f"one of {some_of(names)} ({file}), or its number",
+                    "Give the number." if found else "Correct the name.",
+                )
+            channels += found
+        known = [c for others in channels_of.values() for c in others]
+        if twice := [c for i, c in enumerate(channels) if c in known + channels[:i]]:
+            raise UserError(_DROP, f"{names[twice[0]]} twice", "every channel once", "Remove one.")
+        if source.files_of_channels(sorted(channels)) is None:
+            layout = "; ".join(", ".join(names[c] for c in held) for held in source.channels_of_files)
+            raise UserError(
+                _DROP, modality, f"whole files, of which a case has {layout}", "Name all channels of a file."
+            )
+        if not 0 < fraction < 1:
+            raise UserError(
+                _DROP, f"{modality}={fraction}", "a number above 0 and below 1", "Give a fraction, e.g. 0.3."
+            )
+        channels_of[modality] = tuple(sorted(channels))
+    return channels_of
+
+
+def _choose_losing(option: str, share: str, fraction: float, order: Sequence[str], bare: Collection[str]) -> list[str]:
+    """The first patients of an order, without those who would have no image left."""
+    able = [patient for patient in order if patient not in bare]
+    number = round(fraction * len(order))
+    if number and number > min(len(able), len(order) - 1):
+        raise UserError(
+            _DROP,
+            f"{option}, which is {number} of {len(order)} {share} patients, {len(able)} of whom have other images",
+            "some who keep the modality, and other images of all who lose it",
+            "Choose a smaller fraction.",
+        )
+    return able[:number]
+
+
+def _drop_modalities(
+    source: RawDataset,
+    shares: dict[str, dict[str, dict]],
+    drop_modality: Mapping[str, float],
+    patient_of: dict[str, str],
+    stratum_of: dict[str, str],
+    seed: int,
+) -> tuple[dict[str, list[str]], dict[str, set[int]]]:
+    """Draw who loses a modality, as `withhold_labels` describes.
+
+    Returns:
+        Modality -> the cases that lose it, and case of any share -> the files that it keeps, as indices.
+    """
+    kept = {
+        case: {i for i, image in enumerate(files["images"]) if image}
+        for cases in shares.values()
+        for case, files in cases.items()
+    }
+    dropped: dict[str, list[str]] = {}
+    for modality, channels in _read_drops(source, drop_modality).items():
+        files, losing, fraction = set(source.files_of_channels(channels)), set(), drop_modality[modality]
+        own_seed = f"{seed} without {','.join(map(str, channels))}"  # by number, since channels may share a name
+        for share in ("labeled", "unlabeled"):
+            patients = {patient_of[case] for case in shares[share] if kept[case] & files}
+            order = draw_order({patient: stratum_of[patient] for patient in patients}, own_seed)
+            bare = {patient_of[case] for case in shares[share] if kept[case] <= files}
+            losing |= {*_choose_losing(f"{modality}={fraction}", share, fraction, order, bare)}
+        if not losing:
+            raise UserError(
+                _DROP,
+                f"{modality}={fraction}, which comes to no patient at all",
+                "one at least in the labeled or the unlabeled share",
+                "Choose a larger fraction, or leave it out.",
+            )
+        dropped[modality] = sorted(
+            case
+            for share in ("labeled", "unlabeled")
+            for case in shares[share]
+            if patient_of[case] in losing and kept[case] & files
+        )
+        for case in dropped[modality]:
+            kept[case] -= files
+    if dropped and not any(len(kept[case]) == len(source.channels_of_files) for case in shares["labeled"]):
+        raise UserError(
+            _DROP,
+            "that no labeled case keeps the images of all channels",
+            "one at least, since planning needs it",
+            "Choose smaller fractions, more labeled cases or another seed.",
+        )
+    return dropped, kept
+
+
+def _patient_folds(kept: dict[str, set[int]], patient_of: dict[str, str]) -> Folds | None:
+    """nnU-Net's folds drawn over patients, so that none is in training and validation at once; None for one patient.
+
+    Patients who lack a file are dealt out so that every fold has about as many of each.
+
+    Args:
+        kept: labeled case -> its files.
+        patient_of: case -> patient.
+    """
+    having: dict[str, set[str]] = defaultdict(set)  # file -> patients
+    for case, files in kept.items():
+        for i in files:
+            having[f"file {i}"].add(patient_of[case])
+    if len({patient_of[case] for case in kept}) < 2:
         return None
-    folds = generate_crossval_split(patients, n_splits=min(5, len(patients)))
+    number = max(2, min(NUM_FOLDS, *map(len, having.values())))
+    complete = sorted(set.intersection(*having.values()))
+    folds: Folds = [{"train": [], "val": []} for _ in range(number)]
+    if len(complete) >= number:
+        folds = generate_crossval_split(complete, n_splits=number)
     return [
-        {part: sorted(case for case in cases if patient_of[case] in set(members)) for part, members in fold.items()}
-        for fold in folds
+        {part: sorted(case for case in kept if patient_of[case] in members) for part, members in fold.items()}
+        for fold in extend_folds(folds, having)
     ]
 
 
 def _write(
-    folder: Path, source: RawDataset, shares: dict[str, dict[str, dict]], record: dict, folds: list[dict] | None
+    folder: Path,
+    source: RawDataset,
+    shares: dict[str, dict[str, dict]],
+    kept: dict[str, set[int]],
+    record: dict,
+    folds: Folds | None,
 ) -> None:
     dataset_json = {key: value for key, value in source.dataset_json.items() if key != "dataset"}
     dataset_json["numTraining"] = len(shares["labeled"])
-    file_ending = dataset_json["file_ending"]
     # A temporary neighbour becomes the dataset at once: an interrupted run leaves nothing that looks like one.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".withhold_labels_") as temporary:
         new = Path(temporary) / folder.name
-        _link_cases(shares["labeled"], new / "imagesTr", new / "labelsTr", file_ending)
+        _link_cases(source, shares["labeled"], kept, new / "imagesTr", new / "labelsTr")
         if shares["unlabeled"]:
-            _link_cases(shares["unlabeled"], new / "imagesUn", None, file_ending)
+            _link_cases(source, shares["unlabeled"], kept, new / "imagesUn", None)
         if shares["test"]:
-            _link_cases(shares["test"], new / "imagesTs", new / "labelsTs", file_ending)
+            _link_cases(source, shares["test"], kept, new / "imagesTs", new / "labelsTs")
         contents = {"dataset.json": dataset_json, "withheld_labels.json": record}
         if folds:
-            contents["splits_final.json"] = folds  # planning takes it from here
+            contents[SPLITS_FILE] = folds  # planning takes it from here
         for name, content in contents.items():
             (new / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
         new.rename(folder)
 
 
-def _link_cases(cases: dict[str, dict], images: Path, labels: Path | None, file_ending: str) -> None:
-    """Put the files of the cases into folders of nnU-Net's layout, without labels if `labels` is None."""
+def _link_cases(
+    source: RawDataset, cases: dict[str, dict], kept: dict[str, set[int]], images: Path, labels: Path | None
+) -> None:
+    """Put the files that cases keep into folders of nnU-Net's layout, without labels if `labels` is None."""
     images.mkdir(parents=True)
     if labels:
         labels.mkdir()
     for case, files in cases.items():
-        sidecars = [(files["images"][0].removesuffix(f"_0000{file_ending}"), images)]
-        for channel, image in enumerate(files["images"]):
-            _link(image, images / f"{case}_{channel:04d}{file_ending}")
+        # CASE.json lies beside the case's first image, which may be one that it does not keep
+        present = [i for i, image in enumerate(files["images"]) if image]
+        read = source.read_files({"images": files["images"]}, present)
+        for i, image in zip(present, read, strict=False):
+            if i in kept[case]:
+                _link(image, images / f"{case}_{i:04d}{source.file_ending}")
+        for sidecar in read[len(present) :]:
+            _link(sidecar, images / f"{case}.json")
         if labels:
-            _link(files["label"], labels / f"{case}{file_ending}")
-            sidecars.append((files["label"].removesuffix(file_ending), labels))
-        for stem, folder in sidecars:
-            # nnU-Net reads the spacing of a TIFF from CASE.json beside it
-            if file_ending in Tiff3DIO.supported_file_endings and Path(f"{stem}.json").is_file():
-                _link(f"{stem}.json", folder / f"{case}.json")
+            _link(files["label"], labels / f"{case}{source.file_ending}")
+            sidecar = f"{files['label'].removesuffix(source.file_ending)}.json"
+            if sidecar in source.read_files(files, present):
+                _link(sidecar, labels / f"{case}.json")
 
 
 def _link(source: str, target: Path) -> None:
@@ -307,8 +457,24 @@ def _link(source: str, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _dataset_id(name_or_id: str) -> int:
-    return convert_dataset_name_to_id(name_or_id) if name_or_id.startswith("Dataset") else int(name_or_id)
+def _dataset(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _parse_drops(texts: Sequence[str]) -> dict[str, float]:
+    drops: dict[str, float] = {}
+    for text in texts:
+        modality, _, fraction = text.rpartition("=")  # the name of a channel may contain =
+        try:
+            number = float(fraction)
+        except ValueError:
+            number = None
+        if not modality or number is None:
+            raise UserError(_DROP, repr(text), "NAME=FRACTION", "Write e.g. T2=0.3.")
+        if modality in drops:
+            raise UserError(_DROP, f"{modality} twice", "every channel once", "Remove one.")
+        drops[modality] = number
+    return drops
 
 
 @reports_user_errors
@@ -316,10 +482,11 @@ def main() -> None:
     """Command line of `withhold_labels`."""
     parser = argparse.ArgumentParser(
         description="Turn a fully labeled nnU-Net dataset into a semi-supervised one: a new raw dataset with a labeled "
-        "share in imagesTr and labelsTr, the other images without labels in imagesUn, and optionally a test set."
+        "share in imagesTr and labelsTr, the other images without labels in imagesUn, and optionally a test set. On "
+        "request, some of the training cases lose a modality. withheld_labels.json there says which."
     )
     add = parser.add_argument
-    add("-d", type=_dataset_id, required=True, metavar="SOURCE", help="id or name of the fully labeled dataset")
+    add("-d", type=_dataset, required=True, metavar="SOURCE", help="id or whole name of the fully labeled dataset")
     add("--output_id", type=int, required=True, metavar="ID", help="free id for the new dataset")
     add("--output_name", metavar="NAME", help="name of the new dataset without DatasetXXX_ (default: the source's)")
     labeled = parser.add_mutually_exclusive_group(required=True)
@@ -335,12 +502,26 @@ def main() -> None:
     table = "CSV file with the columns case and group, or JSON file {case: group}"
     add("--groups", type=Path, metavar="FILE", help=f"{table}: the patient of every case")
     add("--stratify", type=Path, metavar="FILE", help=f"{table}: e.g. the hospital, to be drawn from in proportion")
+    add(
+        _DROP,
+        nargs="+",
+        default=[],
+        metavar="NAME[,NAME…]=FRACTION",
+        help="T2=0.3: of the patients with T2 this share, above 0 and below 1, loses its images, of the labeled and of "
+        "the unlabeled ones alike; never in the test set, and never all images of a case: such patients are passed "
+        "over for others, for the later modality. NAME: a channel in dataset.json, or its number; several channels "
+        "go together and must be whole files",
+    )
     add("--seed", type=int, default=0, help="another seed, another draw; a smaller draw is part of a larger one")
     options = vars(parser.parse_args())
 
+    options[_DROP[2:]] = _parse_drops(options[_DROP[2:]])
     folder = withhold_labels(options.pop("d"), **options)
     record = json.loads((folder / "withheld_labels.json").read_text(encoding="utf-8"))
     print(f"{folder}: " + ", ".join(f"{len(record[share])} {share}" for share in ("labeled", "unlabeled", "test")))
+    for modality, cases in record["dropped"].items():
+        counts = (f"{len({*cases} & {*record[share]})} {share}" for share in ("labeled", "unlabeled"))
+        print(f"Cases that lost {modality}: {', '.join(counts)}")
     like = "" if record["unlabeled"] else " --plans_of ID_OF_THE_SEMI_SUPERVISED_DATASET"
     print(f"Next: nnUNetv2_semicml_plan_and_preprocess -d {options['output_id']}{like}")
 
