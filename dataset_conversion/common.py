@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import SimpleITK as sitk
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 
 from nnunetv2_semicml.data.raw_dataset import confusable_with_id, datasets_with_id, raw_root
+from nnunetv2_semicml.data.stored_file import check_stored_file
 from nnunetv2_semicml.errors import UserError, some_of
 
 # Images of one case count as lying on one grid if no voxel is displaced by more than this share of the voxel size:
@@ -112,19 +112,27 @@ def read_image(file: Path, dimension: int = 3) -> sitk.Image:
         UserError: the file is damaged, has another number of dimensions, or voxels that are NaN or infinite.
     """
     try:
-        # ITK alone would fill up with zeros what is cut off, and replace NaN by zeros
-        voxels = np.asanyarray(nibabel.load(file).dataobj)
-        image = sitk.ReadImage(str(file))
-    except Exception as error:  # each of the two raises errors of its own and of the decompressor
+        # ITK alone would fill up what is cut off, and replace NaN by zeros
+        damage, not_finite = check_stored_file(file)
+        if not damage:
+            image = sitk.ReadImage(str(file))
+    except (OSError, RuntimeError) as error:
         raise UserError(
             file, f"an unreadable file ({type(error).__name__}: {error})", "a NIfTI image", "Get it again."
         ) from error
+    if damage:
+        raise UserError(file, damage, "a whole file", "Get it again.")
     if image.GetDimension() != dimension or image.GetNumberOfComponentsPerPixel() > 1:
         raise UserError(
-            file, f"an image of the shape {voxels.shape}", f"one of {dimension} dimensions", "Get the original file."
+            file,
+            f"the shape {image.GetSize()} and values per voxel: {image.GetNumberOfComponentsPerPixel()}",
+            f"{dimension} dimensions and one value",
+            "Get the original file.",
         )
-    if not np.isfinite(voxels).all():
-        raise UserError(file, "voxels that are NaN or infinite", "finite numbers", "Get the original file.")
+    if not_finite:
+        raise UserError(
+            file, f"{not_finite} voxels that are NaN or infinite", "finite numbers", "Get the original file."
+        )
     return sitk.Cast(image, sitk.sitkFloat32) if image.GetPixelID() == sitk.sitkFloat64 else image
 
 

@@ -3,6 +3,7 @@
 A miniature is written by its function into a folder, as it would be found after unpacking the download.
 """
 
+import gzip
 import json
 import locale
 from collections.abc import Callable, Iterable
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -228,6 +230,27 @@ def test_types_of_voxels(raw: Path, source: Path):
     assert (t1ce.dtype, t2.dtype) == (np.float32, np.uint16)
     assert np.array_equal(t1ce, stored.astype(np.float32))
     assert np.array_equal(read(folder / "labelsTr" / "BraTS2021_00000.nii.gz"), label > 0)
+
+
+def test_simpleitk_decides_what_is_readable(raw: Path, source: Path, monkeypatch: pytest.MonkeyPatch):
+    """nibabel refuses this quaternion, which is longer than 1 by rounding."""
+    brats_2021(source)
+    for file in sorted((source / "train" / "BraTS2021_00002").iterdir()):
+        voxels = read(file)
+        header = nibabel.Nifti1Header()
+        header.set_data_shape(voxels.shape[::-1])
+        header.set_data_dtype(voxels.dtype)
+        header["magic"], header["vox_offset"] = b"n+1", 352
+        header["qform_code"], header["quatern_d"] = 1, 1.000002  # half a turn, as in BraTS
+        header["qoffset_y"] = 239
+        file.write_bytes(gzip.compress(header.binaryblock + bytes(4) + voxels.tobytes()))
+        with pytest.raises(ValueError, match="w2 should be positive"):
+            nibabel.load(file)
+    found = converted(monkeypatch, brats.convert_brats(source / "train", 500, 2021))
+    for name, file in zip(("t1", "t1ce", "t2", "flair"), found.labeled["BraTS2021_00002"]["images"], strict=True):
+        original = sitk.ReadImage(str(source / "train" / "BraTS2021_00002" / f"BraTS2021_00002_{name}.nii.gz"))
+        assert np.array_equal(read(file), sitk.GetArrayFromImage(original))
+        assert sitk.ReadImage(file).GetOrigin() == pytest.approx(original.GetOrigin())
 
 
 # --------------------------------------------------------------------------------------------------------------- MyoPS
@@ -791,13 +814,27 @@ REFUSED = {
         brats_2021,
         rewrite(f"{B}_t2.nii.gz", noise(5, shape=(2, 4, 5, 6))),
         as_year(2021),
-        ["BraTS2021_00002_t2.nii.gz: found an image of the shape (6, 5, 4, 2)"],
+        ["BraTS2021_00002_t2.nii.gz: found the shape (6, 5, 4, 2)", "expected 3 dimensions"],
     ),
     "brats: cut off": (
         brats_2021,
         truncate(f"{B}_t2.nii.gz"),
         as_year(2021),
-        ["BraTS2021_00002_t2.nii.gz: found an unreadable file ("],
+        ["BraTS2021_00002_t2.nii.gz: found a gzip stream without its end"],
+    ),
+    "brats: cut off, not packed": (
+        brats_2020,
+        truncate("train/MICCAI_BraTS2020_TrainingData/BraTS20_Training_001/BraTS20_Training_001_t2.nii"),
+        as_year(2020),
+        ["BraTS20_Training_001_t2.nii: found 190 of 240 bytes of voxels; expected a whole file"],
+    ),
+    "brats: three values in every voxel": (
+        brats_2021,
+        lambda f: sitk.WriteImage(
+            sitk.GetImageFromArray(noise(5, shape=(4, 5, 6, 3)), isVector=True), str(f / f"{B}_t2.nii.gz")
+        ),
+        as_year(2021),
+        ["BraTS2021_00002_t2.nii.gz: found the shape (6, 5, 4) and values per voxel: 3;"],
     ),
     "brats: no image file": (
         brats_2021,
@@ -809,7 +846,7 @@ REFUSED = {
         brats_2021,
         rewrite(f"{B}_t2.nii.gz", nan, **BH),
         as_year(2021),
-        ["BraTS2021_00002_t2.nii.gz: found voxels that are NaN or infinite"],
+        ["BraTS2021_00002_t2.nii.gz: found 120 voxels that are NaN or infinite"],
     ),
     "brats: one modality": (
         brats_2021,
@@ -883,7 +920,7 @@ REFUSED = {
         task05_prostate,
         rewrite("imagesTs/prostate_03.nii.gz", noise(1)),
         prostate,
-        ["prostate_03.nii.gz: found an image of the shape (6, 5, 4)"],
+        ["prostate_03.nii.gz: found the shape (6, 5, 4) and values per voxel: 1; expected 4 dimensions"],
     ),
     "prostate: three images": (
         task05_prostate,
