@@ -362,25 +362,32 @@ def test_a_smaller_fraction_is_part_of_a_larger_one_and_the_second_modality_chan
             lost[modality] = set(cases)
 
 
-def test_all_cases_of_a_patient_lose_a_modality_and_every_fold_has_it(raw: Path, tmp_path: Path):
+def test_all_cases_of_a_patient_lose_a_modality(raw: Path, tmp_path: Path):
     groups = write_json(tmp_path / "patients.json", PATIENTS)
     folder = withhold_labels(500, 501, num_labeled=3, groups=groups, drop_modality={"CT": 0.3})
     record = record_of(folder)
     # labels by printf '0 P0' | sha256sum: P1 P5 P0, then P2 P4 P3; CT by '0 without 0 P0': P1 P3 P5 P0 P2 P4
     assert record["labeled"] == ["P0_x", "P0_y", "P1_x", "P1_y", "P5_x", "P5_y"]
     assert record["dropped"] == {"CT": ["P1_x", "P1_y", "P3_x", "P3_y"]}
-    folds = json.loads((folder / "splits_final.json").read_text())
-    assert len(folds) == 2  # as many as patients with CT
-    for fold in folds:
-        assert sorted(fold["train"] + fold["val"]) == record["labeled"]
-        assert not {PATIENTS[case] for case in fold["train"]} & {PATIENTS[case] for case in fold["val"]}
-        for part in fold.values():
-            assert {"P0", "P5"} & {PATIENTS[case] for case in part}
 
     # P1 can not lose CT if one of the scans has nothing else: the next one of the order does
     (raw / "Dataset500_Toy" / "imagesTr" / "P1_x_0001.nii.gz").unlink()
     folder = withhold_labels(500, 502, num_labeled=3, groups=groups, drop_modality={"CT": 0.3})
     assert record_of(folder)["dropped"] == {"CT": ["P3_x", "P3_y", "P5_x", "P5_y"]}
+
+
+def test_every_fold_of_patients_has_every_modality(raw: Path, tmp_path: Path):
+    groups = write_json(tmp_path / "patients.json", PATIENTS)
+    folder = withhold_labels(500, 501, labeled_fraction=1, groups=groups, drop_modality={"CT": 0.5})
+    assert {PATIENTS[case] for case in record_of(folder)["dropped"]["CT"]} == {"P1", "P3", "P5"}
+    folds = json.loads((folder / "splits_final.json").read_text())
+    assert len(folds) == 3  # as many as patients with CT; nnU-Net's own split would validate on P3 and P5 in one
+    for fold in folds:
+        train, val = ({PATIENTS[case] for case in fold[part]} for part in ("train", "val"))
+        assert not train & val
+        assert sorted(fold["train"] + fold["val"]) == CASES
+        assert {"P0", "P2", "P4"} & train
+        assert {"P0", "P2", "P4"} & val
 
 
 def test_who_lacks_a_modality_is_not_counted_among_those_who_lose_it(raw: Path):
