@@ -24,6 +24,14 @@ from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 torch.set_num_threads(1)  # the networks here are so small that threads would only wait for each other
 
 LABELS, REGIONS = "Dataset500_Labels", "Dataset510_Regions"
+CHANNELS, PATTERNS = "Dataset550_Channels", "Dataset560_Patterns"
+# case -> the channels that it lacks
+LACKING_CHANNELS = {"tr_000": [1], "tr_001": [0, 2], "un_000": [1], "un_001": [0, 2]}
+LACKING_PATTERNS = {
+    "tr_000": [2],
+    "tr_001": [0, 1],
+    **{"un_000": [2], "un_001": [2], "un_002": [1], "un_003": [0], "un_004": [0, 2]},
+}
 
 
 # without fixtures of their own that take long: they need not stay on one process of pytest-xdist
@@ -111,6 +119,44 @@ def regions_group(nnunet_folders):
     return ModalityGroup.load(REGIONS)
 
 
+def write_incomplete(raw, dataset_id, name, lacking, **numbers):
+    """A phantom with FLAIR, T1 and T2, of which some cases lack files."""
+    folder = write_phantom_dataset(
+        raw, dataset_id, name, **numbers, shape=(24, 24, 24), modalities=("FLAIR", "T1", "T2"), num_classes=2
+    )
+    for case, channels in lacking.items():
+        for channel in channels:
+            (file,) = folder.glob(f"images*/{name.lower()}_{case}_{channel:04d}.nii.gz")
+            file.unlink()
+
+
+@pytest.fixture(scope="session")
+def channels_group(nnunet_folders):
+    """A modality of two channels beside one of one, which some cases lack; 2d and 3d_fullres."""
+
+    def make():
+        raw = nnunet_folders / "nnUNet_raw"
+        write_incomplete(raw, 550, "Channels", LACKING_CHANNELS, num_labeled=7, num_unlabeled=5, num_test=1)
+        options = {"modalities": ["MR=FLAIR,T2", "T1"], "num_processes": [1], "num_processes_fingerprint": 1}
+        shrink_networks(plan_and_preprocess(550, ["2d", "3d_fullres"], **options))
+
+    once(nnunet_folders, CHANNELS, make)
+    return ModalityGroup.load(CHANNELS)
+
+
+@pytest.fixture(scope="session")
+def patterns_group(nnunet_folders):
+    """Three modalities, each of which some cases lack, so that pairs have different cases in common; 2d."""
+
+    def make():
+        raw = nnunet_folders / "nnUNet_raw"
+        write_incomplete(raw, 560, "Patterns", LACKING_PATTERNS, num_labeled=7, num_unlabeled=6, num_test=1)
+        shrink_networks(plan_and_preprocess(560, ["2d"], num_processes=[1], num_processes_fingerprint=1))
+
+    once(nnunet_folders, PATTERNS, make)
+    return ModalityGroup.load(PATTERNS)
+
+
 def shrink_networks(group: ModalityGroup) -> None:
     """Give all networks of a group a few features and small batches, alike in all plans: accuracy is not tested."""
     preprocessed = Path(os.environ["nnUNet_preprocessed"])
@@ -171,8 +217,8 @@ def results(tmp_path, monkeypatch):
 @pytest.fixture
 def copy_of_labels(labels_group, tmp_path, monkeypatch):
     """Raw and preprocessed copies that a test may change; others read the originals at the same time."""
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
-        names = [LABELS, *(m.dataset_name for m in labels_group.modalities)]
+    modalities = [m.dataset_name for m in labels_group.modalities]
+    for variable, names in (("nnUNet_raw", [LABELS]), ("nnUNet_preprocessed", [LABELS, *modalities])):
         for name in names:
             shutil.copytree(Path(os.environ[variable]) / name, tmp_path / variable / name)
         monkeypatch.setenv(variable, str(tmp_path / variable))
@@ -180,12 +226,13 @@ def copy_of_labels(labels_group, tmp_path, monkeypatch):
     return tmp_path
 
 
-SETTINGS = [(LABELS, "2d"), (LABELS, "3d_fullres"), (REGIONS, "3d_fullres")]
+INCOMPLETE = [(CHANNELS, "3d_fullres"), (PATTERNS, "2d")]
+SETTINGS = [(LABELS, "2d"), (LABELS, "3d_fullres"), (REGIONS, "3d_fullres"), *INCOMPLETE]
 
 
 @pytest.fixture
-def groups(labels_group, regions_group, results):
-    return {LABELS: labels_group, REGIONS: regions_group}
+def groups(labels_group, regions_group, channels_group, patterns_group, results):
+    return {LABELS: labels_group, REGIONS: regions_group, CHANNELS: channels_group, PATTERNS: patterns_group}
 
 
 def initialized(dataset, configuration, *args, **attributes):
@@ -230,14 +277,40 @@ def assert_identical(a, b):
         assert a == b or (a != a and b != b)  # NaN is a Dice without foreground
 
 
-def modality_batches(trainer, batch):
-    return dict(zip([t.name for t in trainer.trainers], trainer._modality_batches(batch), strict=True))
+def labeled_of(batch):
+    """Modality -> (image, target or targets), as the loader has drawn them."""
+    return {m: (p["images"][m], p["targets"][m]) for p in batch["labeled"] for m in p["images"]}
+
+
+def unlabeled_of(batch, modality):
+    """The unlabeled patches of a modality, of all draws that show it."""
+    return torch.cat([p["images"][modality] for p in batch["unlabeled"] if modality in p["images"]])
+
+
+def change_tensors(batch, change):
+    """The batch with another tensor in the place of each."""
+    if isinstance(batch, torch.Tensor):
+        return change(batch)
+    if isinstance(batch, dict):
+        return {key: change_tensors(value, change) for key, value in batch.items()}
+    return [change_tensors(value, change) for value in batch] if isinstance(batch, list) else batch
+
+
+def unsupervised_terms(trainer, batch):
+    """The terms of a step, with a graph: each is the mean over the draws that have it."""
+    found = {}
+    for images in trainer.unlabeled_images(batch):
+        targets = trainer.unsupervised_targets(images)
+        terms = trainer.unsupervised_terms(unlabeled_outputs(trainer, images), targets)
+        for name, term in terms.items():
+            found.setdefault(name, []).append(term)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def unlabeled_outputs(trainer, images):
-    """What the unsupervised terms see of every learner, with a graph; of a network's outputs the first."""
+    """What the unsupervised terms see of every learner in a draw, with a graph; of a network's outputs the first."""
     outputs = {}
-    for t in trainer.learners():
+    for t in (t for t in trainer.learners() if t.name in images):
         with trainer._autocast():
             output = trainer.unlabeled_output(t, images[t.name])
         outputs[t.name] = (output[0] if isinstance(output, list) else output).float()
@@ -246,17 +319,17 @@ def unlabeled_outputs(trainer, images):
 
 def reference_gradients(trainer, batch):
     """Losses and gradients by the formula: one sum of all losses, one backward pass, everything held until then."""
-    images, learners = trainer.unlabeled_images(batch), trainer.learners()
     for t in trainer.trainers:
         t.optimizer.zero_grad()
-    targets = trainer.unsupervised_targets(images)
-    terms = trainer.unsupervised_terms(unlabeled_outputs(trainer, images), targets)
+    terms = unsupervised_terms(trainer, batch)
     total = sum(trainer.unsupervised_weights()[name] * term for name, term in terms.items())
     supervised = {}
     if trainer.supervised_weight:
-        labeled = modality_batches(trainer, batch)
+        labeled = labeled_of(batch)
         with trainer._autocast():
-            supervised = {t.name: t.loss(t.network(labeled[t.name][0]), labeled[t.name][1]) for t in learners}
+            for t in trainer.learners():
+                image, target = labeled[t.modality.name]
+                supervised[t.name] = t.loss(t.network(image), target)
     (total + trainer.supervised_weight * sum(supervised.values())).backward()
     return {**terms, **supervised}, gradients(trainer)
 
@@ -267,9 +340,9 @@ def step_gradients(trainer, batch):
         t.optimizer.zero_grad()
     losses, _ = trainer._unsupervised_step(trainer.learners(), trainer.unlabeled_images(batch))
     if trainer.supervised_weight:
-        labeled = modality_batches(trainer, batch)
+        labeled = labeled_of(batch)
         for t in trainer.learners():
-            losses[t.name] = trainer._supervised_step(t, *labeled[t.name])
+            losses[t.name] = trainer._supervised_step(t, *labeled[t.modality.name])
     return losses, gradients(trainer)
 
 

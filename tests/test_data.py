@@ -8,9 +8,20 @@ import pytest
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from conftest import LABELS, REGIONS, draw_batches, load_plans, make_trainer
+from conftest import (
+    CHANNELS,
+    LABELS,
+    REGIONS,
+    assert_identical,
+    draw_batches,
+    labeled_of,
+    load_plans,
+    make_trainer,
+    unlabeled_of,
+)
 from nnunetv2.inference.data_iterators import PreprocessAdapter
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semicml.data.paired_dataset import PairedArray, common_frame
@@ -19,6 +30,11 @@ from nnunetv2_semicml.data.streams import PairedTransform
 SHAPE = (20, 30, 34)
 MARKERS = [(6, 9, 8), (10, 15, 17), (14, 21, 26)]
 CROPS = [((2, 3, 1), (18, 28, 33)), ((4, 5, 6), (17, 25, 30))]  # the nonzero box of each modality
+
+
+def loaders(trainer):
+    """Of an initialized trainer: kind of cases -> loaders of the training."""
+    return trainer.get_dataloaders()[0].data_loader.loaders
 
 
 def pair_up(images, target_spacing):
@@ -88,9 +104,8 @@ def test_markers_stay_together_under_augmentation(labels_group, results):
     """The full stock pipeline: label channels move exactly alike, image markers within the blur of the intensities."""
     trainer = make_trainer(LABELS, "3d_fullres")
     trainer.initialize()
-    loader, _ = trainer.get_dataloaders()
-    transforms = loader.data_loader.transforms
-    patch = loader.data_loader.patch_size
+    loader = trainer._loader(trainer.trainers, labels_group.labeled, labeled=True, augment=True)
+    transforms, patch = loader.transforms, loader.patch_size
     geometry_changed = 0
     for seed in range(40):
         torch.manual_seed(seed)
@@ -113,12 +128,12 @@ def test_markers_stay_together_under_augmentation(labels_group, results):
 def test_intensities_are_drawn_for_each_modality(labels_group, results):
     trainer = make_trainer(LABELS, "3d_fullres")
     trainer.initialize()
-    loader, _ = trainer.get_dataloaders()
+    (loader,) = loaders(trainer)["unlabeled"]
     torch.manual_seed(1)
     np.random.seed(1)
-    same = torch.rand(1, *loader.data_loader.patch_size).repeat(2, 1, 1, 1)
+    same = torch.rand(1, *loader.patch_size).repeat(2, 1, 1, 1)
     outputs = [
-        loader.data_loader.transforms(image=same.clone(), segmentation=torch.zeros_like(same).to(torch.int16))["image"]
+        loader.transforms(image=same.clone(), segmentation=torch.zeros_like(same).to(torch.int16))["image"]
         for _ in range(20)
     ]
     assert sum(not torch.equal(image[0], image[1]) for image in outputs) > 5
@@ -129,11 +144,11 @@ def test_each_modality_is_masked_by_its_own_nonzero_region(labels_group, results
     trainer = make_trainer(LABELS, "3d_fullres")
     trainer.initialize()
     flags = [t.configuration_manager.use_mask_for_norm for t in trainer.trainers]
-    loader, _ = trainer.get_dataloaders()
-    patch = loader.data_loader.patch_size
+    (loader,) = loaders(trainer)["unlabeled"]
+    patch = loader.patch_size
     segmentation = torch.zeros(2, *patch, dtype=torch.int16)
     segmentation[0, :, :, : patch[2] // 2] = -1
-    out = loader.data_loader.unlabeled.transforms(image=torch.ones(2, *patch), segmentation=segmentation)["image"]
+    out = loader.transforms(image=torch.ones(2, *patch), segmentation=segmentation)["image"]
     assert flags == [[True], [False]]
     assert (out[0] == 0).float().mean() > 0.3
     assert (out[1] == 0).float().mean() < 0.3
@@ -144,40 +159,48 @@ def test_unknown_transform_is_refused():
         pass
 
     with pytest.raises(NotImplementedError, match="Shear cannot be used with paired modalities"):
-        PairedTransform([ComposeTransforms([Shear()])] * 2)
+        PairedTransform([ComposeTransforms([Shear()])] * 2, [1, 1])
 
 
 def test_paired_array_reads_like_the_padded_array():
+    """Modalities of two channels and of one, and the positions of the voxels."""
     rng = np.random.default_rng(0)
-    arrays = [rng.random((1, 5, 6, 7)), rng.random((1, 4, 8, 3))]
+    arrays = [rng.random((2, 5, 6, 7)), rng.random((1, 4, 8, 3))]
     offsets, frame = [(0, 2, 0), (1, 0, 5)], (6, 8, 9)
-    full = np.full((2, *frame), -1.0)
-    for channel, (array, offset) in enumerate(zip(arrays, offsets, strict=True)):
+    full = np.full((3 + 3, *frame), -1.0)
+    for channels, array, offset in zip((slice(0, 2), slice(2, 3)), arrays, offsets, strict=True):
         region = tuple(slice(o, o + n) for o, n in zip(offset, array.shape[1:], strict=True))
-        full[(channel, *region)] = array[0]
-    paired = PairedArray([blosc2.asarray(a) for a in arrays], frame, offsets, -1, np.float64)
-    assert paired.shape == full.shape
-    for _ in range(50):
-        bounds = [sorted(rng.integers(0, n + 1, 2)) for n in frame]
-        index = (slice(None), *[slice(int(a), int(b)) for a, b in bounds])
-        np.testing.assert_array_equal(paired[index], full[index])
-    with pytest.raises(IndexError, match="all modalities are read at once"):
+        full[(channels, *region)] = array
+    full[3:] = (np.indices(frame) + 0.5) / np.reshape(frame, (3, 1, 1, 1))
+    stored = [blosc2.asarray(a) for a in arrays]
+    for positions in (False, True):
+        paired = PairedArray(stored, frame, offsets, -1, np.float64, positions)
+        expected = full if positions else full[:3]
+        assert paired.shape == expected.shape
+        for _ in range(50):
+            bounds = [sorted(rng.integers(0, n + 1, 2)) for n in frame]
+            index = (slice(None), *[slice(int(a), int(b)) for a, b in bounds])
+            np.testing.assert_allclose(paired[index], expected[index], rtol=1e-12)
+    with pytest.raises(IndexError, match="all channels are read at once"):
         paired[0, :, :, :]
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
 @pytest.mark.parametrize("folder", ["imagesTr", "imagesUn"])
-def test_training_reads_what_the_stock_predictor_computes(labels_group, configuration, folder):
-    """Voxel for voxel, although the two modalities of a case are cropped differently."""
-    raw = Path(os.environ["nnUNet_raw"]) / LABELS / folder
-    crops = []
-    for modality in labels_group.modalities:
+@pytest.mark.parametrize("dataset", [LABELS, CHANNELS])
+def test_training_reads_what_the_stock_predictor_computes(groups, dataset, configuration, folder):
+    """Voxel for voxel, for modalities of one channel and of two, although these are cropped differently."""
+    raw = Path(os.environ["nnUNet_raw"]) / dataset / folder
+    crops = {}
+    for modality in groups[dataset].modalities:
         plans, dataset_json = load_plans(modality.dataset_name)
         manager = PlansManager(plans)
         config = manager.get_configuration(configuration)
-        files = sorted(raw.glob(f"*_{modality.channel:04d}.nii.gz"))
+        cases = sorted({file.name[:-12] for file in raw.iterdir()})
+        names = {case: [raw / f"{case}_{channel:04d}.nii.gz" for channel in modality.channels] for case in cases}
+        names = {case: [str(file) for file in files] for case, files in names.items() if files[0].is_file()}
         adapter = PreprocessAdapter(
-            [[str(f)] for f in files],
+            list(names.values()),
             None,
             config.preprocessor_class(verbose=False),
             None,
@@ -187,14 +210,13 @@ def test_training_reads_what_the_stock_predictor_computes(labels_group, configur
         )
         suffix = "_unlabeled" if folder == "imagesUn" else ""
         stored = Path(os.environ["nnUNet_preprocessed"]) / modality.dataset_name / f"{config.data_identifier}{suffix}"
-        for file, predicted in zip(files, adapter, strict=True):
-            trained = blosc2.open(str(stored / file.name.replace(f"_{modality.channel:04d}.nii.gz", ".b2nd")))[:]
+        assert {file.stem for file in stored.glob("*.pkl")} == names.keys()
+        for case, predicted in zip(names, adapter, strict=True):
+            trained = blosc2.open(str(stored / f"{case}.b2nd"))[:]
+            assert len(trained) == len(modality.channels)
             np.testing.assert_array_equal(trained, predicted["data"].numpy())
-            crops.append((modality.name, file.name[:-12], str(predicted["data_properties"]["bbox_used_for_cropping"])))
-    by_case = {}
-    for _, case, box in crops:
-        by_case.setdefault(case, set()).add(box)
-    assert any(len(boxes) == 2 for boxes in by_case.values())
+            crops.setdefault(case, set()).add(str(predicted["data_properties"]["bbox_used_for_cropping"]))
+    assert any(len(boxes) == 2 for boxes in crops.values())
 
 
 def test_batches_are_deterministic_under_a_seed(labels_group, results):
@@ -202,36 +224,115 @@ def test_batches_are_deterministic_under_a_seed(labels_group, results):
     trainer.initialize()
     first, second, other = draw_batches(trainer, 2), draw_batches(trainer, 2), draw_batches(trainer, 2, seed=1)
     for a, b, c in zip(first, second, other, strict=True):
-        assert torch.equal(a["data"], b["data"])
-        assert torch.equal(a["unlabeled"], b["unlabeled"])
-        assert all(torch.equal(x, y) for x, y in zip(a["target"], b["target"], strict=True))
-        assert not torch.equal(a["unlabeled"], c["unlabeled"])
+        assert_identical(a, b)
+        assert not torch.equal(unlabeled_of(a, "T1"), unlabeled_of(c, "T1"))
 
 
 @pytest.mark.parametrize(
-    ("dataset", "configuration", "modalities", "targets"),
-    [(LABELS, "2d", 2, 1), (LABELS, "3d_fullres", 2, 1), (REGIONS, "3d_fullres", 3, 2)],
+    ("dataset", "configuration", "channels", "targets"),
+    [
+        (LABELS, "2d", {"FLAIR": 1, "T1": 1}, 1),
+        (LABELS, "3d_fullres", {"FLAIR": 1, "T1": 1}, 1),
+        (REGIONS, "3d_fullres", {"FLAIR": 1, "T1": 1, "T2": 1}, 2),
+        (CHANNELS, "2d", {"MR": 2, "T1": 1}, 1),
+    ],
 )
-def test_batch_shapes(labels_group, regions_group, results, dataset, configuration, modalities, targets):
+def test_batch_shapes(groups, dataset, configuration, channels, targets):
     trainer = make_trainer(dataset, configuration, unlabeled_batch_size=3)
     trainer.initialize()
     (batch,) = draw_batches(trainer, 1)
     patch = tuple(trainer.configuration_manager.patch_size)
-    assert batch["data"].shape == (trainer.batch_size, modalities, *patch)
-    assert batch["unlabeled"].shape == (3, modalities, *patch)
-    assert batch["target"][0].shape == (trainer.batch_size, modalities * targets, *patch)
+    labeled = labeled_of(batch)
+    assert labeled.keys() == channels.keys()
+    for modality, (image, target) in labeled.items():
+        assert image.shape == (trainer.batch_size, channels[modality], *patch)
+        assert target[0].shape == (trainer.batch_size, targets, *patch)
+        assert unlabeled_of(batch, modality).shape == (3, channels[modality], *patch)
 
 
-def test_unlabeled_batch_has_distinct_cases_and_no_target(labels_group, results):
-    trainer = make_trainer(LABELS, "3d_fullres", unlabeled_batch_size=4)
+def test_labeled_patches_are_those_of_the_stock_trainer(groups):
+    """Under one seed the loader of a modality draws what nnU-Net's own does, image and targets, for two channels."""
+    trainer = make_trainer(CHANNELS, "3d_fullres")
     trainer.initialize()
-    loader, _ = trainer.get_dataloaders()
-    unlabeled = loader.data_loader.unlabeled
-    assert all(len(set(unlabeled.get_indices())) == 4 for _ in range(20))
+    for loader, modality in zip(loaders(trainer)["labeled"], trainer.group.modalities, strict=True):
+        plans, dataset_json = load_plans(modality.dataset_name)
+        stock = nnUNetTrainer(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
+        stock.initialize()
+        stock_loader = stock.get_dataloaders()[0].data_loader
+        drawn = []
+        for own in (loader, stock_loader):
+            np.random.seed(5)
+            torch.manual_seed(5)
+            drawn.append(own.generate_train_batch())
+        ours, expected = drawn
+        assert ours["cases"] == list(expected["keys"])
+        assert torch.equal(ours["images"][modality.name], expected["data"])
+        assert all(map(torch.equal, ours["targets"][modality.name], expected["target"]))
+
+
+def test_unlabeled_patches_of_modalities_show_the_same_places(groups):
+    """The stored arrays are exchanged for the coordinates of their voxels in the common frame."""
+    trainer = make_trainer(CHANNELS, "3d_fullres")
+    trainer.initialize()
+    (loader,) = loaders(trainer)["unlabeled"]
+    for stage, transforms in loader.transforms.stages:  # intensities as they are
+        if not stage:
+            for own in transforms:
+                own.clear()
+    load_case = loader._data.load_case
+
+    def coordinates(identifier):
+        image, mask, previous, properties = load_case(identifier)
+        z = np.indices(image.shape[1:])[0].astype(np.float32)
+        image.arrays = [
+            np.stack([z[tuple(slice(o, o + n) for o, n in zip(offset, a.shape[1:], strict=True))]] * a.shape[0])
+            for a, offset in zip(image.arrays, image.offsets, strict=True)
+        ]
+        return image, mask, previous, properties
+
+    loader._data.load_case = coordinates
+    np.random.seed(0)
+    torch.manual_seed(0)
+    compared = 0
+    for _ in range(5):
+        images = loader.generate_train_batch()["images"]
+        mr, t1 = images["MR"], images["T1"]
+        assert torch.equal(mr[:, 0], mr[:, 1])
+        inside = (mr[:, 0] > 4) & (mr[:, 0] < 18) & (t1[:, 0] > 4) & (t1[:, 0] < 18)
+        # at the borders of the crops, which differ, the interpolation falls to 0
+        assert ((mr[:, 0] - t1[:, 0]).abs()[inside] < 0.01).float().mean() > 0.9
+        compared += inside.sum()
+    assert compared > 1000
+
+
+def test_unlabeled_batch_has_distinct_cases_first_and_no_target(labels_group, results):
+    trainer = make_trainer(LABELS, "3d_fullres", unlabeled_batch_size=6)
+    trainer.initialize()
+    (unlabeled,) = loaders(trainer)["unlabeled"]
     assert set(unlabeled.indices) == set(labels_group.unlabeled)
-    batch = next(loader)
-    assert set(batch) == {"data", "target", "keys", "unlabeled"}
-    assert not set(batch["keys"]) & set(labels_group.unlabeled)
+    for _ in range(20):
+        cases = list(unlabeled.get_indices())
+        assert len(cases) == 6
+        assert set(cases[:4]) == set(labels_group.unlabeled)
+        assert len(set(cases[4:])) == 2
+    (batch,) = draw_batches(trainer, 1)
+    assert set(batch) == {"labeled", "unlabeled"}
+    assert not any(patches["targets"] for patches in batch["unlabeled"])
+    assert not {case for patches in batch["labeled"] for case in patches["cases"]} & set(labels_group.unlabeled)
+
+
+def test_patches_of_one_case_are_never_contrasted(labels_group, results):
+    """Of six patches of four cases, the first four are, whatever the others show."""
+    trainer = make_trainer(LABELS, "2d", unlabeled_batch_size=6)
+    trainer.initialize()
+    assert "A draw of 6 unlabeled patches has several of a case" in Path(trainer.log_file).read_text()
+    torch.manual_seed(0)
+    logits = {name: torch.randn(6, 3, 8, 8) for name in ("FLAIR", "T1")}
+    asc = trainer.unsupervised_terms(logits, None)["asc"]
+    fewer = make_trainer(LABELS, "2d", unlabeled_batch_size=4)
+    fewer.initialize()
+    expected = fewer.unsupervised_terms({name: z[:4] for name, z in logits.items()}, None)["asc"]
+    torch.testing.assert_close(asc, expected)
 
 
 def test_placeholder_of_unlabeled_cases_is_never_a_target(labels_group, results, monkeypatch):
@@ -239,8 +340,7 @@ def test_placeholder_of_unlabeled_cases_is_never_a_target(labels_group, results,
     trainer = make_trainer(LABELS, "3d_fullres")
     trainer.initialize()
     before = draw_batches(trainer, 2)
-    loader, _ = trainer.get_dataloaders()
-    unlabeled = loader.data_loader.unlabeled
+    (unlabeled,) = loaders(trainer)["unlabeled"]
     load_case = unlabeled._data.load_case
 
     def with_foreground(identifier):
@@ -258,7 +358,7 @@ def test_placeholder_of_unlabeled_cases_is_never_a_target(labels_group, results,
     load_labeled = load_case.__func__
     after = draw_batches(trainer, 2)
     for a, b in zip(before, after, strict=True):
-        assert torch.equal(a["unlabeled"], b["unlabeled"])
+        assert_identical(a["unlabeled"], b["unlabeled"])
 
 
 def test_deployed_dataset_json_lists_no_files(labels_group):

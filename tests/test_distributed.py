@@ -11,10 +11,12 @@ import pytest
 import torch
 from conftest import (
     LABELS,
+    PATTERNS,
     Killed,
     KilledMixin,
     assert_close_gradients,
     assert_identical,
+    change_tensors,
     draw_batches,
     final_checkpoint,
     gradients,
@@ -38,6 +40,11 @@ from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemi
 RANKS = 2
 SCHEDULE = {"num_epochs": 4, "save_every": 2, "bma_pool_size": 1, "rampup_fraction": 0.5, "unlabeled_batch_size": 4}
 FIXED = {"rampup_fraction": 0.0, "asc_cases": 4, "unlabeled_batch_size": 2}  # of Semi-CML, for gradients
+EXAMPLES = {
+    "2d": (LABELS, "2d", FIXED),
+    "3d_fullres": (LABELS, "3d_fullres", FIXED),
+    "incomplete": (PATTERNS, "2d", {"rampup_fraction": 0.0, "unlabeled_batch_size": 2}),  # a draw for every pair
+}
 SECOND_STAGE = {"noise_std": 0.0, "teacher_passes": 1, "confidence_weighting": True, "join_fraction": 1.0, **FIXED}
 
 
@@ -100,11 +107,7 @@ def example_losses(slices, distributed):
 def averaged_gradients(trainer, batch):
     """Of one step in one and in two passes, on this process's share of a batch."""
     rank, found = dist.get_rank(), {}
-    share = {
-        "data": batch["data"].chunk(RANKS)[rank],
-        "target": [t.chunk(RANKS)[rank] for t in batch["target"]],
-        "unlabeled": batch["unlabeled"].chunk(RANKS)[rank],
-    }
+    share = change_tensors(batch, lambda tensor: tensor.chunk(RANKS)[rank])
     for trainer.two_pass in (False, True):
         step_gradients(trainer, share)
         for t in trainer.trainers:
@@ -123,10 +126,10 @@ def process(rank, folder, port):
     batches = torch.load(folder / "batches.pt", weights_only=False)
     found = {"losses": example_losses(slice(2 * rank, 2 * rank + 2), distributed=True)}
 
-    for configuration in ("2d", "3d_fullres"):
+    for name, (dataset, configuration, attributes) in EXAMPLES.items():
         os.environ["nnUNet_semicml_seed"] = "0"
-        trainer = initialized(LABELS, configuration, nnUNetTrainerSemiCMLOnCPU, **FIXED)
-        found[configuration] = (weights_without_wrapper(trainer), averaged_gradients(trainer, batches[configuration]))
+        trainer = initialized(dataset, configuration, nnUNetTrainerSemiCMLOnCPU, **attributes)
+        found[name] = (weights_without_wrapper(trainer), averaged_gradients(trainer, batches[name]))
 
     def run(name, kill_at):
         os.environ["nnUNet_results"] = str(folder / name)
@@ -134,7 +137,7 @@ def process(rank, folder, port):
 
     whole = run("whole", kill_at=-1)
     whole.run_training()
-    found["drawn"] = set(whole.dataloader_train.data_loader.unlabeled.indices)
+    found["drawn"] = set(whole.dataloader_train.data_loader.loaders["unlabeled"][0].indices)
     found["trained"] = {
         "weights": weights_without_wrapper(whole),
         "method": whole.get_method_state(),
@@ -178,13 +181,13 @@ def weights_without_wrapper(trainer):
 
 
 @pytest.fixture(scope="module")
-def batches(labels_group):
+def batches(labels_group, patterns_group):
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_n_proc_DA", "0")
-        for configuration in ("2d", "3d_fullres"):
-            trainer = initialized(LABELS, configuration, **FIXED)
-            (found[configuration],) = draw_batches(trainer, 1)
+        for name, (dataset, configuration, attributes) in EXAMPLES.items():
+            trainer = initialized(dataset, configuration, **attributes)
+            (found[name],) = draw_batches(trainer, 1)
     return found
 
 
@@ -217,21 +220,25 @@ def test_losses_are_those_of_the_joint_batch(ranks):
 
 def reordered(batch):
     """A joint batch whose unlabeled batch is that of all ranks: the first half of each rank's cases."""
-    cases = torch.cat([share[:1] for share in batch["unlabeled"].chunk(RANKS)])
-    rest = torch.cat([share[1:] for share in batch["unlabeled"].chunk(RANKS)])
-    return {**batch, "unlabeled": torch.cat([cases, rest])}
+
+    def reorder(tensor):
+        shares = tensor.chunk(RANKS)
+        return torch.cat([*(share[:1] for share in shares), *(share[1:] for share in shares)])
+
+    return {**batch, "unlabeled": change_tensors(batch["unlabeled"], reorder)}
 
 
 @pytest.mark.parametrize("two_pass", [False, True])
-@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
-def test_gradients_are_those_of_one_process_with_the_joint_batch(ranks, batches, results, configuration, two_pass):
-    trainer = initialized(LABELS, configuration, **FIXED)
-    first_weights, _ = ranks[1][0][configuration]
+@pytest.mark.parametrize("example", ["2d", "3d_fullres", "incomplete"])
+def test_gradients_are_those_of_one_process_with_the_joint_batch(ranks, batches, results, example, two_pass):
+    dataset, configuration, attributes = EXAMPLES[example]
+    trainer = initialized(dataset, configuration, **attributes)
+    first_weights, _ = ranks[1][0][example]
     for t, w in zip(trainer.trainers, first_weights, strict=True):
         t.network.load_state_dict(w)
-    _, expected = step_gradients(trainer, reordered(batches[configuration]))
+    _, expected = step_gradients(trainer, reordered(batches[example]))
     for found in ranks[1]:
-        own_weights, found_gradients = found[configuration]
+        own_weights, found_gradients = found[example]
         assert_identical(own_weights, first_weights)
         assert_close_gradients(expected, found_gradients[two_pass])
 

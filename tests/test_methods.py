@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    CHANNELS,
+    INCOMPLETE,
     LABELS,
     REGIONS,
     Killed,
@@ -22,12 +24,14 @@ from conftest import (
     final_checkpoint,
     gradients,
     initialized,
+    labeled_of,
     load_plans,
     make_trainer,
     nnUNetTrainerWithDropout,
     reference_gradients,
     step_gradients,
     unlabeled_outputs,
+    unsupervised_terms,
     weights,
 )
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
@@ -64,12 +68,12 @@ SETTINGS = [
     (method, dataset, configuration)
     for method in METHODS
     for dataset, configuration in (
-        [(LABELS, "2d"), (LABELS, "3d_fullres"), (REGIONS, "3d_fullres")]
+        [(LABELS, "2d"), (LABELS, "3d_fullres"), (REGIONS, "3d_fullres"), *INCOMPLETE]
         if method in COUPLED
-        else [(FLAIR, "2d"), (FLAIR, "3d_fullres"), (REGIONS_T1, "3d_fullres")]
+        else [(FLAIR, "2d"), (FLAIR, "3d_fullres"), (REGIONS_T1, "3d_fullres"), (CHANNELS, "2d")]
     )
 ]
-FIRST = [(m, d, c) for m, d, c in SETTINGS if c == "2d"]  # one of each method
+FIRST = [(m, d, c) for m, d, c in SETTINGS if c == "2d" and d in (LABELS, FLAIR)]  # one of each method
 pytestmark = pytest.mark.usefixtures("groups")
 each_setting = pytest.mark.parametrize(("method", "dataset", "configuration"), SETTINGS)
 each_method = pytest.mark.parametrize(("method", "dataset", "configuration"), FIRST)
@@ -96,9 +100,7 @@ def with_labels_seen(trainer):
 def test_unsupervised_gradient_reaches_the_networks_and_no_teacher(method, dataset, configuration):
     trainer = with_labels_seen(initialized(dataset, configuration, method, rampup_fraction=0.0))
     (batch,) = draw_batches(trainer, 1)
-    images = trainer.unlabeled_images(batch)
-    targets = trainer.unsupervised_targets(images)
-    terms = trainer.unsupervised_terms(unlabeled_outputs(trainer, images), targets)
+    terms = unsupervised_terms(trainer, batch)
     assert terms.keys() == trainer.unsupervised_weights().keys()
     for term in terms.values():
         for t in trainer.trainers:
@@ -148,15 +150,16 @@ def test_without_unsupervised_weight_every_step_is_that_of_the_stock_trainer(met
     trainer = initialized(dataset, configuration, method, two_pass=two_pass, **dict.fromkeys(WEIGHTS[method], 0.0))
     stock = []
     for own in trainer.trainers:
-        plans, dataset_json = load_plans(trainer.group.modalities[own.channel].dataset_name)
+        plans, dataset_json = load_plans(own.modality.dataset_name)
         reference = nnUNetTrainer(plans, configuration, 0, dataset_json, torch.device("cpu"))
         reference.initialize()
         reference.network.load_state_dict(own.network.state_dict())
         stock.append(reference)
     for batch in draw_batches(trainer, 2):
-        separate = trainer._modality_batches(batch)
+        separate = labeled_of(batch)
         losses = trainer.train_step(batch)["supervised"]
-        for reference, (data, target), loss in zip(stock, separate, losses.values(), strict=True):
+        for own, reference, loss in zip(trainer.trainers, stock, losses.values(), strict=True):
+            data, target = separate[own.name.split(" ")[0]]
             assert reference.train_step({"data": data, "target": target})["loss"] == loss
     assert_same_weights(weights(trainer), [t.network.state_dict() for t in stock])
 
@@ -226,7 +229,7 @@ def test_whole_training_runs_and_deploys_a_stock_model(method, dataset, configur
         assert len(log[f"weight/{term}"]) == 2
     assert {"checkpoint_final.pth", "unsupervised_terms.png"} <= {f.name for f in Path(trainer.output_folder).iterdir()}
     deployed = [t for t in trainer.trainers if t.deployed]
-    assert [t.channel for t in deployed] == list(range(len(trainer.group.modalities)))
+    assert [t.modality for t in deployed] == trainer.group.modalities
     for t in deployed:
         folder = Path(t.output_folder)
         assert folder.parts[-2:] == (f"{method.__name__}__nnUNetPlans__{configuration}", "fold_0")
@@ -234,7 +237,7 @@ def test_whole_training_runs_and_deploys_a_stock_model(method, dataset, configur
         checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=True)
         assert checkpoint["trainer_name"] == "nnUNetTrainer"
         assert checkpoint["provenance"]["trainer"] == method.__name__
-        plans, dataset_json = load_plans(trainer.group.modalities[t.channel].dataset_name)
+        plans, dataset_json = load_plans(t.modality.dataset_name)
         stock = nnUNetTrainer(plans, configuration, 0, dataset_json, torch.device("cpu"))
         stock.initialize()
         stock.network.load_state_dict(checkpoint["network_weights"])  # no projection head, nothing is missing
@@ -339,7 +342,7 @@ def test_chunks_give_the_gradients_of_the_formula(method):
 def test_mean_teacher_compares_with_probabilities_of_noisy_images(groups):
     trainer = initialized(FLAIR, "2d", nnUNetTrainerMeanTeacher)
     (batch,) = draw_batches(trainer, 1)
-    images = trainer.unlabeled_images(batch)
+    (images,) = trainer.unlabeled_images(batch)
     torch.manual_seed(1)
     targets = trainer.unsupervised_targets(images)
     torch.manual_seed(1)
@@ -358,7 +361,7 @@ def test_uamt_leaves_out_what_its_teacher_is_uncertain_about(dataset, configurat
     """By the formula: entropy of the mean of the passes below 3/4 … 1 of ln K, or of ln 2 for each region."""
     trainer = with_labels_seen(initialized(dataset, configuration, nnUNetTrainerUAMT, num_epochs=10))
     (batch,) = draw_batches(trainer, 1)
-    images = trainer.unlabeled_images(batch)
+    (images,) = trainer.unlabeled_images(batch)
     ((name, teacher),) = trainer.teachers.items()
     shares = []
     for trainer.current_epoch in (0, 10):
@@ -444,7 +447,7 @@ def test_plus_is_cross_modal_cps_and_the_contrast_of_semicml(dataset, configurat
         for method in (nnUNetTrainerSemiCMLPlus, nnUNetTrainerCrossModalCPS, nnUNetTrainerSemiCML)
     )
     (batch,) = draw_batches(plus, 1)
-    outputs = unlabeled_outputs(plus, plus.unlabeled_images(batch))
+    outputs = unlabeled_outputs(plus, *plus.unlabeled_images(batch))
     outputs = {name: torch.randn_like(logits) for name, logits in outputs.items()}
     assert {len(logits) for logits in outputs.values()} == {3}
     found = plus.unsupervised_terms(outputs, None)
@@ -499,7 +502,7 @@ def test_contrast_equals_its_formula(method, dataset, configuration):
     """Proof 7 for the term: parts, keys, anchors and masks together."""
     trainer = with_labels_seen(initialized(dataset, configuration, method, noise_std=0.0))
     (batch,) = draw_batches(trainer, 1)
-    images = trainer.unlabeled_images(batch)
+    (images,) = trainer.unlabeled_images(batch)
     ((name, teacher),) = trainer.teachers.items()
     features = unlabeled_outputs(trainer, images)
     keys, parts = trainer.unsupervised_targets(images)[name]
@@ -533,7 +536,8 @@ def test_regions_are_those_of_the_case_and_not_of_the_patch(groups):
     """Without augmentation, the cell follows from where the loader has cropped."""
     trainer = initialized(FLAIR, "3d_fullres", nnUNetTrainerSECLRegion, feature_stage=0)
     loader, _ = trainer.get_dataloaders()
-    dataset = loader.data_loader.unlabeled._data
+    (unlabeled,) = loader.data_loader.loaders["unlabeled"]
+    dataset = unlabeled._data
     image, *_ = dataset.load_case(dataset.identifiers[0])
     assert image.shape[0] == 1 + 3
     corner = torch.from_numpy(image[:, 2:8, 0:6, 3:9]).float()[None]
@@ -554,7 +558,7 @@ def test_positions_are_augmented_with_the_image(groups):
     """Where an image voxel comes from can be read off its position, after rotation, mirroring and cropping."""
     trainer = initialized(FLAIR, "2d", nnUNetTrainerSECLRegion)
     loader, _ = trainer.get_dataloaders()
-    unlabeled = loader.data_loader.unlabeled
+    (unlabeled,) = loader.data_loader.loaders["unlabeled"]
     for stage, transforms in unlabeled.transforms.stages:  # intensities as they are
         if not stage:
             for own in transforms:
@@ -562,9 +566,11 @@ def test_positions_are_augmented_with_the_image(groups):
     np.random.seed(0)
     torch.manual_seed(0)
     batch = unlabeled.generate_train_batch()
-    assert batch["data"].shape[1] == 1 + 3
+    assert batch["images"]["FLAIR"].shape[1] == 1
+    assert batch["positions"].shape[1] == 3
     compared = 0
-    for key, sample in zip(batch["keys"], batch["data"], strict=True):
+    samples = torch.cat([batch["images"]["FLAIR"], batch["positions"]], dim=1)
+    for key, sample in zip(batch["cases"], samples, strict=True):
         image, *_ = unlabeled._data.load_case(key)
         whole, shape = image[:, :, :, :][0], np.array(image.shape[1:])
         found, position = sample[0].numpy(), sample[1:].numpy()
@@ -619,7 +625,7 @@ def test_secl_works_with_residual_encoders_and_at_any_stage(method, configuratio
     student = with_labels_seen(trainer).students["FLAIR"]
     assert student.stage == min(feature_stage, len(t.network.encoder.stages) - 1)
     (batch,) = draw_batches(trainer, 1)
-    image = trainer.unlabeled_images(batch)["FLAIR"]
+    image = trainer.unlabeled_images(batch)[0]["FLAIR"]
     with torch.no_grad():
         torch.testing.assert_close(student(image), student.head(t.network.encoder(image)[student.stage]))
     assert_step_equals_reference(trainer, batch)

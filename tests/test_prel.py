@@ -1,6 +1,7 @@
 """The proofs of DESIGN 8 for PReL, and what it takes from Semi-CML, in this process. Averaging: test_teacher."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,19 +17,24 @@ from conftest import (
     assert_labels_of_unlabeled_cases_change_nothing,
     assert_same_weights,
     assert_step_equals_reference,
+    change_tensors,
     draw_batches,
     final_checkpoint,
     initialized,
+    labeled_of,
     load_plans,
     make_trainer,
     nnUNetTrainerWithDropout,
+    unlabeled_of,
     unlabeled_outputs,
+    unsupervised_terms,
     validation_outputs,
     weights,
 )
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_semicml.data.modality_group import ModalityGroup
 from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import (
@@ -39,7 +45,7 @@ from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import (
 )
 
 FIRST_STAGE = "nnUNetTrainerSemiCML__nnUNetPlans__{}/fold_0/checkpoint_final.pth"
-BEST_DICE = {"FLAIR": [0.4, 0.5], "T1": [0.6, 0.5], "T2": []}  # T1 is made the better one
+BEST_DICE = {"FLAIR": [0.4, 0.5], "MR": [0.4, 0.5], "T1": [0.6, 0.5], "T2": []}  # T1 is made the better one
 
 
 class nnUNetTrainerSemiCMLPReLWithDropout(nnUNetTrainerSemiCMLPReL):
@@ -47,7 +53,7 @@ class nnUNetTrainerSemiCMLPReLWithDropout(nnUNetTrainerSemiCMLPReL):
 
 
 @pytest.fixture(scope="module")
-def finished(labels_group, regions_group, tmp_path_factory):
+def finished(labels_group, regions_group, channels_group, patterns_group, tmp_path_factory):
     """Finished runs of Semi-CML whose pools say that T1 is the better modality."""
     results = tmp_path_factory.mktemp("first_stage")
     with pytest.MonkeyPatch.context() as patch:
@@ -122,11 +128,8 @@ def test_gradient_reaches_every_weight_of_every_learner_alone(first_stage, datas
     trainer = started(dataset, configuration, num_epochs=5)
     trainer.current_epoch = 4 if joined else 3
     (batch,) = draw_batches(trainer, 1)
-    images = trainer.unlabeled_images(batch)
-    logits = unlabeled_outputs(trainer, images)
     expected = [t.name for t in trainer.trainers if joined or t.name != "T1"]
-    assert list(logits) == expected
-    terms = trainer.unsupervised_terms(logits, trainer.unsupervised_targets(images))
+    terms = unsupervised_terms(trainer, batch)
     assert set(terms) == {f"{m} {t}" for m in expected for t in ("asc", "ce", "dice")}
     sum(terms[f"{m} {term}"] for m in expected).backward()
     for t in trainer.trainers:
@@ -213,7 +216,7 @@ def test_weights_of_the_terms(first_stage):
 def test_pseudo_labels_are_mean_probabilities_of_noisy_passes(first_stage, dataset, configuration):
     trainer = started(dataset, configuration, teacher_passes=3)
     (batch,) = draw_batches(trainer, 1)
-    image = trainer.unlabeled_images(batch)["T1"]
+    image = unlabeled_of(batch, "T1")
     torch.manual_seed(5)
     found = trainer.soft_pseudo_labels(image)
     torch.manual_seed(5)
@@ -241,7 +244,7 @@ def test_pseudo_labels_see_the_patch_of_the_student(first_stage, monkeypatch):
     monkeypatch.setattr(trainer, "soft_pseudo_labels", lambda image: seen.append(image) or original(image))
     trainer.train_step(batch)
     assert len(seen) == 1
-    assert torch.equal(seen[0], batch["unlabeled"][:, 1:2])
+    assert torch.equal(seen[0], batch["unlabeled"][0]["images"]["T1"])
 
 
 @pytest.mark.parametrize("confidence_weighting", [False, True])
@@ -251,15 +254,14 @@ def test_terms_equal_the_formulas(first_stage, dataset, configuration, confidenc
     trainer = started(dataset, configuration, num_epochs=5, confidence_weighting=confidence_weighting)
     trainer.current_epoch = 4
     (batch,) = draw_batches(trainer, 1)
-    images = trainer.unlabeled_images(batch)
-    with torch.no_grad():
+    regions, log = trainer.label_manager.has_regions, torch.log
+    for images in trainer.unlabeled_images(batch):
         q = trainer.soft_pseudo_labels(images["T1"])
-        logits = unlabeled_outputs(trainer, images)
-        terms, term_weights = trainer.unsupervised_terms(logits, q), trainer.unsupervised_weights()
+        with torch.no_grad():
+            logits = unlabeled_outputs(trainer, images)
+            terms, term_weights = trainer.unsupervised_terms(logits, q), trainer.unsupervised_weights()
         total = sum(term_weights[name] * term for name, term in terms.items())
         expected = 0
-        regions = trainer.label_manager.has_regions
-        log = torch.log
         if regions:
             w = 1 + (q * log(q) + (1 - q) * log(1 - q)) / np.log(2)
         else:
@@ -274,8 +276,9 @@ def test_terms_equal_the_formulas(first_stage, dataset, configuration, confidenc
             overlap, areas = (w * p * fq).sum(axes), (w * (p**2 + fq**2)).sum(axes)
             dice = 1 - ((2 * overlap + 1) / (areas + 1)).mean()
             share = 0.2 if name == "T1" else 0.1
-            expected += share * AreaSimilarityContrastiveLoss()([fq, p]) + (1 - share) * (ce + dice)
-    torch.testing.assert_close(total, expected)
+            n = trainer.contrasted_cases
+            expected += share * AreaSimilarityContrastiveLoss()([fq[:n], p[:n]]) + (1 - share) * (ce + dice)
+        torch.testing.assert_close(total, expected)
 
 
 # proof 3
@@ -295,7 +298,7 @@ def test_without_pseudo_labels_every_step_is_that_of_the_stock_trainer(first_sta
         stock[modality.name] = reference
     batches = draw_batches(trainer, 2)
     for trainer.current_epoch, batch in enumerate(batches, start=3):
-        separate = dict(zip(stock, trainer._modality_batches(batch), strict=True))
+        separate = labeled_of(batch)
         for name, loss in trainer.train_step(batch)["supervised"].items():
             data, target = separate[name]
             assert stock[name].train_step({"data": data, "target": target})["loss"] == loss
@@ -308,8 +311,8 @@ def test_published_form_has_no_labeled_loss(first_stage):
     for weight, same in ((0.0, True), (1.0, False)):
         trainers = [started(LABELS, "2d", supervised_weight=weight, num_epochs=5) for _ in range(2)]
         (drawn,) = draw_batches(trainers[0], 1)
-        assert ("data" not in drawn) == same  # nothing is loaded in vain
-        other = {**batch, "target": [torch.ones_like(t) for t in batch["target"]]}
+        assert (not drawn["labeled"]) == same  # nothing is loaded in vain
+        other = {"labeled": change_tensors(batch["labeled"], torch.ones_like), "unlabeled": batch["unlabeled"]}
         outputs = []
         for trainer, b in zip(trainers, (batch, other), strict=True):
             torch.manual_seed(0)
@@ -458,7 +461,9 @@ def test_first_stage_lost_after_a_checkpoint_is_named(first_stage):
         ("plans", "other", "plans nnUNetPlans"),
         ("configuration", "3d_fullres", "configuration 2d"),
         ("fold", 3, "fold 0"),
-        ("digest of cases and architecture", "0123", "digest of cases and architecture [0-9a-f]{12}"),
+        ("digest of plans", "0123", "the same"),
+        ("digest of cases", "0123", "the same"),
+        ("digest of fold", "0123", "the same"),
         ("trainer", "nnUNetTrainerSemiCML_5epochs", "trainer nnUNetTrainerSemiCML"),
     ],
 )
@@ -467,7 +472,8 @@ def test_first_stage_of_another_run_is_refused(first_stage, key, value, expected
     checkpoint = torch.load(file, weights_only=True)
     checkpoint["provenance"][key] = value
     torch.save(checkpoint, file)
-    sentence = rf"found a checkpoint of {key} .*; expected {expected}.* Train nnUNetTrainerSemiCML anew"
+    key = key.replace("digest of", "other")
+    sentence = rf"found a checkpoint of {key}.*; expected {expected}.* Train nnUNetTrainerSemiCML anew"
     with pytest.raises(RuntimeError, match=sentence):
         make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL).run_training()
 
@@ -480,13 +486,27 @@ def test_damaged_first_stage_is_refused(first_stage):
         make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL).run_training()
 
 
-def test_digest_knows_cases_and_architecture(labels_group, results):
+def test_digests_tell_what_a_run_belongs_to(labels_group, results):
+    """Of plans, cases and fold each changes with its own."""
     plans, _ = load_plans(LABELS)
-    digest = labels_group.training_digest(plans, "2d")
-    assert digest == labels_group.training_digest(json.loads(json.dumps(plans)), "2d")
-    assert digest != labels_group.training_digest(plans, "3d_fullres")
+    original = labels_group.provenance(plans, "2d", 0)
+    assert original == ModalityGroup.load(LABELS).provenance(json.loads(json.dumps(plans)), "2d", 0)
+    assert all(re.fullmatch("[0-9a-f]{12}", digest) for digest in original.values())
+
+    def changed(group, plans, configuration, fold):
+        other = group.provenance(plans, configuration, fold)
+        return {key.removeprefix("digest of ") for key, digest in other.items() if digest != original[key]}
+
+    assert changed(labels_group, plans, "3d_fullres", 0) == {"plans"}
+    assert changed(labels_group, plans, "2d", 1) == changed(labels_group, plans, "2d", "all") == {"fold"}
     plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["features_per_stage"][0] += 1
-    assert digest != labels_group.training_digest(plans, "2d")
+    assert changed(labels_group, plans, "2d", 0) == {"plans"}
+    plans, _ = load_plans(LABELS)
+    for kind in ("labeled", "unlabeled"):
+        other = ModalityGroup.load(LABELS)
+        case = next(iter(getattr(other.modalities[1], kind)))
+        getattr(other.modalities[1], kind)[case] = "0123"
+        assert changed(other, plans, "2d", 0) == {"cases"}
 
 
 def test_semicml_checkpoint_does_not_continue_prel(first_stage):

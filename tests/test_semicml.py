@@ -20,10 +20,11 @@ from conftest import (
     draw_batches,
     final_checkpoint,
     initialized,
+    labeled_of,
     load_plans,
     make_trainer,
     nnUNetTrainerWithDropout,
-    unlabeled_outputs,
+    unsupervised_terms,
     weights,
 )
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -49,9 +50,7 @@ class nnUNetTrainerSemiCMLWithDropout(nnUNetTrainerSemiCML):
 def test_unsupervised_gradient_reaches_every_weight_of_every_network(groups, dataset, configuration, term):
     trainer = initialized(dataset, configuration)
     (batch,) = draw_batches(trainer, 1)
-    images = trainer.unlabeled_images(batch)
-    logits = unlabeled_outputs(trainer, images)
-    trainer.unsupervised_terms(logits, None)[term].backward()
+    unsupervised_terms(trainer, batch)[term].backward()
     for t in trainer.trainers:
         # the lower deep-supervision heads do not see unlabeled cases
         untouched = [n for n, p in t.network.named_parameters() if p.grad is None or not p.grad.any()]
@@ -75,9 +74,10 @@ def test_without_unsupervised_weight_every_step_is_that_of_the_stock_trainer(gro
         reference.network.load_state_dict(own.network.state_dict())
         stock.append(reference)
     for batch in draw_batches(trainer, 3):
-        separate = trainer._modality_batches(batch)
+        separate = labeled_of(batch)
         losses = trainer.train_step(batch)["supervised"]
-        for reference, (data, target), loss in zip(stock, separate, losses.values(), strict=True):
+        assert list(separate) == list(losses) == [modality.name for modality in groups[dataset].modalities]
+        for reference, (data, target), loss in zip(stock, separate.values(), losses.values(), strict=True):
             assert reference.train_step({"data": data, "target": target})["loss"] == loss
     assert_same_weights(weights(trainer), [t.network.state_dict() for t in stock])
 

@@ -14,10 +14,12 @@ from conftest import (
     draw_batches,
     gradients,
     initialized,
+    labeled_of,
     nnUNetTrainerWide,
     peak_memory,
     reference_gradients,
     step_gradients,
+    unlabeled_of,
 )
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
@@ -37,7 +39,7 @@ def test_chunks_give_the_gradients_of_the_formula(groups, dataset, configuration
     trainer = initialized(dataset, configuration, rampup_fraction=0.0, asc_cases=unlabeled, unlabeled_batch_size=2)
     trainer.cases_per_pass = cases_per_pass
     (batch,) = draw_batches(trainer, 1)
-    assert len(batch["unlabeled"]) == unlabeled
+    assert len(unlabeled_of(batch, "T1")) == unlabeled
     assert_step_equals_reference(trainer, batch)
 
 
@@ -49,7 +51,7 @@ def test_contrasted_cases_are_independent_of_the_batch(groups):
     ):
         trainer = initialized(LABELS, "2d", **attributes)
         (batch,) = draw_batches(trainer, 1)
-        assert len(batch["unlabeled"]) == drawn
+        assert len(unlabeled_of(batch, "T1")) == drawn
         terms = {}
         for name, cases in (("asc", attributes["asc_cases"]), ("mse", attributes["unlabeled_batch_size"])):
             terms[name] = initialized(LABELS, "2d", unlabeled_batch_size=cases).unsupervised_terms(
@@ -60,7 +62,7 @@ def test_contrasted_cases_are_independent_of_the_batch(groups):
 
 @pytest.mark.parametrize("cases", [1, 5])
 def test_impossible_number_of_contrasted_cases_is_refused(groups, cases):
-    with pytest.raises(ValueError, match=f"between 2 and 4, since there are 4 unlabeled cases .* got {cases}"):
+    with pytest.raises(ValueError, match=f"between 2 and 4, since there are no more unlabeled cases .* got {cases}"):
         initialized(LABELS, "2d", asc_cases=cases)
 
 
@@ -148,7 +150,7 @@ class nnUNetTrainerSemiCMLWide(nnUNetTrainerSemiCML):
 def test_two_passes_hold_the_activations_of_one_stock_step(groups, cases):
     trainer = initialized(LABELS, "3d_fullres", nnUNetTrainerSemiCMLWide, two_pass=True, asc_cases=cases)
     (batch,) = draw_batches(trainer, 1)
-    (data, target), _ = trainer._modality_batches(batch)
+    data, target = labeled_of(batch)["FLAIR"]
 
     def stock():
         trainer._supervised_step(trainer.trainers[0], data, target)

@@ -254,6 +254,8 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         """Build the modality trainers and let them build their networks."""
         if self.was_initialized:
             raise RuntimeError("initialize was called twice.")
+        for line in self.group.describe():
+            self.print_to_log_file(line)
         for modality, modality_plans in zip(self.group.modalities, self.modality_plans, strict=True):
             for number in range(1, self.networks_per_modality + 1):
                 self.trainers.append(self._make_trainer(modality, modality_plans, number))
@@ -532,8 +534,12 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
 
     def contrasted(self, unlabeled: Tensor) -> Tensor:
         """The cases that a loss contrasts among those of the draw, all different; (B, ...)."""
-        cases = min(self.asc_cases or self._unlabeled_batch, self._distinct_cases)
-        return unlabeled[: self.cases_here(cases)]
+        return unlabeled[: self.contrasted_cases]
+
+    @property
+    def contrasted_cases(self) -> int:
+        """How many these are in this process."""
+        return self.cases_here(min(self.asc_cases or self._unlabeled_batch, self._distinct_cases))
 
     def train_step(self, batch: dict) -> dict:
         """Make one coupled step of all networks.
