@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from common import HERE, alternate, arguments, make_trainer, prepare, quiet, ratio, table, write_results
-from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
@@ -33,8 +32,10 @@ def batches(configuration: str, rounds: int) -> tuple[list, str]:
     functions = {
         "stock": lambda: next(stock_batches),
         "coupled": lambda: next(coupled_batches),
-        "labeled": lambda: nnUNetDataLoader.generate_train_batch(loader),
-        "unlabeled": loader.unlabeled.generate_train_batch,
+        **{
+            kind: lambda own=own: [of_draw.generate_train_batch() for of_draw in own]
+            for kind, own in loader.loaders.items()
+        },
     }
     seconds = alternate(functions, 4 * rounds)
     row = [ratio(seconds, name, "stock") for name in ("labeled", "unlabeled", "coupled")]

@@ -48,9 +48,8 @@ class Steps:
         with quiet():
             loader, _ = self.trainer.get_dataloaders()
         self.batch = next(loader)
-        names = [t.name for t in self.trainer.trainers]
-        self.labeled = dict(zip(names, self.trainer._modality_batches(self.batch), strict=True))
-        self.images = dict(zip(names, self.batch["unlabeled"].split(1, dim=1), strict=True))
+        self.labeled = self.trainer.labeled_batches(self.batch)
+        (self.images,) = self.trainer.unlabeled_images(self.batch)
         for t in self.trainer.learners():
             t.network.train()
 
@@ -156,8 +155,9 @@ def growth(rounds: int) -> list[str]:
     unlabeled = {n: Steps(nnUNetTrainerSemiCML, "3d_fullres", asc_cases=n) for n in (2, 4, 8)}
     batch = {n: Steps(nnUNetTrainerSemiCML, "2d", unlabeled_batch_size=n, cases_per_pass=n) for n in (2, 4, 8)}
     for n, steps in batch.items():
-        targets = [t[:n] for t in steps.batch["target"]]
-        steps.batch = {"data": steps.batch["data"][:n], "target": targets, "unlabeled": steps.batch["unlabeled"]}
+        for patches in steps.batch["labeled"]:
+            patches["images"] = {name: image[:n] for name, image in patches["images"].items()}
+            patches["targets"] = {name: [t[:n] for t in scales] for name, scales in patches["targets"].items()}
     return [
         "3D, with the number of modalities:\n",
         _growth_table("modalities", modalities, rounds),
