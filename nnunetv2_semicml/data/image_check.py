@@ -332,15 +332,24 @@ def _require_grid(file: str, grid: dict, reference: str, expected: dict) -> None
     register = "Register and resample all images and the label of a case to one grid."
     if grid["shape"].tolist() != expected["shape"].tolist():
         raise _differ(file, "shape", grid, reference, expected, register)
+    grid, expected = _shared_axes(grid, expected), _shared_axes(expected, grid)
     if _displacement(grid, expected) > GRID_TOLERANCE:
         candidates = ("spacing", "origin", "direction", "affine")
-        # a 2D image and one of a single slice have them in different forms
-        differing = [
-            k
-            for k in candidates
-            if k in grid and not (grid[k].shape == expected[k].shape and np.allclose(grid[k], expected[k], atol=1e-3))
-        ]
+        differing = [k for k in candidates if k in grid and not np.allclose(grid[k], expected[k], atol=1e-3)]
         raise _differ(file, next(iter(differing), "spacing"), grid, reference, expected, register)
+
+
+def _shared_axes(grid: dict, other: dict) -> dict:
+    """The grid of a single slice without its third axis, if the other one is that of a 2D image."""
+    if "origin" not in grid or len(grid["origin"]) <= len(other["origin"]):
+        return grid
+    return {
+        "shape": grid["shape"],
+        "spacing": np.array([other["spacing"][0], *grid["spacing"][1:]]),
+        "origin": grid["origin"][:2],
+        "direction": grid["direction"][:2, :2],
+        "matrix": grid["matrix"][:2, :2],
+    }
 
 
 def _read_at_once(grid: dict, other: dict) -> bool:
@@ -357,7 +366,8 @@ def _differing(key: str, *grids: dict) -> list[str]:
     """The values under a key, with as many digits as tell them apart."""
     values = [np.asarray(grid[key], dtype=float) for grid in grids]
     for digits in (0, 3, 6, 9, 17):
-        texts = [str(np.round(v, digits).astype(float if digits else int).tolist()) for v in values]
+        rounded = [np.round(v, digits) + 0.0 for v in values]  # -0.0 becomes 0.0
+        texts = [str(v.astype(float if digits else int).tolist()) for v in rounded]
         # three digits at least, unless these are counts
         if len(set(texts)) == len(texts) and (digits or key == "shape"):
             break
@@ -370,9 +380,8 @@ def _displacement(grid: dict, expected: dict) -> float:
         # the format knows spacings alone, which are compared over the extent of the image
         apart = np.abs(grid["spacing"] - expected["spacing"]) * (grid["shape"] - 1)
         return float(apart.max() / expected["spacing"].min())
-    n = min(len(grid["origin"]), len(expected["origin"]))  # 2 if one of them is a 2D image
-    extent = grid["shape"][::-1][:n] - 1
+    extent = grid["shape"][::-1][: len(grid["origin"])] - 1
     corners = np.array(list(product(*((0, end) for end in extent))))
-    places = [corners @ g["matrix"][:n, :n].T + g["origin"][:n] for g in (grid, expected)]
-    smallest = np.linalg.norm(expected["matrix"][:n, :n], axis=0).min()
+    places = [corners @ g["matrix"].T + g["origin"] for g in (grid, expected)]
+    smallest = np.linalg.norm(expected["matrix"], axis=0).min()
     return float(np.linalg.norm(places[0] - places[1], axis=1).max() / smallest)

@@ -190,8 +190,9 @@ def datasets_with_id(dataset_id: int) -> list[str]:
 def confusable_with_id(dataset_id: int) -> list[str]:
     """Names of other datasets that nnU-Net takes for this number, or for which it takes a dataset of this number."""
     own = f"{dataset_id:03d}"
-    numbers = {name: f"{number:03d}" for name, number in _all_datasets().items() if number != dataset_id}
-    return sorted(name for name, other in numbers.items() if other.startswith(own) or own.startswith(other))
+    others = {name: number for name, number in _all_datasets().items() if number != dataset_id}
+    # nnU-Net writes numbers with three digits at least, and goes by the beginnings of names
+    return sorted(n for n, number in others.items() if n.startswith(f"Dataset{own}") or own.startswith(f"{number:03d}"))
 
 
 def dataset_number(name: str) -> int:

@@ -69,7 +69,7 @@ def describe_left_out(raw: RawDataset, group: ModalityGroup) -> list[str]:
             parts = [[files["images"][i] is None for i in modality.files] for files in cases.values()]
             if number := sum(any(part) and not all(part) for part in parts):
                 lines.append(f"{folder}: {number} cases have some files of {modality.name} and count as without it.")
-        if hidden := [f.name for f in (raw.folder / folder).glob(f".*{raw.file_ending}")]:
+        if hidden := sorted(f.name for f in (raw.folder / folder).glob(f".*{raw.file_ending}")):
             lines.append(
                 f"{folder}: {len(hidden)} hidden files such as {hidden[0]} are passed over; stock nnU-Net takes them "
                 "for images of this dataset, so delete them if you train it on all channels at once."
