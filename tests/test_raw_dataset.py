@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
+from skimage import io
 
-from nnunetv2_semicml.data import raw_dataset
-from nnunetv2_semicml.data.raw_dataset import check_images, read_raw_dataset
+from nnunetv2_semicml.data import image_check, raw_dataset
+from nnunetv2_semicml.data.image_check import check_images
+from nnunetv2_semicml.data.raw_dataset import confusable_with_id, datasets_with_id, read_raw_dataset
 from nnunetv2_semicml.errors import UserError
 
 DATASET_JSON = {
@@ -103,7 +106,7 @@ def test_reads_all_files_in_order(folder: Path):
     assert list(raw.test) == ["t"]
 
 
-def test_reads_the_cases_that_dataset_json_lists(folder: Path):
+def test_reads_the_cases_that_dataset_json_lists(folder: Path, threads):
     list_cases_in_json(folder)
     raw = read_raw_dataset(500)
     assert list(raw.labeled) == ["a", "b"]
@@ -111,7 +114,7 @@ def test_reads_the_cases_that_dataset_json_lists(folder: Path):
         folder.parent / "images" / f"a_000{channel}.nii.gz" for channel in range(2)
     ]
     assert raw.dataset_json["dataset"]["a"]["label"] == "../labels/a.nii.gz"  # as on disk
-    check_images(raw, 2, show_progress=False)
+    check_images(raw, 1, show_progress=False)
 
 
 def test_fully_labeled_dataset_only_on_demand(folder: Path):
@@ -231,20 +234,6 @@ WRONG_FILES = {
         "there are none",
         "add the missing cases",
     ),
-    "labeled case lacks a modality": (
-        remove("imagesTr/b_0001.nii.gz"),
-        "imagesTr/b_0001.nii.gz",
-        "no such file",
-        "each of the 2 channels",
-        "Add the missing image of b",
-    ),
-    "unlabeled case lacks a modality": (
-        remove("imagesUn/u_0000.nii.gz"),
-        "imagesUn/u_0000.nii.gz",
-        "no such file",
-        "each of the 2 channels",
-        "Add the missing image of u",
-    ),
     "unknown channel": (
         copy("imagesUn/u_0001.nii.gz", "imagesUn/u_0002.nii.gz"),
         "imagesUn/u_0002.nii.gz",
@@ -263,7 +252,7 @@ WRONG_FILES = {
         copy("labelsTr/a.nii.gz", "labelsTr/c.nii.gz"),
         "imagesTr/c_0000.nii.gz",
         "no such file",
-        "all images of every labeled case",
+        "a label and images of every labeled case",
         "Add what c lacks in imagesTr",
     ),
     "images without label": (
@@ -366,7 +355,7 @@ WRONG_IMAGES = {
     "shape": (
         changed("imagesUn/u_0001.nii.gz", noise(9, (4, 5, 7))),
         "u_0001.nii.gz",
-        "shape [4.0",
+        "shape [4, 5, 7]",
         "as in u_0000",
         GRID,
     ),
@@ -387,7 +376,7 @@ WRONG_IMAGES = {
     "direction": (
         changed("imagesTr/a_0001.nii.gz", noise(9), direction=FLIPPED),
         "a_0001.nii.gz",
-        "direction [-1.0",
+        "direction [[-1.0",
         "as in a_0000",
         GRID,
     ),
@@ -397,7 +386,7 @@ WRONG_IMAGES = {
             change_json(folder, overwrite_image_reader_writer="NibabelIO"),
         ),
         "a_0001.nii.gz",
-        "affine",
+        "origin [0.0, -1.0, 0.0]",
         "as in a_0000",
         GRID,
     ),
@@ -418,7 +407,7 @@ WRONG_IMAGES = {
     "unreadable": (
         truncate("imagesUn/v_0001.nii.gz"),
         "v_0001.nii.gz",
-        "an unreadable file (EOFError",
+        "an unreadable file (a gzip stream without its end)",
         "an image",
         "Replace the file",
     ),
@@ -467,7 +456,7 @@ WRONG_IMAGES = {
         copy("imagesUn/u_0000.nii.gz", "imagesUn/u_0001.nii.gz"),
         "u_0001.nii.gz",
         "the same voxels as in u_0000",
-        "in every channel",
+        "in every modality",
         "Replace one",
     ),
     "labeled image in imagesUn": (
@@ -487,12 +476,14 @@ WRONG_IMAGES = {
 }
 
 
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch):
+    """They start at once; two tests below use processes."""
+    monkeypatch.setattr(image_check, "ProcessPoolExecutor", lambda number, context: ThreadPoolExecutor(number))
+
+
 @pytest.mark.parametrize(("change", "where", "found", "expected", "remedy"), WRONG_IMAGES.values(), ids=WRONG_IMAGES)
-def test_refuses_wrong_images(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, change, where: str, found: str, expected: str, remedy: str
-):
-    # threads start at once; the tests below use processes
-    monkeypatch.setattr(raw_dataset, "ProcessPoolExecutor", lambda number, context: ThreadPoolExecutor(number))
+def test_refuses_wrong_images(folder: Path, threads, change, where: str, found: str, expected: str, remedy: str):
     change(folder)
     before = snapshot(folder)
     message = refusal(check_images, read_raw_dataset(500), 1, False)
@@ -523,7 +514,7 @@ def test_accepts_regions_ignore_label_and_noise_in_the_header(folder: Path, capf
 
 def test_reports_a_killed_process(folder: Path, monkeypatch: pytest.MonkeyPatch):
     raw = read_raw_dataset(500)
-    monkeypatch.setattr(raw_dataset, "_find_reader", lambda raw: KillsItsProcess)
+    monkeypatch.setattr(raw_dataset, "_find_reader", lambda dataset_json, example: KillsItsProcess)
     message = refusal(check_images, raw, 1, False)
     assert_sentence(message, "Dataset500_Toy", "was killed", "enough memory", "Use fewer processes")
     assert not multiprocessing.active_children()
@@ -532,3 +523,224 @@ def test_reports_a_killed_process(folder: Path, monkeypatch: pytest.MonkeyPatch)
 class KillsItsProcess:
     def read_images(self, files):
         os._exit(9)  # as when the system runs out of memory
+
+
+# cases that lack files
+
+
+def test_a_case_may_lack_files_but_not_all(folder: Path, threads):
+    for file in ("imagesTr/b_0001", "imagesUn/u_0000", "imagesTs/t_0001"):
+        (folder / f"{file}.nii.gz").unlink()
+    raw = read_raw_dataset(500)
+    lacking = {case: [i is None for i in files["images"]] for of in raw.folders.values() for case, files in of.items()}
+    both = [False, False]
+    assert lacking == {"a": both, "b": [False, True], "u": [True, False], "v": both, "t": [False, True]}
+    checked = check_images(raw, 1, show_progress=False)
+    # what training depends on: not the test images
+    assert set(checked.files) == {
+        str(folder / f"{name}.nii.gz")
+        for name in [f"imagesTr/{i}" for i in ("a_0000", "a_0001", "b_0000")]
+        + [f"imagesUn/{i}" for i in ("u_0001", "v_0000", "v_0001")]
+        + ["labelsTr/a", "labelsTr/b"]
+    }
+    assert checked.labels == {"a": {0, 1}, "b": {0, 1}}
+
+
+def test_a_channel_that_no_labeled_case_has_is_not_taken_for_color(folder: Path):
+    for case in "ab":
+        (folder / "imagesTr" / f"{case}_0001.nii.gz").unlink()
+    raw = read_raw_dataset(500)
+    assert raw.channels_of_files == [(0,), (1,)]
+    assert [files["images"][1] for files in raw.labeled.values()] == [None, None]
+
+
+def test_digests_are_those_of_the_bytes(folder: Path, threads):
+    before = check_images(read_raw_dataset(500), 1, False).files
+    file = str(folder / "labelsTr" / "a.nii.gz")
+    status = Path(file).stat()
+    assert before[file][:2] == [status.st_size, status.st_mtime_ns]
+    write(Path(file), mask(shape=(4, 5, 6))[::-1])
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = check_images(read_raw_dataset(500), 1, False).files
+    assert [name for name in before if before[name][2] != after[name][2]] == [file]
+
+
+# what nnU-Net reads is accepted
+
+
+def test_names_that_contain_others(folder: Path):
+    """Prefixes, blanks, dots, umlauts, and a name that ends like a channel."""
+    names = ["a", "a_0000", "a_1", "a b", "a.b", "Müller", "ab"]
+    for file in [*(folder / "imagesTr").iterdir(), *(folder / "labelsTr").iterdir()]:
+        file.unlink()
+    for i, case in enumerate(names):
+        for channel in range(2):
+            write(folder / "imagesTr" / f"{case}_000{channel}.nii.gz", noise(50 + 2 * i + channel))
+        write(folder / "labelsTr" / f"{case}.nii.gz", mask())
+    change_json(folder, numTraining=len(names))
+    raw = read_raw_dataset(500)
+    assert list(raw.labeled) == sorted(names)
+    for case, files in raw.labeled.items():
+        assert [Path(file).name for file in files["images"]] == [f"{case}_000{channel}.nii.gz" for channel in range(2)]
+        assert Path(files["label"]).name == f"{case}.nii.gz"
+
+
+def test_hidden_files_are_passed_over(folder: Path):
+    before = read_raw_dataset(500)
+    for file in list(folder.glob("*/*.nii.gz")):
+        (file.parent / f"._{file.name}").write_bytes(b"Mac OS X")
+    assert read_raw_dataset(500) == before
+
+
+@pytest.mark.parametrize("ending", ["2D images", "2D labels", "one frame"])
+def test_one_slice_in_any_form(folder: Path, threads, ending: str):
+    """A single slice as a volume, as a 2D image or as a series of one frame: nnU-Net reads them all."""
+    for seed, file in enumerate(folder.glob("*/*.nii.gz")):
+        label = "labels" in str(file)
+        voxels = (mask()[1:2] if label else noise(seed, (1, 5, 6))).astype(np.float32)
+        write(file, voxels)
+        if ending == "one frame" and not label:
+            write(file, voxels[None], (1, 2, 3, 1), (0,) * 4, np.eye(4).ravel())
+        elif label == (ending == "2D labels") and ending != "one frame":
+            write(file, voxels[0], (1, 2), (0, 0), (1, 0, 0, 1))
+    assert check_images(read_raw_dataset(500), 1, False).apart == {}
+
+
+def test_a_flat_label_that_is_shifted_is_refused(folder: Path, threads):
+    for seed, file in enumerate(folder.glob("*/*.nii.gz")):
+        write(file, mask()[1:2] if "labels" in str(file) else noise(seed, (1, 5, 6)))
+    write(folder / "labelsTr" / "b.nii.gz", mask()[1], (1, 2), (0, 3), (1, 0, 0, 1))
+    message = refusal(check_images, read_raw_dataset(500), 1, False)
+    assert_sentence(message, "b.nii.gz", "origin [0.0, 3.0]", "[0.0, 0.0] as in b_0000", GRID)
+
+
+def test_modalities_that_nnunet_does_not_read_at_once(folder: Path, threads):
+    """Rounded spacings: reported for labeled cases with both modalities, refused within one modality."""
+    for seed, file in enumerate(["imagesTr/a_0001", "imagesUn/u_0001"]):
+        write(folder / f"{file}.nii.gz", noise(90 + seed), spacing=(1, 2, 3.0004))
+    raw = read_raw_dataset(500)
+    checked = check_images(raw, 1, False)
+    assert checked.apart == {"a": "spacing [3.0, 2.0, 1.0] and [3.0004, 2.0, 1.0]"}
+    message = refusal(lambda: check_images(raw, 1, False, modalities=[(0, 1)]))
+    assert_sentence(message, "imagesTr/a_0001.nii.gz", "[3.0004,", "[3.0, 2.0, 1.0] as in a_0000", "CopyInformation")
+
+
+# several channels in a file
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Dataset600_Pictures: RGB images and a depth image of each of five cases, as PNG."""
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    folder = tmp_path / "raw" / "Dataset600_Pictures"
+    random = np.random.default_rng(0)
+    for images, case in [("imagesTr", "a"), ("imagesTr", "b"), ("imagesUn", "u"), ("imagesUn", "v")]:
+        (folder / images).mkdir(parents=True, exist_ok=True)
+        save_picture(folder / images / f"{case}_0000.png", random.integers(0, 255, (8, 9, 3), np.uint8))
+        save_picture(folder / images / f"{case}_0001.png", random.integers(0, 255, (8, 9), np.uint8))
+    for case in "ab":
+        (folder / "labelsTr").mkdir(exist_ok=True)
+        save_picture(folder / "labelsTr" / f"{case}.png", mask(shape=(4, 8, 9))[1])
+    channels = {"0": "R", "1": "G", "2": "B", "3": "depth"}
+    change_json(folder, channel_names=channels, file_ending=".png")
+    return folder
+
+
+def save_picture(file: Path, voxels: np.ndarray) -> None:
+    io.imsave(file, voxels, check_contrast=False)
+
+
+def test_color_beside_depth(pictures: Path, threads):
+    raw = read_raw_dataset(600)
+    assert raw.channels_of_files == [(0, 1, 2), (3,)]
+    checked = check_images(raw, 1, False)
+    assert checked.apart == dict.fromkeys("ab", "3 and 1 channels in a file")
+    assert raw.files_of_channels([0, 1, 2]) == [0]
+    assert raw.files_of_channels([3, 0, 1, 2]) == [1, 0]
+    assert raw.files_of_channels([0, 1]) is None
+
+
+def test_color_alone(pictures: Path, threads):
+    for file in pictures.glob("*/*_0001.png"):
+        file.unlink()
+    change_json(pictures, channel_names={"0": "R", "1": "G", "2": "B"}, file_ending=".png")
+    raw = read_raw_dataset(600)
+    assert raw.channels_of_files == [(0, 1, 2)]
+    assert check_images(raw, 1, False).apart == {}
+
+
+def test_refuses_colors_without_names_and_labels_in_color(pictures: Path, threads):
+    save_picture(pictures / "labelsTr" / "b.png", np.zeros((8, 9, 3), np.uint8))
+    message = refusal(check_images, read_raw_dataset(600), 1, False)
+    assert_sentence(message, "labelsTr/b.png", "3 channels", "one, with a whole number", "Store the label like that")
+    save_picture(pictures / "imagesUn" / "u_0000.png", np.zeros((8, 9, 4), np.uint8))
+    save_picture(pictures / "labelsTr" / "b.png", mask(shape=(4, 8, 9))[1])
+    message = refusal(check_images, read_raw_dataset(600), 1, False)
+    assert_sentence(message, "u_0000.png", "4 channels", "the 3 channels R, G, B", "name all channels")
+    change_json(pictures, channel_names={"0": "R", "1": "G", "2": "B"}, file_ending=".png")
+    message = refusal(read_raw_dataset, 600)
+    assert_sentence(message, "dataset.json", "3 channels in channel_names, but 4 in", "a name for", "Correct channel_n")
+
+
+# TIFF, whose spacing stands in another file
+
+
+def write_tiff(file: Path, voxels: np.ndarray) -> None:
+    tifffile.imwrite(file, voxels, photometric="minisblack")
+
+
+def test_tiff_with_spacing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads):
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    folder = tmp_path / "raw" / "Dataset500_Toy"
+    for i, (images, case) in enumerate([("imagesTr", "a"), ("imagesTr", "b"), ("imagesUn", "u")]):
+        (folder / images).mkdir(parents=True, exist_ok=True)
+        for channel in range(2):
+            write_tiff(folder / images / f"{case}_000{channel}.tif", noise(2 * i + channel, (5, 6, 7)))
+        (folder / images / f"{case}.json").write_text('{"spacing": [3, 2, 1]}')
+    (folder / "labelsTr").mkdir()
+    for case in "ab":  # no JSON beside the labels, for which nnU-Net then assumes 1 mm
+        write_tiff(folder / "labelsTr" / f"{case}.tif", mask(shape=(5, 6, 7)))
+    change_json(folder, file_ending=".tif")
+    raw = read_raw_dataset(500)
+    read = raw.read_files(raw.labeled["a"], [1])
+    assert [Path(file).relative_to(folder).as_posix() for file in read] == [
+        "imagesTr/a_0001.tif",
+        "labelsTr/a.tif",
+        "imagesTr/a.json",
+    ]
+    assert str(folder / "imagesUn" / "u.json") in check_images(raw, 1, False).files
+    (folder / "labelsTr" / "b.json").write_text('{"spacing": [3, 2, 2]}')
+    message = refusal(check_images, raw, 1, False)
+    assert_sentence(message, "b.tif", "spacing [3.0, 2.0, 2.0]", "[3.0, 2.0, 1.0] as in b_0000.tif", GRID)
+
+
+# ids
+
+
+@pytest.mark.parametrize(
+    ("dataset_id", "names", "confusable"),
+    [
+        (12, ["Dataset012_A"], ["Dataset0123_B"]),
+        (123, ["Dataset0123_B", "Dataset123_C"], ["Dataset1234_D"]),
+        (1234, ["Dataset1234_D"], ["Dataset0123_B", "Dataset123_C"]),
+        (1235, [], ["Dataset0123_B", "Dataset123_C"]),
+        (99, [], []),
+    ],
+)
+def test_ids_are_numbers_and_not_beginnings(tmp_path: Path, monkeypatch, dataset_id: int, names, confusable):
+    for variable, dataset in zip(
+        ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_raw"),
+        ("Dataset012_A", "Dataset0123_B", "Dataset123_C", "Dataset1234_D"),
+        strict=True,
+    ):
+        (tmp_path / variable / dataset).mkdir(parents=True)
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    assert datasets_with_id(dataset_id) == names
+    assert confusable_with_id(dataset_id) == confusable
+
+
+def test_a_dataset_is_found_by_its_name(folder: Path):
+    (folder.parent / "Dataset500_Twin").mkdir()
+    assert read_raw_dataset("Dataset500_Toy").folder == folder
+    for name in ("Dataset500", "Toy", "Dataset500_Other", "Dataset500_Toy/"):
+        assert_sentence(refusal(read_raw_dataset, name), "raw", f"no raw dataset {name}", "Dataset500_NAME", "Correct")

@@ -1,0 +1,126 @@
+"""A raw dataset as a user may have it, and planning without processes: each that nnU-Net spawns costs seconds."""
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
+
+from nnunetv2_semicml.data import image_check
+from nnunetv2_semicml.planning import plan_and_preprocess as planning
+from nnunetv2_semicml.planning import preprocess
+
+AFFINE = np.diag([1.0, 1.0, 3.0, 1.0])
+
+
+def write_toy(
+    raw: Path,
+    number: int = 500,
+    name: str = "Toy",
+    labeled: int = 6,
+    unlabeled: int = 6,
+    test: int = 0,
+    shape: Sequence[int] = (24, 28, 16),
+    channels: Sequence[str] = ("T1", "T2"),
+    affine: np.ndarray = AFFINE,
+    ending: str = ".nii.gz",
+) -> Path:
+    """Write a bright ball in noise for every case P00, P01, …, brighter in later channels; returns the folder."""
+    random = np.random.default_rng(0)
+    folder = raw / f"Dataset{number:03d}_{name}"
+    for i, kind in enumerate(["Tr"] * labeled + ["Un"] * unlabeled + ["Ts"] * test):
+        center = np.array(shape) // 2 + random.integers(-2, 3, 3) * (np.array(shape) > 8)
+        ball = ((np.indices(shape) - center[:, None, None, None]) ** 2).sum(axis=0) < 25
+        for channel in range(len(channels)):
+            image = random.normal(100, 10, shape) + ball * (60 + 20 * channel)
+            save(folder / f"images{kind}" / f"P{i:02d}_{channel:04d}{ending}", image.astype(np.float32), affine)
+        if kind != "Un":
+            save(folder / f"labels{kind}" / f"P{i:02d}{ending}", ball.astype(np.uint8), affine)
+    write_json(
+        folder,
+        channel_names={str(i): channel for i, channel in enumerate(channels)},
+        labels={"background": 0, "ball": 1},
+        numTraining=labeled,
+        file_ending=ending,
+    )
+    return folder
+
+
+def save(file: Path, voxels: np.ndarray, affine: np.ndarray = AFFINE) -> None:
+    """Write a NIfTI file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels, affine), file)
+
+
+def rewrite(folder: Path, pattern: str, change: Callable) -> None:
+    """Replace the voxels and the affine of NIfTI files by what `change` makes of them."""
+    files = sorted(folder.glob(pattern))
+    assert files
+    for file in files:
+        image = nib.load(file)
+        save(file, *change(np.asanyarray(image.dataobj), image.affine.copy()))
+
+
+def write_json(folder: Path, **changes: object) -> None:
+    """Change dataset.json."""
+    file = folder / "dataset.json"
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(content | changes))
+
+
+def draw_few_intensities(patch) -> None:
+    """For the statistics in fingerprints nnU-Net draws 10⁸ voxels with replacement, however small a dataset is."""
+    run = fingerprint_extractor.DatasetFingerprintExtractor.run
+
+    def run_on_few(self, *args, **options):
+        self.num_foreground_voxels_for_intensitystats = 10_000
+        return run(self, *args, **options)
+
+    patch.setattr(fingerprint_extractor.DatasetFingerprintExtractor, "run", run_on_few)
+
+
+def use_threads(patch) -> None:
+    """Let threads do what spawned processes do otherwise, and draw few intensities."""
+    draw_few_intensities(patch)
+    for module in (image_check, preprocess):
+        patch.setattr(module, "ProcessPoolExecutor", lambda number, context: ThreadPoolExecutor(number))
+    stand_in = SimpleNamespace(get_context=lambda method: SimpleNamespace(Pool=ThreadPool))
+    patch.setattr(fingerprint_extractor, "multiprocessing", stand_in)
+
+
+def set_folders(patch, root: Path) -> Path:
+    """Make nnU-Net's three folders below `root` those of the environment; returns nnUNet_raw."""
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (root / variable).mkdir(parents=True, exist_ok=True)
+        patch.setenv(variable, str(root / variable))
+    patch.setenv("nnUNet_n_proc_DA", "1")
+    return root / "nnUNet_raw"
+
+
+class Planned(Exception):
+    """In the place of planning: all checks are passed."""
+
+
+def stop_before_planning(patch) -> None:
+    """Let `plan_and_preprocess` end where it has checked everything and written nothing."""
+
+    def stop(*_):
+        raise Planned
+
+    patch.setattr(planning, "raw_view", stop)
+
+
+def plan(*args, **options):
+    """`plan_and_preprocess` with one thread of everything."""
+    return planning.plan_and_preprocess(*args, num_processes=[1], num_processes_fingerprint=1, **options)
+
+
+def contents(*folders: Path) -> dict[Path, tuple]:
+    """Every file and folder below, with times of modification and the files' bytes."""
+    paths = [path for folder in folders for path in folder.rglob("*")]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in paths}
