@@ -15,6 +15,7 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch.profiler import ProfilerActivity, profile
+from toy import use_threads
 
 from nnunetv2_semicml.data.modality_group import ModalityGroup
 from nnunetv2_semicml.demo.phantom import write_phantom_dataset
@@ -46,9 +47,10 @@ def pytest_collection_modifyitems(items):
 
 
 def once(root, name, make):
-    """Let one of the processes of pytest-xdist make what the session shares."""
-    with FileLock(root / f"{name}.lock"):
+    """Let one of the processes of pytest-xdist make what the session shares, without processes of its own."""
+    with FileLock(root / f"{name}.lock"), pytest.MonkeyPatch.context() as patch:
         if not (done := root / f"{name}.done").is_file():
+            use_threads(patch)
             make()
             done.touch()
 
