@@ -98,7 +98,7 @@ def make_folds(cases_of: Mapping[str, Collection[str]], where: Path) -> Folds:
 
 
 def extend_folds(folds: Folds, cases_of: Mapping[str, Collection[str]]) -> Folds:
-    """Deal out the cases that are in no fold yet, each to the one where its modalities have the fewest.
+    """Deal out the cases that are in no fold yet, each to one that lacks its modalities, or has the fewest of them.
 
     Args:
         folds: of other cases.
@@ -110,9 +110,9 @@ def extend_folds(folds: Folds, cases_of: Mapping[str, Collection[str]]) -> Folds
         return folds
     folds = [{part: list(cases) for part, cases in fold.items()} for fold in folds]
 
-    def fullness(fold: dict[str, list[str]], case: str) -> tuple[int, int]:
-        own = [cases for cases in cases_of.values() if case in cases]
-        return sum(c in cases for c in fold["val"] for cases in own), len(fold["val"])
+    def fullness(fold: dict[str, list[str]], case: str) -> tuple[int, int, int]:
+        own = [sum(c in cases for c in fold["val"]) for cases in cases_of.values() if case in cases]
+        return -own.count(0), sum(own), len(fold["val"])
 
     # those with most modalities first: they can not make up for an uneven beginning
     for case in sorted(new, key=lambda c: (-sum(c in cases for cases in cases_of.values()), c)):
