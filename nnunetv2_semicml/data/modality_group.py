@@ -119,7 +119,8 @@ class ModalityGroup:
             patterns = self.patterns(kind == "labeled")
             counts = [f"{len(cases)} with {' + '.join(names)}" for names, cases in patterns.items()]
             total = sum(map(len, patterns.values()))
-            lines.append(f"{total} {kind} cases: {', '.join(counts)}" if counts else f"no {kind} case")
+            plural = "s" * (total > 1)
+            lines.append(f"{total} {kind} case{plural}: {', '.join(counts)}" if counts else f"no {kind} case")
         return lines
 
     def alone(self, modality: Modality) -> "ModalityGroup":
@@ -144,7 +145,9 @@ class ModalityGroup:
         try:
             return cls(**{**content, "modalities": [Modality(**m) for m in content["modalities"]]})
         except (KeyError, TypeError) as error:
-            raise UserError(file, f"other content ({error})", "a modality group", _PREPROCESS) from error
+            raise UserError(
+                file, f"the modality group of another version ({error})", "one of this version", _PREPROCESS
+            ) from error
 
     def save(self) -> None:
         """Write modalities.json, whole or not at all."""

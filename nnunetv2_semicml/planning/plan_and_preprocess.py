@@ -31,6 +31,7 @@ from nnunetv2_semicml.data.folds import (
 )
 from nnunetv2_semicml.data.image_check import check_images
 from nnunetv2_semicml.data.modality_group import (
+    MODALITIES_FILE,
     Modality,
     ModalityGroup,
     environment_folder,
@@ -149,7 +150,7 @@ def plan_and_preprocess(
                 "none: an earlier run has decided these",
                 "Leave them out, or leave --keep_plans out to plan anew.",
             )
-        chosen, plans = _kept(raw, previous, plans_name)
+        chosen, plans = _kept(raw, plans_name)
         kept = {name: c for name, c in plans["configurations"].items() if "previous_stage" not in c}
         configurations = configurations or [c for c in kept if _identifiers(plans, [c]).keys() & done.keys()]
     else:
@@ -258,11 +259,12 @@ def _identifiers(plans: dict, configurations: Sequence[str]) -> dict[str, str]:
     return {manager.get_configuration(c).data_identifier: c for c in available}
 
 
-def _kept(raw: RawDataset, previous: ModalityGroup | None, plans_name: str) -> tuple[list[Modality], dict]:
+def _kept(raw: RawDataset, plans_name: str) -> tuple[list[Modality], dict]:
     """Modalities and plans of an earlier run."""
     folder = preprocessed_folder(raw.name)
-    if previous is None:
+    if not (folder / MODALITIES_FILE).is_file():
         raise UserError(folder, "no finished preprocessing", "one", "Leave --keep_plans out to plan.")
+    previous = ModalityGroup.load(raw.name)
     for modality in previous.modalities:
         if raw.files_of_channels(modality.channels) != modality.files:
             raise UserError(
