@@ -4,8 +4,6 @@ import gzip
 import json
 import os
 import re
-import shutil
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +12,11 @@ from toy import (
     AFFINE,
     Planned,
     contents,
+    copy_planned,
     plan,
+    preprocessed,
+    refusal,
+    require_ready,
     rewrite,
     save,
     set_folders,
@@ -24,7 +26,6 @@ from toy import (
     write_toy,
 )
 
-from nnunetv2_semicml.data.modality_group import ModalityGroup
 from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.planning.plan_and_preprocess import main
 
@@ -286,7 +287,7 @@ ACCEPTED = {
         "WARNING: no validation case of fold 0 with all modalities shows foreground: its validation Dice says nothing, "
         "and methods that choose by it refuse this fold.",
     ),
-    "one unlabeled case of one modality": (toy(unlabeled=1), {"one_modality": True}, "1 unlabeled cases: 1 with all"),
+    "one unlabeled case of one modality": (toy(unlabeled=1), {"one_modality": True}, "1 unlabeled case: 1 with all"),
     "directions differ by 1e-6": (with_images("images*/*_0001.*", set_at((0, 1, 1e-6), (1, 0, -1e-6))), {}, ""),
     "spacing differs by 1e-6": (with_images("images*/*_0001.*", set_at((2, 2, 3 + 1e-6))), {}, ""),
     "origin differs by 5e-3": (with_images("images*/*_0001.*", set_at((0, 3, 5e-3))), {}, ""),
@@ -364,11 +365,7 @@ def test_is_planned_and_preprocessed(raw, write, configurations):
     available = [c for c in configurations if c in plans["configurations"]]
     assert "2d" in available
     for configuration in available:
-        ModalityGroup.load(folder.name).require_ready(plans, configuration)
-
-
-def preprocessed(name):
-    return Path(os.environ["nnUNet_preprocessed"]) / name
+        require_ready(folder.name, configuration)
 
 
 def test_channels_with_one_name_are_numbered_and_keep_its_normalization(raw):
@@ -390,41 +387,22 @@ def test_ids_that_nnunet_takes_for_another_are_left_out(raw, capsys):
 
 
 @pytest.fixture
-def planned(raw, tmp_path_factory, monkeypatch):
-    """A sound dataset, planned once, in copies that tests may change."""
-    root = tmp_path_factory.getbasetemp() / "planned_toy"
-    if not root.is_dir():
-        with pytest.MonkeyPatch.context() as patch:
-            use_threads(patch)
-            write_toy(set_folders(patch, root))
-            plan(500, ["2d"])
-    shutil.copytree(root, raw.parent, dirs_exist_ok=True)
-    return raw / "Dataset500_Toy"
-
-
-def ready(name="Dataset500_Toy"):
-    plans = json.loads((preprocessed(name) / "nnUNetPlans.json").read_text())
-    return ModalityGroup.load(name).require_ready(plans, "2d")
-
-
-def refusal(name="Dataset500_Toy"):
-    with pytest.raises(UserError) as error:
-        ready(name)
-    return str(error.value)
+def planned(tmp_path, tmp_path_factory, monkeypatch):
+    return copy_planned(monkeypatch, tmp_path, tmp_path_factory.getbasetemp() / "planned_toy")
 
 
 def test_data_that_change_after_planning(planned):
     """Half the spacing in every header, and labels redrawn: refused, and planned anew with what there is now."""
-    ready()
+    require_ready()
     rewrite(planned, "images*/*", lambda voxels, affine: (voxels, np.diag([0.5, 0.5, 3, 1])))
     rewrite(planned, "labels*/*", lambda voxels, affine: (np.roll(voxels, 4, 0), np.diag([0.5, 0.5, 3, 1])))
-    assert refusal() == (
+    assert refusal(require_ready) == (
         f"{planned}/imagesTr/P00_0000.nii.gz: found that it has changed since it was preprocessed; expected the images "
         "and labels that are trained on. Run nnUNetv2_semicml_plan_and_preprocess again; with --keep_plans it does "
         "only what changed."
     )
     group = plan(500, ["2d"])
-    ready()
+    require_ready()
     for name in ("Dataset500_Toy", *(m.dataset_name for m in group.modalities)):
         fingerprint = json.loads((preprocessed(name) / "dataset_fingerprint.json").read_text())
         assert fingerprint["spacings"] == [[3, 0.5, 0.5]] * 6
@@ -441,19 +419,19 @@ def test_folds_that_are_edited_in_one_dataset(planned, edited):
     file = preprocessed(edited) / "splits_final.json"
     original = json.loads(file.read_text())
     file.write_text(json.dumps(original[1:]))
-    assert refusal() == (
+    assert refusal(require_ready) == (
         f"{preprocessed('Dataset501_Toy_T1')}/splits_final.json: found other folds; expected those of "
         f"{preprocessed('Dataset500_Toy')}/splits_final.json, without the cases that lack T1. Edit the latter, and let "
         "them be copied to the datasets of all modalities: nnUNetv2_semicml_plan_and_preprocess -d Dataset500_Toy "
         "--keep_plans"
     )
     if edited == "Dataset501_Toy_T1":
-        assert refusal(edited) == refusal()  # nor is it trained alone
+        assert refusal(require_ready, edited) == refusal(require_ready)  # nor is it trained alone
     plan(500, keep_plans=True)
     wanted = original[1:] if edited == "Dataset500_Toy" else original
     for name in ("Dataset500_Toy", "Dataset501_Toy_T1", "Dataset502_Toy_T2"):
         assert json.loads((preprocessed(name) / "splits_final.json").read_text()) == wanted
-        ready(name)
+        require_ready(name)
 
 
 def test_command_line_prints_the_sentence_alone(raw, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """A raw dataset as a user may have it, and planning without processes: each that nnU-Net spawns costs seconds."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
@@ -9,9 +11,12 @@ from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
+import pytest
 from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
 
 from nnunetv2_semicml.data import image_check
+from nnunetv2_semicml.data.modality_group import ModalityGroup
+from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.planning import plan_and_preprocess as planning
 from nnunetv2_semicml.planning import preprocess
 
@@ -124,3 +129,39 @@ def contents(*folders: Path) -> dict[Path, tuple]:
     """Every file and folder below, with times of modification and the files' bytes."""
     paths = [path for folder in folders for path in folder.rglob("*")]
     return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in paths}
+
+
+def copy_planned(patch, root: Path, shared: Path) -> Path:
+    """Dataset500_Toy, planned and preprocessed for 2d, in folders that a test may change; returns its raw folder.
+
+    Args:
+        patch: for the environment and for threads.
+        root: the folders' place.
+        shared: where the first call leaves what others copy.
+    """
+    if not shared.is_dir():
+        with pytest.MonkeyPatch.context() as own:
+            use_threads(own)
+            write_toy(set_folders(own, shared))
+            plan(500, ["2d"])
+    shutil.copytree(shared, root, dirs_exist_ok=True)
+    use_threads(patch)
+    return set_folders(patch, root) / "Dataset500_Toy"
+
+
+def preprocessed(dataset_name: str) -> Path:
+    """Its folder in nnUNet_preprocessed."""
+    return Path(os.environ["nnUNet_preprocessed"]) / dataset_name
+
+
+def require_ready(dataset_name: str = "Dataset500_Toy", configuration: str = "2d") -> None:
+    """As trainers do."""
+    plans = json.loads((preprocessed(dataset_name) / "nnUNetPlans.json").read_text())
+    ModalityGroup.load(dataset_name).require_ready(plans, configuration)
+
+
+def refusal(command: Callable, *args, **options) -> str:
+    """The sentence of a UserError."""
+    with pytest.raises(UserError) as error:
+        command(*args, **options)
+    return str(error.value)
