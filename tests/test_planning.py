@@ -1,41 +1,69 @@
+"""Planning and preprocessing of a group, beside stock nnU-Net, once and again."""
+
 import json
 import os
+import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import blosc2
 import numpy as np
 import pytest
+import tifffile
 import torch
-from conftest import LABELS, REGIONS, draw_batches, load_plans, make_trainer, shrink_networks
+from conftest import LABELS, draw_batches, load_plans, make_trainer, shrink_networks
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from skimage import io
+from toy import (
+    Planned,
+    contents,
+    copy_planned,
+    plan,
+    preprocessed,
+    refusal,
+    require_ready,
+    rewrite,
+    set_folders,
+    stop_before_planning,
+    use_threads,
+    write_toy,
+)
+from toy import write_json as change_json
 
 from nnunetv2_semicml.data.modality_group import ModalityGroup
 from nnunetv2_semicml.demo.phantom import write_phantom_dataset
 from nnunetv2_semicml.planning import plan_and_preprocess as planning
-from nnunetv2_semicml.planning.plan_and_preprocess import plan_and_preprocess
+from nnunetv2_semicml.planning import preprocess
+from nnunetv2_semicml.planning.plan_and_preprocess import main
 from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 
 FLAIR, T1 = "Dataset501_Labels_FLAIR", "Dataset502_Labels_T1"
+GROUP, TOY_T1, TOY_T2 = "Dataset500_Toy", "Dataset501_Toy_T1", "Dataset502_Toy_T2"
 
 
-def preprocessed(name):
-    return Path(os.environ["nnUNet_preprocessed"]) / name
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    """In the place of processes; regions_group is planned with them."""
+    use_threads(monkeypatch)
+
+
+def read(file):
+    return json.loads(Path(file).read_text())
 
 
 def test_each_modality_is_an_ordinary_dataset(labels_group):
     assert [m.dataset_name for m in labels_group.modalities] == ["Dataset501_Labels_FLAIR", "Dataset502_Labels_T1"]
-    raw = Path(os.environ["nnUNet_raw"])
+    assert not list(Path(os.environ["nnUNet_raw"]).glob("Dataset50[12]*"))  # nothing is written there
     for modality in labels_group.modalities:
-        assert [f.name for f in (raw / modality.dataset_name).iterdir()] == ["dataset.json"]  # no image is copied
-        own = json.loads((raw / modality.dataset_name / "dataset.json").read_text())
+        own = read(preprocessed(modality.dataset_name) / "dataset.json")
         assert own["channel_names"] == {"0": modality.name}
-        assert sorted(own["dataset"]) == labels_group.labeled
-        for files in own["dataset"].values():
-            for file in (*files["images"], files["label"]):
-                assert not Path(file).is_absolute()
-                assert (raw / modality.dataset_name / file).is_file()
+        assert own["numTraining"] == 5
+        assert "dataset" not in own  # a list of files would travel with the model
         truth = {f.name for f in (preprocessed(modality.dataset_name) / "gt_segmentations").iterdir()}
         assert truth == {f"{case}.nii.gz" for case in labels_group.labeled}
 
@@ -72,7 +100,7 @@ def test_folds_are_the_same_everywhere_and_hold_labeled_cases_only(labels_group)
 
 def test_planning_again_adds_and_replaces_but_never_mixes(copy_of_labels, monkeypatch):
     """ResEnc plans beside the default ones; then a change of the unlabeled cases makes all that was done invalid."""
-    group = plan_and_preprocess(500, ["2d"], "nnUNetPlannerResEncM", num_processes=[1], num_processes_fingerprint=1)
+    group = plan(500, ["2d"], "nnUNetPlannerResEncM")
     # nnU-Net's ResEnc planners use the preprocessed data of the default plans
     assert set(group.preprocessed) == {"nnUNetPlans_2d", "nnUNetPlans_3d_fullres"}
     plans, dataset_json = (
@@ -90,9 +118,9 @@ def test_planning_again_adds_and_replaces_but_never_mixes(copy_of_labels, monkey
     unlabeled.mkdir()
     for file in sorted((copy_of_labels / "kept").iterdir())[:4]:
         shutil.copy(file, unlabeled)
-    monkeypatch.setattr(planning, "_preprocess_labeled", interrupt)
+    monkeypatch.setattr(planning, "preprocess_configuration", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        plan_and_preprocess(500, ["2d"], num_processes=[1], num_processes_fingerprint=1)
+        plan(500, ["2d"])
     group = ModalityGroup.load(LABELS)
     with pytest.raises(RuntimeError, match=r"found .* preprocessed; expected nnUNetPlans_2d"):
         group.require_ready(load_plans(LABELS)[0], "2d")
@@ -111,7 +139,7 @@ def test_3d_lowres_is_planned_preprocessed_and_trained(copy_of_labels, monkeypat
     plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
     file.write_text(json.dumps(plans))
 
-    group = plan_and_preprocess(500, ["3d_lowres"], num_processes=[1], num_processes_fingerprint=1)
+    group = plan(500, ["3d_lowres"])
     own = load_plans(group.modalities[0].dataset_name)[0]["configurations"]
     assert set(own) == {"2d", "3d_fullres", "3d_lowres"}  # the networks of a group have no cascade
     assert "next_stage" not in own["3d_lowres"]
@@ -148,28 +176,7 @@ def test_residual_encoder_networks_train(copy_of_labels, monkeypatch):
     assert torch.isfinite(torch.tensor(trainer.train_step(batch)["loss"]))
 
 
-def test_stock_planner_normalization_is_used_for_ct(regions_group, monkeypatch):
-    """A modality called CT gets nnU-Net's CT normalization, whatever its partner is."""
-    modality = regions_group.modalities[1]
-    planner = ExperimentPlanner(int(modality.dataset_name[7:10]))
-    monkeypatch.setitem(planner.dataset_json, "channel_names", {"0": "CT"})
-    plans, _ = load_plans(REGIONS)
-    own = planning._modality_plans(plans, modality, lambda _: planner)
-    assert own["configurations"]["3d_fullres"]["normalization_schemes"] == ["CTNormalization"]
-    assert len(plans["configurations"]["3d_fullres"]["normalization_schemes"]) == 3
-
-
 # bad input
-
-
-def rename_channel(name):
-    def change(raw):
-        file = raw / LABELS / "dataset.json"
-        content = json.loads(file.read_text())
-        content["channel_names"]["1"] = name
-        file.write_text(json.dumps(content))
-
-    return change
 
 
 def keep_labeled(number):
@@ -191,22 +198,21 @@ def write_splits(raw):
 @pytest.mark.parametrize(
     ("change", "options", "sentence"),
     [
-        (rename_channel("T1/Gd"), {}, r"dataset.json: found the channel name 'T1/Gd'; expected .* Rename the channel"),
-        (rename_channel(""), {}, r"dataset.json: found the channel name ''"),
-        (rename_channel("flair"), {}, r"found the modalities FLAIR, flair; expected different names"),
-        (None, {"modality_names": ["FLAIR", "PET"]}, r"--modalities: found PET; expected one of FLAIR, T1"),
-        (None, {"modality_ids": [600]}, r"--modality_ids: found \[600\]; expected 2 different ids"),
-        (None, {"modality_ids": [600, 600]}, r"expected 2 different ids, for FLAIR, T1"),
+        (None, {"modalities": ["PET"]}, r"--modalities: found PET; expected one of FLAIR, T1"),
+        (None, {"modality_ids": [600]}, r"--modality_ids: found \[600\]; expected 2 different ids, for FLAIR, T1"),
         (
             None,
             {"modality_ids": [500, 600]},
             r"dataset id 500: found that Dataset500_Labels has it; expected a free id",
         ),
         (None, {"modality_ids": [777, 600]}, r"dataset id 777: found that Dataset777_Taken has it"),
-        (keep_labeled(4), {}, r"labelsTr: found 4 labeled cases; expected at least 5, .*splits_final.json"),
-        (write_splits, {}, r"splits_final.json: found folds that lack labels_tr_000; expected the 5 labeled cases"),
+        (keep_labeled(4), {}, r"labelsTr: found 4 labeled cases with FLAIR; expected at least 5, .*splits_final.json"),
+        (write_splits, {}, r"splits_final.json: found no case under 'val' in fold 0; expected a JSON list"),
         (None, {"num_processes": [1, 2, 3]}, r"option -np: found 3 numbers for 2 configurations"),
         (None, {"planner_name": "NoPlanner"}, r"option -pl: found NoPlanner; expected an experiment planner"),
+        (None, {"fingerprint_extractor_name": "Own"}, r"option -fpe: found Own; expected a fingerprint extractor"),
+        (None, {"keep_plans": True}, r"Dataset500_Labels: found no finished preprocessing; expected one"),
+        (None, {"keep_plans": True, "one_modality": True}, r"--keep_plans: found options about modalities"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
@@ -223,14 +229,14 @@ def test_bad_input_is_refused_before_anything_is_written(
         change(raw)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(RuntimeError, match=sentence):
-        plan_and_preprocess(500, ["2d", "3d_fullres"], **options)
+        plan(500, ["2d", "3d_fullres"], **options)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
     ("variable", "value", "sentence"),
     [
-        ("nnUNet_raw", None, "environment variable nnUNet_raw: found"),
+        ("nnUNet_raw", None, "environment variable nnUNet_raw: found that it is not set; expected the folder of the"),
         ("nnUNet_preprocessed", None, "environment variable nnUNet_preprocessed: found nothing; expected a folder"),
         ("nnUNet_n_proc_DA", "0", "environment variable nnUNet_n_proc_DA: found 0; expected at least 1"),
     ],
@@ -241,7 +247,7 @@ def test_environment_is_checked(labels_group, monkeypatch, variable, value, sent
     else:
         monkeypatch.setenv(variable, value)
     with pytest.raises(RuntimeError, match=sentence):
-        plan_and_preprocess(500)
+        plan(500)
 
 
 def test_training_without_results_folder_is_refused(labels_group, monkeypatch):
@@ -250,29 +256,7 @@ def test_training_without_results_folder_is_refused(labels_group, monkeypatch):
         make_trainer(LABELS, "2d")
 
 
-def test_ids_of_an_interrupted_first_run_are_used_again(labels_group, copy_of_labels):
-    """Without modalities.json, the raw modality datasets tell that this package made them for this dataset."""
-    raw = planning.read_raw_dataset(500)
-    (preprocessed(LABELS) / "modalities.json").unlink()
-    assert planning._choose_modalities(raw, None, None) == labels_group.modalities
-
-
 # single modalities
-
-
-def test_every_modality_dataset_is_a_group_of_its_own(labels_group):
-    for modality in labels_group.modalities:
-        alone = ModalityGroup.load(modality.dataset_name)
-        assert alone.is_single
-        assert [(m.name, m.channel, m.dataset_name) for m in alone.modalities] == [
-            (modality.name, 0, modality.dataset_name)
-        ]
-        assert (alone.labeled, alone.unlabeled) == (labels_group.labeled, labels_group.unlabeled)
-        assert alone.preprocessed.keys() == labels_group.preprocessed.keys()
-        plans, _ = load_plans(modality.dataset_name)
-        ((own, _),) = alone.require_ready(plans, "2d")
-        assert own["dataset_name"] == modality.dataset_name
-    assert not labels_group.is_single
 
 
 def test_dataset_with_one_channel_is_planned_where_it_is(nnunet_folders, results, monkeypatch):
@@ -282,8 +266,8 @@ def test_dataset_with_one_channel_is_planned_where_it_is(nnunet_folders, results
         Path(os.environ["nnUNet_raw"]), 530, "Single", 5, 2, 1, shape=(24, 24, 24), modalities=("T1",)
     )
     with pytest.raises(RuntimeError, match=r"--modality_ids: found \[531\]; expected none, since Dataset530_S"):
-        plan_and_preprocess(530, ["2d"], modality_ids=[531])
-    group = plan_and_preprocess(530, ["2d"], num_processes=[1], num_processes_fingerprint=1)
+        plan(530, ["2d"], modality_ids=[531])
+    group = plan(530, ["2d"])
     assert group.is_single
     assert [m.dataset_name for m in group.modalities] == [raw.name]
     assert not list(raw.parent.glob("Dataset531*"))
@@ -298,9 +282,9 @@ def test_dataset_with_one_channel_is_planned_where_it_is(nnunet_folders, results
 
 
 def test_one_modality_of_several_can_be_chosen(copy_of_labels):
-    group = plan_and_preprocess(500, ["2d"], modality_names=["T1"], num_processes=[1], num_processes_fingerprint=1)
+    group = plan(500, ["2d"], modalities=["T1"])
     (modality,) = group.modalities
-    assert (modality.name, modality.channel, modality.dataset_name) == ("T1", 1, "Dataset502_Labels_T1")
+    assert (modality.name, modality.channels, modality.dataset_name) == ("T1", [1], "Dataset502_Labels_T1")
     assert ModalityGroup.load("Dataset502_Labels_T1").is_single
     assert not group.is_single
 
@@ -313,8 +297,8 @@ def test_more_labels_are_planned_like_few(copy_of_labels):
     raw = copy_of_labels / "nnUNet_raw"
     shutil.copytree(raw / LABELS, raw / "Dataset540_Full", ignore=shutil.ignore_patterns("imagesUn"))
     with pytest.raises(RuntimeError, match="imagesUn: found no image"):
-        plan_and_preprocess(540, ["2d"])
-    group = plan_and_preprocess(540, ["2d"], plans_of=500, num_processes=[1], num_processes_fingerprint=1)
+        plan(540, ["2d"])
+    group = plan(540, ["2d"], plans_of=500)
     assert group.unlabeled == []
     pairs = [("Dataset540_Full", LABELS), ("Dataset541_Full_FLAIR", FLAIR), ("Dataset542_Full_T1", T1)]
     for full, few in pairs:
@@ -336,8 +320,8 @@ def test_more_labels_are_planned_like_few(copy_of_labels):
     [
         ({"plans_of": 999}, r"--plans_of: found no dataset with the id 999"),
         (
-            {"plans_of": 500, "modality_names": ["T1"]},
-            r"found Dataset500_Labels with the modalities FLAIR, T1",
+            {"plans_of": 500, "modalities": ["T1"]},
+            r"found Dataset500_Labels with the modalities FLAIR \(channels 0\), T1 \(channels 1\); expected a",
         ),
         (
             {"plans_of": 500, "overwrite_plans_name": "other"},
@@ -348,5 +332,430 @@ def test_more_labels_are_planned_like_few(copy_of_labels):
 def test_plans_of_another_kind_of_dataset_are_refused(copy_of_labels, options, sentence):
     before = sorted(copy_of_labels.rglob("*"))
     with pytest.raises(RuntimeError, match=sentence):
-        plan_and_preprocess(500, ["2d"], **options)
+        plan(500, ["2d"], **options)
     assert sorted(copy_of_labels.rglob("*")) == before
+
+
+# modalities of several channels, beside stock nnU-Net
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch):
+    """An empty nnUNet_raw."""
+    return set_folders(monkeypatch, tmp_path)
+
+
+def test_a_modality_of_two_channels_is_planned_and_preprocessed_as_stock_nnunet_does(raw):
+    """Beside an ordinary dataset that is made of these channels by hand."""
+    folder = write_toy(raw, channels=("T1", "PET", "CT"))
+    # without a margin that is zero, nnU-Net would use no mask; PET has none, so that the crops differ
+    rewrite(folder, "images*/*_000[02].*", lambda voxels, affine: (with_margin(voxels), affine))
+    group = plan(500, ["2d"], modalities=["MR=CT,T1", "PET"])
+    hand = raw / "Dataset700_Hand"
+    shutil.copytree(folder / "labelsTr", hand / "labelsTr")
+    (hand / "imagesTr").mkdir()
+    for case in group.labeled:
+        for own, channel in enumerate([2, 0]):
+            name = f"imagesTr/{case}_000{{}}.nii.gz"
+            shutil.copy(folder / name.format(channel), hand / name.format(own))
+    shutil.copy(folder / "dataset.json", hand)
+    change_json(hand, channel_names={"0": "CT", "1": "T1"})
+    DatasetFingerprintExtractor(700, 1).run()
+    expected = ExperimentPlanner(700).plan_experiment()
+    (own, dataset_json), _ = group.load_plans("nnUNetPlans")
+    key = "foreground_intensity_properties_per_channel"
+    assert own[key] == read(preprocessed(hand.name) / "nnUNetPlans.json")[key]
+    for key, value in {
+        "normalization_schemes": ["CTNormalization", "ZScoreNormalization"],
+        "use_mask_for_norm": [False, True],
+    }.items():
+        assert own["configurations"]["2d"][key] == expected["configurations"]["2d"][key] == value
+    assert dataset_json["channel_names"] == {"0": "CT", "1": "T1"}
+
+    case = group.labeled[0]
+    manager = PlansManager(own)
+    images = [str(file) for file in sorted((hand / "imagesTr").glob(f"{case}_*"))]
+    data, seg, _ = DefaultPreprocessor(verbose=False).run_case(
+        images, str(hand / f"labelsTr/{case}.nii.gz"), manager, manager.get_configuration("2d"), dataset_json
+    )
+    stored = preprocessed(group.modalities[0].dataset_name) / "nnUNetPlans_2d" / case
+    assert np.array_equal(blosc2.open(f"{stored}.b2nd")[:], data)
+    assert np.array_equal(blosc2.open(f"{stored}_seg.b2nd")[:], seg)
+
+
+def with_margin(voxels):
+    inside = np.zeros_like(voxels)
+    inside[3:-3, 3:-3] = voxels[3:-3, 3:-3]
+    return inside
+
+
+def test_color_beside_depth_is_planned_on_color(raw, capsys):
+    """nnU-Net reads no file of three channels together with one of one."""
+    folder = raw / "Dataset600_Pictures"
+    random = np.random.default_rng(0)
+    for i in range(8):
+        kind = "Tr" if i < 5 else "Un"
+        mask = np.zeros((32, 40), np.uint8)
+        mask[8:20, 10:30] = 1
+        pictures = {f"images{kind}/P{i}_0000": random.integers(1, 255, (32, 40, 3), np.uint8)}
+        pictures[f"images{kind}/P{i}_0001"] = random.integers(1, 255, (32, 40), np.uint8)
+        for name, picture in {**pictures, **({f"labelsTr/P{i}": mask} if kind == "Tr" else {})}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            io.imsave(folder / f"{name}.png", picture, check_contrast=False)
+    change_json(
+        folder,
+        channel_names={"0": "R", "1": "G", "2": "B", "3": "depth"},
+        labels={"background": 0, "lesion": 1},
+        numTraining=5,
+        file_ending=".png",
+    )
+    group = plan(600, ["2d"])
+    assert "INFO: nnU-Net does not read images of P0 at once (3 and 1 channels in a file)" in capsys.readouterr().out
+    assert [m.dataset_name for m in group.modalities] == ["Dataset601_Pictures_R+G+B", "Dataset602_Pictures_depth"]
+    numbers = [
+        len(plans["configurations"]["2d"]["normalization_schemes"]) for plans, _ in group.load_plans("nnUNetPlans")
+    ]
+    assert numbers == [3, 1]
+    require_ready(folder.name)
+
+
+def test_tiff_with_spacing_beside_it(raw):
+    folder = raw / GROUP
+    random = np.random.default_rng(0)
+    for i in range(8):
+        kind = "Tr" if i < 5 else "Un"
+        (folder / f"images{kind}").mkdir(parents=True, exist_ok=True)
+        (folder / "labelsTr").mkdir(exist_ok=True)
+        (folder / f"images{kind}/P{i}.json").write_text('{"spacing": [3, 0.7, 0.7]}')
+        for channel in range(2):
+            voxels = random.normal(100, 10, (12, 24, 28)).astype(np.float32)
+            tifffile.imwrite(folder / f"images{kind}/P{i}_000{channel}.tif", voxels, photometric="minisblack")
+        if kind == "Tr":
+            mask = np.zeros((12, 24, 28), np.uint8)
+            mask[4:8, 8:16, 8:20] = 1
+            tifffile.imwrite(folder / f"labelsTr/P{i}.tif", mask, photometric="minisblack")
+    change_json(
+        folder,
+        channel_names={"0": "T1", "1": "T2"},
+        labels={"background": 0, "cell": 1},
+        numTraining=5,
+        file_ending=".tif",
+    )
+    plan(500, ["2d"])
+    assert read(preprocessed(GROUP) / "dataset_fingerprint.json")["spacings"] == [[3, 0.7, 0.7]] * 5
+    require_ready()
+    (folder / "imagesUn/P7.json").write_text('{"spacing": [3, 0.8, 0.8]}')
+    assert refusal(require_ready).startswith(f"{folder}/imagesUn/P7.json: found that it has changed")
+
+
+# cases that lack modalities
+
+
+def test_incomplete_cases(raw, capsys):
+    """Geometry from complete cases alone, each modality's intensities from all of its own."""
+    folder = write_toy(raw, labeled=9, unlabeled=5)
+    for name in ("imagesTr/P00_0000", "imagesTr/P01_0001", "imagesUn/P09_0001"):
+        (folder / f"{name}.nii.gz").unlink()
+    rewrite(folder, "*/P00*", lambda voxels, affine: (voxels, np.diag([0.5, 0.5, 3, 1])))
+    group = plan(500, ["2d"])
+    output = capsys.readouterr().out
+    assert "9 labeled cases: 7 with T1 + T2, 1 with T1, 1 with T2\n" in output
+    assert "5 unlabeled cases: 4 with T1 + T2, 1 with T1\n" in output
+    assert "on its 7 labeled cases with all modalities" in output
+    assert len(read(preprocessed(GROUP) / "dataset_fingerprint.json")["spacings"]) == 7
+    of_t2 = read(preprocessed(TOY_T2) / "dataset_fingerprint.json")["spacings"]
+    assert sorted(of_t2) == [[3, 0.5, 0.5]] + [[3, 1, 1]] * 7
+    assert [read(preprocessed(name) / "dataset.json")["numTraining"] for name in (GROUP, TOY_T1, TOY_T2)] == [9, 8, 8]
+    assert set(group.modalities[0].labeled) == {f"P{i:02d}" for i in range(9)} - {"P00"}
+    whole, of_t1, of_t2 = (read(preprocessed(name) / "splits_final.json") for name in (GROUP, TOY_T1, TOY_T2))
+    for fold, first, second in zip(whole, of_t1, of_t2, strict=True):
+        for part in ("train", "val"):
+            assert first[part] == [case for case in fold[part] if case != "P00"]
+            assert second[part] == [case for case in fold[part] if case != "P01"]
+    for name, missing in ((TOY_T1, "P00"), (TOY_T2, "P01")):
+        for suffix in ("nnUNetPlans_2d", "gt_segmentations"):
+            assert missing not in {file.name.split(".")[0] for file in (preprocessed(name) / suffix).iterdir()}
+        require_ready(name)
+    require_ready()
+
+
+def test_cases_that_are_left_out_are_named(raw, monkeypatch, capsys):
+    folder = write_toy(raw, channels=("T1", "T1ce", "T2"), shape=(9, 10, 8), labeled=7)
+    for name in (
+        "imagesTr/P00_0000",
+        "imagesTr/P00_0002",
+        "imagesTr/P01_0001",
+        "imagesUn/P07_0000",
+        "imagesUn/P07_0002",
+    ):
+        (folder / f"{name}.nii.gz").unlink()
+    stop_before_planning(monkeypatch)
+    with pytest.raises(Planned):
+        plan(500, ["2d"], modalities=["MR=T1,T1ce", "T2"])
+    output = capsys.readouterr().out
+    assert "imagesTr: 1 cases have none of these modalities and are left out: P00\n" in output
+    assert "imagesTr: 2 cases have some files of MR and count as without it." in output
+    assert "imagesUn: 1 cases have none of these modalities and are left out: P07\n" in output
+
+
+@pytest.mark.parametrize(
+    ("lacking", "sentence"),
+    [
+        ({"imagesUn/P0[6-9]_0000", "imagesUn/P10_0001"}, "found 1 unlabeled case with T1 and T2; expected at least 2"),
+        ({"imagesTr/P0[12]_0001"}, "labelsTr: found 4 labeled cases with T2; expected at least 5"),
+        ({"imagesTr/*_0001"}, "imagesTr: found no labeled case with T1 and T2; expected at least one that has all"),
+        ({"imagesTr/P03_*"}, "imagesTr/P03_0000.nii.gz: found no such file; expected a label and images of every"),
+    ],
+)
+def test_too_little_in_common(raw, lacking, sentence):
+    folder = write_toy(raw, shape=(9, 10, 8))
+    for pattern in lacking:
+        for file in folder.glob(f"{pattern}.nii.gz"):
+            file.unlink()
+    before = contents(raw.parent)
+    assert sentence in refusal(plan, 500, ["2d"])
+    assert contents(raw.parent) == before
+
+
+# names and places
+
+
+def test_names_that_contain_others(raw):
+    """Prefixes, blanks, dots, umlauts, and names that end like a channel."""
+    folder = write_toy(raw)
+    old = sorted(file.name[:3] for file in folder.glob("images*/*_0000.nii.gz"))
+    new = ["a", "a_0000", "a b", "a.b", "Müller", "ab", "u", "u_0001", "u v", "u.b2nd", "ü", "uv"]
+    for before, after in zip(old, new, strict=True):
+        for file in folder.glob(f"*/{before}[_.]*"):
+            file.rename(file.with_name(after + file.name[3:]))
+    group = plan(500, ["2d"])
+    assert (group.labeled, group.unlabeled) == (sorted(new[:6]), sorted(new[6:]))
+    for name in (TOY_T1, TOY_T2):
+        for suffix, cases in (("nnUNetPlans_2d", new[:6]), ("nnUNetPlans_2d_unlabeled", new[6:])):
+            assert {f.name for f in (preprocessed(name) / suffix).glob("*.pkl")} == {f"{case}.pkl" for case in cases}
+    require_ready()
+
+
+def test_labeled_files_elsewhere(raw):
+    """dataset.json lists them, in nnU-Net's own way."""
+    folder = write_toy(raw)
+    elsewhere = raw.parent / "archive"
+    elsewhere.mkdir()
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).rename(elsewhere / name)
+    change_json(
+        folder,
+        dataset={
+            f"P{i:02d}": {
+                "images": [f"../../archive/imagesTr/P{i:02d}_000{channel}.nii.gz" for channel in range(2)],
+                "label": f"{elsewhere}/labelsTr/P{i:02d}.nii.gz",
+            }
+            for i in range(6)
+        },
+    )
+    plan(500, ["2d"])
+    require_ready()
+    for name in (TOY_T1, TOY_T2):
+        assert "dataset" not in read(preprocessed(name) / "dataset.json")
+    rewrite(elsewhere, "labelsTr/P01.*", lambda voxels, affine: (np.roll(voxels, 2, 0), affine))
+    assert "labelsTr/P01.nii.gz: found that it has changed since" in refusal(require_ready)
+
+
+# again: --keep_plans, --no_pp and other options
+
+
+@pytest.fixture
+def toy(tmp_path, tmp_path_factory, monkeypatch):
+    """The raw folder of a dataset that is planned and preprocessed for 2d, with P00–P05 labeled, P06–P11 not."""
+    return copy_planned(monkeypatch, tmp_path, tmp_path_factory.getbasetemp() / "planned_toy")
+
+
+KEPT = [f"{n}/{f}" for n in (GROUP, TOY_T1, TOY_T2) for f in ("nnUNetPlans.json", "dataset_fingerprint.json")]
+
+
+def changes_of(command):
+    """Preprocessed files that a command wrote or removed, as dataset number, folder and case; plans must stay."""
+    root = preprocessed("")
+
+    def state():
+        files = {str(file.relative_to(root)): value for file, value in contents(root).items() if file.is_file()}
+        return {name: value for name, value in files.items() if "nnUNetPlans_" in name or name in KEPT}
+
+    before = state()
+    command()
+    after = state()
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    return {re.sub(r"Dataset(\d+).*nnUNetPlans_(\w+)/([^_.]+).*", r"\1 \2 \3", name) for name in changed}
+
+
+def keep():
+    plan(500, keep_plans=True)
+
+
+def of_both(*cases):
+    return {f"{number} {case}" for number in (501, 502) for case in cases}
+
+
+def add_case(folder, name, labeled):
+    kind = "Tr" if labeled else "Un"
+    for channel in range(2):
+        shutil.copy(folder / f"imagesTr/P00_000{channel}.nii.gz", folder / f"images{kind}/{name}_000{channel}.nii.gz")
+    rewrite(folder, f"images{kind}/{name}_*", lambda voxels, affine: (voxels[::-1], affine))
+    if labeled:
+        shutil.copy(folder / "labelsTr/P00.nii.gz", folder / f"labelsTr/{name}.nii.gz")
+        change_json(folder, numTraining=7)
+
+
+def test_nothing_is_done_again_for_nothing(toy, capsys):
+    assert changes_of(keep) == set()
+    assert "2d: 24 preprocessed images stay, 0 are new or have changed." in capsys.readouterr().out
+
+
+def test_a_new_unlabeled_case(toy):
+    add_case(toy, "P20", labeled=False)
+    assert changes_of(keep) == of_both("2d_unlabeled P20")
+    require_ready()
+
+
+def test_a_new_labeled_case_joins_a_fold(toy):
+    before = read(preprocessed(GROUP) / "splits_final.json")
+    add_case(toy, "P20", labeled=True)
+    assert changes_of(keep) == of_both("2d P20")
+    after = read(preprocessed(GROUP) / "splits_final.json")
+    assert sum("P20" in fold["val"] for fold in after) == 1
+    assert [[c for c in fold["val"] if c != "P20"] for fold in after] == [fold["val"] for fold in before]
+    assert (preprocessed(TOY_T1) / "gt_segmentations/P20.nii.gz").is_file()
+    require_ready()
+
+
+def test_a_corrected_label(toy):
+    rewrite(toy, "labelsTr/P02.*", lambda voxels, affine: (np.roll(voxels, 2, 0), affine))
+    file = preprocessed(TOY_T1) / "nnUNetPlans_2d/P02_seg.b2nd"
+    before = blosc2.open(str(file))[:].copy()
+    assert changes_of(keep) == of_both("2d P02")
+    after = blosc2.open(str(file))[:]
+    assert not np.array_equal(before, after)
+    assert np.array_equal(np.roll(before, 2, 3), after)  # the last axis of an array is the first of a NIfTI
+    copied = (preprocessed(TOY_T2) / "gt_segmentations/P02.nii.gz").read_bytes()
+    assert copied == (toy / "labelsTr/P02.nii.gz").read_bytes()
+    require_ready()
+
+
+def test_a_replaced_image_of_one_modality(toy):
+    rewrite(toy, "imagesTr/P02_0001.*", lambda voxels, affine: (voxels + 1, affine))
+    assert changes_of(keep) == {"502 2d P02"}
+    require_ready()
+
+
+def test_cases_that_are_gone(toy):
+    for file in [*toy.glob("*/P05*"), *toy.glob("*/P11*"), *toy.glob("*/P10_0001*")]:
+        file.unlink()
+    change_json(toy, numTraining=5)
+    assert changes_of(keep) == of_both("2d P05", "2d_unlabeled P11") | {"502 2d_unlabeled P10"}
+    assert not list(preprocessed("").glob("*/gt_segmentations/P05*"))
+    assert "P05" not in (preprocessed(GROUP) / "splits_final.json").read_text()
+    require_ready()
+
+
+def test_an_interrupted_run_goes_on(toy, monkeypatch):
+    """Killed at the second of three cases: refused by training until it is repeated, and nothing else is done again."""
+    for name in ("P20", "P21"):
+        add_case(toy, name, labeled=False)
+        rewrite(toy, f"imagesUn/{name}_*", lambda voxels, affine, name=name: (voxels + int(name[1:]), affine))
+    rewrite(toy, "labelsTr/P02.*", lambda voxels, affine: (np.roll(voxels, 2, 0), affine))
+
+    class Interrupted(ThreadPoolExecutor):
+        done = 0
+
+        def __init__(self, number, context):
+            super().__init__(number)
+
+        def submit(self, *args):
+            if self.done == 2:
+                raise KeyboardInterrupt
+            self.done += 1
+            return super().submit(*args)
+
+    executor = preprocess.ProcessPoolExecutor
+    monkeypatch.setattr(preprocess, "ProcessPoolExecutor", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        keep()
+    assert "found plans, labels or cases that have changed since nnUNetPlans_2d was preprocessed" in refusal(
+        require_ready
+    )
+    monkeypatch.setattr(preprocess, "ProcessPoolExecutor", executor)
+    assert changes_of(keep) <= of_both("2d P02", "2d_unlabeled P20", "2d_unlabeled P21")
+    require_ready()
+
+
+def test_another_configuration_is_added(toy):
+    plan(500, ["3d_fullres"], keep_plans=True)
+    for configuration in ("2d", "3d_fullres"):
+        require_ready(configuration=configuration)
+
+
+def test_plans_to_keep_are_those_that_there_are(toy):
+    (preprocessed(GROUP) / "nnUNetPlans.json").rename(preprocessed(GROUP) / "myPlans.json")
+    assert refusal(plan, 500, keep_plans=True) == (
+        f"{preprocessed(GROUP)}/nnUNetPlans.json: found no such file; expected the plans to keep; there are myPlans. "
+        "Name them with -overwrite_plans_name, or their planner with -pl."
+    )
+
+
+def test_channels_are_those_that_were_planned(toy):
+    change_json(toy, channel_names={"0": "T1"})
+    for file in toy.glob("images*/*_0001*"):
+        file.unlink()
+    assert refusal(plan, 500, keep_plans=True) == (
+        f"{toy}/dataset.json: found the channels T1; expected those that were planned: T1 (channels 0), T2 (channels "
+        "1). Correct channel_names, or leave --keep_plans out to plan anew."
+    )
+
+
+def test_plan_without_preprocessing(raw):
+    write_toy(raw)
+    group = plan(500, ["2d"], preprocess=False)
+    assert group.preprocessed == {}
+    assert not list(preprocessed("").glob("*/nnUNetPlans_*"))
+    plans = read(preprocessed(GROUP) / "nnUNetPlans.json")
+    assert "found nothing preprocessed; expected nnUNetPlans_2d" in refusal(require_ready)
+    plan(500, ["2d"])
+    assert read(preprocessed(GROUP) / "nnUNetPlans.json") == plans
+    require_ready()
+    plan(500, ["2d"], preprocess=False)  # the same plans once more: what was done stays valid
+    require_ready()
+
+
+def test_own_fingerprint_extractor(raw, monkeypatch):
+    seen = []
+
+    class OwnExtractor(DatasetFingerprintExtractor):
+        def run(self, overwrite_existing=False):
+            seen.append(self.dataset_name)
+            return super().run(overwrite_existing)
+
+    find = planning.recursive_find_python_class
+    monkeypatch.setattr(
+        planning, "recursive_find_python_class", lambda *a, **k: OwnExtractor if "OwnExtractor" in a else find(*a, **k)
+    )
+    write_toy(raw)
+    plan(500, ["2d"], fingerprint_extractor_name="OwnExtractor", preprocess=False)
+    assert seen == [GROUP, TOY_T1, TOY_T2]
+
+
+def test_several_datasets_by_ids_and_names(raw, monkeypatch, capsys):
+    write_toy(raw)
+    write_toy(raw, 600, "Other")
+    command = ["nnUNetv2_semicml_plan_and_preprocess", "-d", "500", "Dataset600_Other", "-c", "2d", "-np", "1"]
+    monkeypatch.setattr("sys.argv", [*command, "-npfp", "1", "--no_pp", "--one_modality"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    for name in (GROUP, "Dataset600_Other"):
+        assert f"{name} is planned: 6 labeled cases: 6 with all; 6 unlabeled cases: 6 with all" in lines
+        assert f"  all: {name} (_0000 T1, _0001 T2)" in lines
+    monkeypatch.setattr("sys.argv", [*command, "--modality_ids", "501", "502"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err == (
+        "Error: option --modality_ids: found it beside 2 datasets; expected one dataset. Plan each by itself.\n"
+    )

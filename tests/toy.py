@@ -122,7 +122,7 @@ def stop_before_planning(patch) -> None:
 
 def plan(*args, **options):
     """`plan_and_preprocess` with one thread of everything."""
-    return planning.plan_and_preprocess(*args, num_processes=[1], num_processes_fingerprint=1, **options)
+    return planning.plan_and_preprocess(*args, **{"num_processes": [1], "num_processes_fingerprint": 1, **options})
 
 
 def contents(*folders: Path) -> dict[Path, tuple]:
