@@ -36,7 +36,15 @@ LACKING_PATTERNS = {
 
 
 # without fixtures of their own that take long: they need not stay on one process of pytest-xdist
-SPREAD = ("test_methods", "test_step", "test_planning", "test_raw_dataset", "test_withhold_labels")
+SPREAD = (
+    "test_failing_inputs",
+    "test_methods",
+    "test_modality_group",
+    "test_planning",
+    "test_raw_dataset",
+    "test_step",
+    "test_withhold_labels",
+)
 
 
 def pytest_collection_modifyitems(items):
