@@ -389,7 +389,7 @@ def with_margin(voxels):
     return inside
 
 
-def test_color_beside_depth_is_planned_on_color(raw, capsys):
+def test_color_beside_depth_is_planned_on_color_and_trained(raw, monkeypatch, capsys):
     """nnU-Net reads no file of three channels together with one of one."""
     folder = raw / "Dataset600_Pictures"
     random = np.random.default_rng(0)
@@ -416,7 +416,12 @@ def test_color_beside_depth_is_planned_on_color(raw, capsys):
         len(plans["configurations"]["2d"]["normalization_schemes"]) for plans, _ in group.load_plans("nnUNetPlans")
     ]
     assert numbers == [3, 1]
-    require_ready(folder.name)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    shrink_networks(group)
+    trainer = make_trainer(folder.name, "2d")
+    trainer.initialize()
+    (batch,) = draw_batches(trainer, 1)
+    assert torch.isfinite(torch.tensor(trainer.train_step(batch)["loss"]))
 
 
 def test_tiff_with_spacing_beside_it(raw):
