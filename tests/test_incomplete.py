@@ -148,7 +148,8 @@ def test_terms_are_means_over_the_pairs(groups):
     for t, patches in zip(alone.trainers, batch["unlabeled"], strict=True):
         with torch.no_grad():
             squares.append((t.network(patches["images"][t.name])[0].softmax(1) ** 2).mean())
-    assert float(torch.stack(terms).mean().detach()) == pytest.approx(float(sum(squares)), rel=1e-4)  # a sum over the networks
+    found = float(torch.stack(terms).mean().detach())
+    assert found == pytest.approx(float(sum(squares)), rel=1e-4)  # a sum over the networks
 
 
 def test_networks_have_the_channels_of_their_modality(groups):

@@ -431,6 +431,13 @@ WRONG_IMAGES = {
         "finite",
         "Replace",
     ),
+    "NaN in a label, which ITK reads as background": (
+        changed("labelsTr/a.nii.gz", with_voxel(np.nan)),
+        "labelsTr/a.nii.gz",
+        "1 voxels that are NaN",
+        "finite",
+        "Replace",
+    ),
     "infinite": (
         changed("imagesTs/t_0001.nii.gz", with_voxel(np.inf)),
         "t_0001.nii.gz",
@@ -658,6 +665,13 @@ def test_color_beside_depth(pictures: Path, threads):
     assert raw.files_of_channels([0, 1, 2]) == [0]
     assert raw.files_of_channels([3, 0, 1, 2]) == [1, 0]
     assert raw.files_of_channels([0, 1]) is None
+
+
+@pytest.mark.parametrize("lacking", [("a_0001", "b_0000"), ("a_0001", "b_0001")])
+def test_color_beside_depth_where_no_labeled_case_has_both(pictures: Path, lacking: tuple[str, ...]):
+    for name in lacking:
+        (pictures / "imagesTr" / f"{name}.png").unlink()
+    assert read_raw_dataset(600).channels_of_files == [(0, 1, 2), (3,)]
 
 
 def test_color_alone(pictures: Path, threads):

@@ -676,9 +676,9 @@ REFUSALS = {
             remedy,
         )
         for drops, extra, found, expected, remedy in (
-            ({"MR": 0.5}, {}, "'MR'", "one of CT, PET", "Correct the name"),
-            ({"2": 0.5}, {}, "'2'", "one of CT, PET", "Correct the name"),
-            ({"CT,": 0.5}, {}, "''", "one of CT, PET", "Correct the name"),
+            ({"MR": 0.5}, {}, "MR", "one of CT, PET", "Correct it"),
+            ({"2": 0.5}, {}, "2", "one of CT, PET", "Correct it"),
+            ({"CT,": 0.5}, {}, "no channel after =", "one of CT, PET", "Correct it"),
             ({"CT": 0.2, "0": 0.2}, {}, "CT twice", "every channel once", "Remove one"),
             ({"CT,CT": 0.2}, {}, "CT twice", "every channel once", "Remove one"),
             *(
@@ -702,7 +702,7 @@ REFUSALS = {
         ),
         {"drop_modality": {"MR": 0.5}},
         "--drop_modality",
-        "'MR', the name of channels 0, 1",
+        "MR, the name of channels 0, 1",
         "or its number",
         "Give the number",
     ),

@@ -105,6 +105,7 @@ class Study:
         if (state / "checkpoint_final.pth").is_file():
             return
         schedule = {"SEMICML_EPOCHS": str(epochs), "SEMICML_STEPS": str(steps), "nnUNet_semicml_seed": str(seed)}
+        schedule |= {} if fold == "all" else {"SEMICML_VALIDATE": "1"}
         options = ["-tr", f"Short_{method}", "-device", "cpu"]
         self.call("nnUNetv2_train", dataset, configuration, fold, *options, **schedule)
 
@@ -182,7 +183,7 @@ def ombria(study: Study) -> None:
             continue
         dice = {}
         for dataset in of_modality.values() if method == SUPERVISED else [group]:
-            study.train(dataset, "2d", "all", method, epochs=6, steps=25, seed=0)
+            study.train(dataset, "2d", "all", method, epochs=3, steps=10, seed=0)
         for modality, dataset in of_modality.items():
             scans, out = study.work / f"scans_{modality}", study.work / f"predicted_{method}_{modality}"
             if not scans.is_dir():
@@ -291,7 +292,7 @@ def lgg(study: Study, draws: Sequence[int] = (0, 1, 2)) -> None:
                 if study.done(cases, method, draw):
                     continue
                 for dataset in of_modality.values() if method == SUPERVISED else [group]:
-                    study.train(dataset, "2d", "all", method, epochs=40, steps=15, seed=draw)
+                    study.train(dataset, "2d", "all", method, epochs=20, steps=15, seed=draw)
                 dice = {}
                 for channel, (modality, dataset) in enumerate(of_modality.items()):
                     scans, out = (

@@ -288,7 +288,7 @@ def _read(file: str, reader: type[BaseReaderWriter], is_label: bool = False) -> 
         raise unreadable(f"{type(error).__name__}: {error}") from error
     if stored.damage:
         raise unreadable(stored.damage)
-    if stored.not_finite and not is_label:
+    if stored.not_finite:
         raise _not_finite(file, stored.not_finite)
     if issubclass(reader, SimpleITKIO) and (components := _components(file)) > 1:
         raise _Problem(

@@ -67,6 +67,28 @@ class RawDataset:
         first = next(iter(self.labeled.values()))
         return _find_reader(self.dataset_json, next(file for file in first["images"] if file))
 
+    def find_channel(self, text: str, option: str) -> int:
+        """The channel of a name or number; names come first.
+
+        Args:
+            text: the name or number.
+            option: of the command line, for the error.
+
+        Raises:
+            UserError: there is no such channel, or several have the name.
+        """
+        found = [i for i, known in enumerate(self.channel_names) if known == text]
+        if not found and text.isdecimal() and int(text) < len(self.channel_names):
+            found = [int(text)]
+        if len(found) != 1:
+            raise UserError(
+                option,
+                f"{text}, the name of channels {', '.join(map(str, found))}" if found else text or "no channel after =",
+                f"one of {some_of(self.channel_names)} ({self.folder / 'dataset.json'}), or its number",
+                f"Give the number, e.g. {found[0]}." if found else "Correct it.",
+            )
+        return found[0]
+
     def files_of_channels(self, channels: Sequence[int]) -> list[int] | None:
         """The files of a case that hold these channels, in this order; None if these are no whole files."""
         files = list(dict.fromkeys(i for c in channels for i, held in enumerate(self.channels_of_files) if c in held))
@@ -124,7 +146,8 @@ def read_raw_dataset(dataset: int | str, require_unlabeled: bool = True) -> RawD
             f"the number of labeled cases, {len(labels)}" if labels else "labeled cases, but there are none",
             "Correct numTraining, or add the missing cases (unlabeled cases do not count).",
         )
-    channels_of_files = _find_channels(folder, dataset_json, found["imagesTr"])
+    every_case = found["imagesTs"] | found["imagesUn"] | found["imagesTr"]
+    channels_of_files = _find_channels(folder, dataset_json, every_case)
     cases = {
         name: {
             case: {"images": [files.get(i) for i in range(len(channels_of_files))]}
@@ -161,6 +184,11 @@ def read_raw_dataset(dataset: int | str, require_unlabeled: bool = True) -> RawD
         cases["imagesUn"],
         cases["imagesTs"],
     )
+
+
+def number_or_name(text: str) -> int | str:
+    """What a command line takes for a dataset: its number, or its name in full."""
+    return int(text) if text.isdecimal() else text
 
 
 def raw_root() -> Path:
@@ -333,30 +361,30 @@ def _read_listed_cases(folder: Path, dataset_json: dict) -> dict[str, dict]:
 def _find_channels(folder: Path, dataset_json: dict, cases: dict[str, dict[int, str]]) -> list[tuple[int, ...]]:
     """See `RawDataset.channels_of_files`."""
     num_channels = len(dataset_json["channel_names"])
-    num_files = 1 + max(index for files in cases.values() for index in files)
+    examples: dict[int, str] = {}  # of each file of a case one, from whichever case has it
+    for _, files in sorted(cases.items()):
+        examples = files | examples
     one_each = [(i,) for i in range(num_channels)]
-    if num_files >= num_channels:
-        return one_each  # files too many are refused by name
-    case, files = next(((c, f) for c, f in sorted(cases.items()) if len(f) == num_files), (None, {}))
-    if case is None:
-        return one_each
-    reader = _find_reader(dataset_json, files[0])
-    try:
-        counts = [len(reader().read_images([files[i]])[0]) for i in range(num_files)]
-    except Exception as error:  # every reader raises the errors of its own library
-        raise UserError(
-            folder, f"an unreadable image of {case} ({type(error).__name__}: {error})", "images", "Replace the file."
-        ) from error
+    if max(examples) + 1 >= num_channels or examples.keys() != {*range(len(examples))}:
+        return one_each  # files too many are refused by name; cases lack others
+    reader, counts = _find_reader(dataset_json, examples[0]), []
+    for _, file in sorted(examples.items()):
+        try:
+            counts.append(len(reader().read_images([file])[0]))
+        except Exception as error:  # every reader raises the errors of its own library
+            raise UserError(
+                file, f"an unreadable file ({type(error).__name__}: {error})", "an image", "Replace the file."
+            ) from error
     if max(counts) == 1:
         return one_each  # cases lack the others
     if sum(counts) != num_channels:
         raise UserError(
             folder / "dataset.json",
-            f"{num_channels} channels in channel_names, but {sum(counts)} in {some_of(map(str, files.values()))}",
+            f"{num_channels} channels in channel_names, but {sum(counts)} in {some_of(examples.values())}",
             "a name for every channel of every file",
             "Correct channel_names.",
         )
-    ends = [sum(counts[: i + 1]) for i in range(num_files)]
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
     return [tuple(range(end - count, end)) for end, count in zip(ends, counts, strict=True)]
 
 

@@ -31,6 +31,7 @@ from nnunetv2_semicml.data.raw_dataset import (
     RawDataset,
     dataset_number,
     datasets_with_id,
+    number_or_name,
     raw_root,
     read_raw_dataset,
 )
@@ -708,7 +709,7 @@ Test cases that lack a modality are left out of its results.""",
     add = parser.add_argument
     add(
         "-d",
-        type=lambda text: int(text) if text.isdecimal() else text,
+        type=number_or_name,
         required=True,
         metavar="ID",
         help="id or name of the dataset, planned and preprocessed",

@@ -98,10 +98,10 @@ def _parse(raw: RawDataset, texts: Sequence[str]) -> dict[str, list[int]]:
     for text in texts:
         name, separator, listed = text.partition("=")
         if text in raw.channel_names or not separator:
-            channels = [_find_channel(raw, text)]
+            channels = [raw.find_channel(text, option)]
             (name,) = _default_names([[raw.channel_names[channels[0]]]])
         else:
-            channels = [_find_channel(raw, part) for part in listed.split(",")]
+            channels = [raw.find_channel(part, option) for part in listed.split(",")]
         if not re.fullmatch(_NAME, name):
             raise UserError(
                 option,
@@ -125,21 +125,6 @@ def _parse(raw: RawDataset, texts: Sequence[str]) -> dict[str, list[int]]:
             )
         chosen[name] = channels
     return chosen
-
-
-def _find_channel(raw: RawDataset, text: str) -> int:
-    """The channel of a name or number; names come first."""
-    found = [i for i, known in enumerate(raw.channel_names) if known == text]
-    if not found and text.isdecimal() and int(text) < len(raw.channel_names):
-        found = [int(text)]
-    if len(found) != 1:
-        raise UserError(
-            "option --modalities",
-            f"{text}, the name of channels {', '.join(map(str, found))}" if found else text or "no channel after =",
-            f"one of {some_of(raw.channel_names)} ({raw.folder / 'dataset.json'}), or its number",
-            f"Give the number, e.g. NAME={found[0]}." if found else "Correct it.",
-        )
-    return found[0]
 
 
 def _require_alike_files(raw: RawDataset, modality: Modality, option: str) -> None:

@@ -38,7 +38,14 @@ from nnunetv2_semicml.data.modality_group import (
     preprocessed_folder,
     read_json,
 )
-from nnunetv2_semicml.data.raw_dataset import RawDataset, confusable_with_id, dataset_number, raw_root, read_raw_dataset
+from nnunetv2_semicml.data.raw_dataset import (
+    RawDataset,
+    confusable_with_id,
+    dataset_number,
+    number_or_name,
+    raw_root,
+    read_raw_dataset,
+)
 from nnunetv2_semicml.errors import UserError, reports_user_errors
 from nnunetv2_semicml.planning.cases import (
     complete_cases,
@@ -318,10 +325,6 @@ def _save(group: ModalityGroup) -> None:
         each.save()
 
 
-def _dataset(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
-
-
 @reports_user_errors
 def main() -> None:
     """Run nnUNetv2_semicml_plan_and_preprocess."""
@@ -334,7 +337,7 @@ def main() -> None:
         "with the id of that modality's dataset.",
     )
     add = parser.add_argument
-    add("-d", type=_dataset, nargs="+", required=True, metavar="ID", help="ids or names of the datasets")
+    add("-d", type=number_or_name, nargs="+", required=True, metavar="ID", help="ids or names of the datasets")
     add("-c", nargs="+", help=f"configurations (default: {' '.join(CONFIGURATIONS)}; with --keep_plans: those done)")
     add("-pl", default="ExperimentPlanner", help="experiment planner (default: %(default)s)")
     add("-fpe", default="DatasetFingerprintExtractor", help="fingerprint extractor (default: %(default)s)")
@@ -353,7 +356,7 @@ def main() -> None:
     add("--modality_ids", nargs="+", type=int, metavar="ID", help="ids of their datasets (default: the next free ids)")
     add(
         "--plans_of",
-        type=_dataset,
+        type=number_or_name,
         metavar="ID",
         help="take the plans of this dataset, e.g. to train on more labels alike",
     )

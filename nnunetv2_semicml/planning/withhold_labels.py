@@ -19,7 +19,13 @@ from pathlib import Path
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunetv2_semicml.data.folds import NUM_FOLDS, SPLITS_FILE, Folds, extend_folds
-from nnunetv2_semicml.data.raw_dataset import RawDataset, confusable_with_id, datasets_with_id, read_raw_dataset
+from nnunetv2_semicml.data.raw_dataset import (
+    RawDataset,
+    confusable_with_id,
+    datasets_with_id,
+    number_or_name,
+    read_raw_dataset,
+)
 from nnunetv2_semicml.errors import UserError, reports_user_errors, some_of
 
 _DROP = "--drop_modality"
@@ -275,22 +281,11 @@ def _read_test_patients(file: Path, patient_of: dict[str, str]) -> set[str]:
 
 def _read_drops(source: RawDataset, drop_modality: Mapping[str, float]) -> dict[str, tuple[int, ...]]:
     """Modality -> its channels, which are whole files."""
-    file, names = source.folder / "dataset.json", source.channel_names
+    names = source.channel_names
     channels_of: dict[str, tuple[int, ...]] = {}
     for modality, fraction in drop_modality.items():
-        channels = []
-        for name in [modality] if modality in names else modality.split(","):
-            found = [i for i, known in enumerate(names) if known == name]
-            if not found and name.isdecimal() and int(name) < len(names):
-                found = [int(name)]
-            if len(found) != 1:
-                raise UserError(
-                    _DROP,
-                    f"{name!r}, the name of channels {some_of(map(str, found))}" if found else repr(name),
-                    f"one of {some_of(names)} ({file}), or its number",
-                    "Give the number." if found else "Correct the name.",
-                )
-            channels += found
+        parts = [modality] if modality in names else modality.split(",")
+        channels = [source.find_channel(part, _DROP) for part in parts]
         known = [c for others in channels_of.values() for c in others]
         if twice := [c for i, c in enumerate(channels) if c in known + channels[:i]]:
             raise UserError(_DROP, f"{names[twice[0]]} twice", "every channel once", "Remove one.")
@@ -457,10 +452,6 @@ def _link(source: str, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _dataset(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
-
-
 def _parse_drops(texts: Sequence[str]) -> dict[str, float]:
     drops: dict[str, float] = {}
     for text in texts:
@@ -486,7 +477,9 @@ def main() -> None:
         "request, some of the training cases lose a modality. withheld_labels.json there says which."
     )
     add = parser.add_argument
-    add("-d", type=_dataset, required=True, metavar="SOURCE", help="id or whole name of the fully labeled dataset")
+    add(
+        "-d", type=number_or_name, required=True, metavar="SOURCE", help="id or whole name of the fully labeled dataset"
+    )
     add("--output_id", type=int, required=True, metavar="ID", help="free id for the new dataset")
     add("--output_name", metavar="NAME", help="name of the new dataset without DatasetXXX_ (default: the source's)")
     labeled = parser.add_mutually_exclusive_group(required=True)

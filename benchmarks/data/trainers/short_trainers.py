@@ -1,7 +1,8 @@
 """Found through nnUNet_extTrainer: every trainer as Short_<method>, in a few epochs that a CPU bears.
 
-`SEMICML_EPOCHS` and `SEMICML_STEPS` in the environment are the length of the schedule. Momentum 0.9 instead of 0.99 and
-ten times the learning rate take as long steps without the hundred that the momentum needs to build up.
+`SEMICML_EPOCHS` and `SEMICML_STEPS` in the environment are the length of the schedule; `SEMICML_VALIDATE` lets nnU-Net
+validate at its end, which fold "all", whose cases are those of the training, does without. Momentum 0.9 instead of 0.99
+and ten times the learning rate take as long steps without the hundred that the momentum needs to build up.
 """
 
 import os
@@ -13,7 +14,7 @@ from nnunetv2_semicml.ext_trainers import semicml_trainers
 
 
 class Short_(nnUNetTrainer):
-    """Supervised-only nnU-Net, and what the networks of all methods are trained with."""
+    """Supervised-only nnU-Net."""
 
     def __init__(
         self,
@@ -32,6 +33,18 @@ class Short_(nnUNetTrainer):
         for group in optimizer.param_groups:
             group["momentum"] = 0.9
         return optimizer, schedule
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Validate if the environment asks for it."""
+        if "SEMICML_VALIDATE" in os.environ:
+            super().perform_actual_validation(save_probabilities)
+
+
+class _OfNetworks(Short_):
+    """The same under the name by which stock nnU-Net predicts: networks and weights are those of nnU-Net's trainer."""
+
+
+_OfNetworks.__name__ = nnUNetTrainer.__name__
 
 
 def shorten(trainer: nnUNetTrainer) -> None:
@@ -59,7 +72,7 @@ def make(name: str) -> type[nnUNetTrainer]:
         method.__init__(self, plans, configuration, fold, dataset_json, device)
         shorten(self)
 
-    members = {"__init__": __init__, "__module__": __name__, "network_trainer": Short_}
+    members = {"__init__": __init__, "__module__": __name__, "network_trainer": _OfNetworks}
     if hasattr(method, "first_stage"):
         members["first_stage"] = globals()[method.first_stage.__name__.replace("nnUNetTrainer", "Short_")]
     return type(f"Short_{name}", (method,), members)
