@@ -12,6 +12,7 @@ import pytest
 import SimpleITK as sitk
 import tifffile
 from skimage import io
+from toy import set_folders
 
 from nnunetv2_semicml.data import image_check, raw_dataset
 from nnunetv2_semicml.data.image_check import check_images
@@ -638,8 +639,7 @@ def test_modalities_that_nnunet_does_not_read_at_once(folder: Path, threads):
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Dataset600_Pictures: RGB images and a depth image of each of five cases, as PNG."""
-    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
-    folder = tmp_path / "raw" / "Dataset600_Pictures"
+    folder = set_folders(monkeypatch, tmp_path) / "Dataset600_Pictures"
     random = np.random.default_rng(0)
     for images, case in [("imagesTr", "a"), ("imagesTr", "b"), ("imagesUn", "u"), ("imagesUn", "v")]:
         (folder / images).mkdir(parents=True, exist_ok=True)
@@ -704,8 +704,7 @@ def write_tiff(file: Path, voxels: np.ndarray) -> None:
 
 
 def test_tiff_with_spacing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads):
-    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
-    folder = tmp_path / "raw" / "Dataset500_Toy"
+    folder = set_folders(monkeypatch, tmp_path) / "Dataset500_Toy"
     for i, (images, case) in enumerate([("imagesTr", "a"), ("imagesTr", "b"), ("imagesUn", "u")]):
         (folder / images).mkdir(parents=True, exist_ok=True)
         for channel in range(2):
