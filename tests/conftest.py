@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +103,7 @@ def labels_group(nnunet_folders):
 
 @pytest.fixture(scope="session")
 def regions_group(nnunet_folders):
-    """Three modalities and region-based labels, 3d_fullres; planned by the command line."""
+    """Three modalities and region-based labels, 3d_fullres."""
 
     def make():
         write_phantom_dataset(
@@ -120,10 +118,8 @@ def regions_group(nnunet_folders):
             num_classes=2,
             regions=True,
         )
-        program = Path(sys.executable).with_name("nnUNetv2_semicml_plan_and_preprocess")
-        options = ["-c", "3d_fullres", "-np", "1", "-npfp", "1", "--modality_ids", "521", "522", "523"]
-        subprocess.run([program, "-d", "510", *options], check=True)
-        shrink_networks(ModalityGroup.load(REGIONS))
+        options = {"modality_ids": [521, 522, 523], "num_processes": [1], "num_processes_fingerprint": 1}
+        shrink_networks(plan_and_preprocess(510, ["3d_fullres"], **options))
 
     once(nnunet_folders, REGIONS, make)
     return ModalityGroup.load(REGIONS)

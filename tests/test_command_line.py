@@ -86,6 +86,25 @@ def single_modality_scans(folder, channel):
     return folder
 
 
+def test_planning_is_that_of_the_function(channels_group, tmp_path):
+    """With nnU-Net's real fingerprint, planner and processes, without writing to nnUNet_raw."""
+    raw, own = Path(os.environ["nnUNet_raw"]), {"nnUNet_preprocessed": str(tmp_path)}
+    before = sorted(raw.rglob("*"))
+    options = ("--modalities", "MR=FLAIR,T2", "T1", "-c", "2d", "-np", 2, "-npfp", 2)
+    done = run("nnUNetv2_semicml_plan_and_preprocess", "-d", channels_group.dataset_name, *options, **own)
+    assert "7 labeled cases: 5 with MR + T1, 1 with MR, 1 with T1" in done.stdout
+    assert "MR: Dataset551_Channels_MR (_0000 FLAIR, _0001 T2)" in done.stdout
+    assert sorted(raw.rglob("*")) == before
+    for modality in channels_group.modalities:
+        folders = [Path(root) / modality.dataset_name for root in (os.environ["nnUNet_preprocessed"], tmp_path)]
+        function, command = (json.loads((folder / "nnUNetPlans.json").read_text()) for folder in folders)
+        for key in ("spacing", "patch_size", "normalization_schemes", "use_mask_for_norm"):
+            assert command["configurations"]["2d"][key] == function["configurations"]["2d"][key]
+        for kind in ("nnUNetPlans_2d", "nnUNetPlans_2d_unlabeled", "gt_segmentations"):
+            first, second = ({file.name for file in (folder / kind).iterdir()} for folder in folders)
+            assert first == second != set()
+
+
 def test_trainers_folder_is_printed(capsys):
     print_trainers_folder()
     folder = Path(capsys.readouterr().out.strip())
