@@ -2,7 +2,7 @@
 
     python benchmarks/data/run.py ombria --data FOLDER_OF_Dataset710_OMBRIA --work SCRATCH
     python benchmarks/data/run.py ms     --data FOLDER_OF_Dataset703_MS     --work SCRATCH
-    python benchmarks/data/run.py lgg    --data FOLDER_OF_Dataset700_LGG    --work SCRATCH
+    python benchmarks/data/run.py lgg    --data FOLDER_OF_Dataset700_LGG    --work SCRATCH [--draws 0]
 
 "ombria": floods, S1 (radar, 2 channels) and S2 (optical, 6 channels), 2d; a tenth of the patches labeled; every method
 in a few epochs, each modality of the test patches predicted alone by a stock nnU-Net without this package.
@@ -55,10 +55,11 @@ class Study:
         name: "ombria", "ms" or "lgg".
         data: the raw nnU-Net dataset.
         work: scratch folder.
+        draws: of the labeled patients, each also a seed, where there are several.
     """
 
-    def __init__(self, name: str, data: Path, work: Path):
-        self.name, self.data, self.work = name, data, work / name
+    def __init__(self, name: str, data: Path, work: Path, draws: Sequence[int]):
+        self.name, self.data, self.work, self.draws = name, data, work / name, draws
         self.table = HERE / f"{name}.csv"
         folders = {v: self.work / v for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
         for folder in folders.values():
@@ -250,7 +251,7 @@ def ms(study: Study) -> None:
             study.add(cases, method, 0, dice)
 
 
-def lgg(study: Study, draws: Sequence[int] = (0, 1, 2)) -> None:
+def lgg(study: Study) -> None:
     """Complete cases, half of them without T1, and the complete half alone."""
     source = study.raw / "Dataset740_source"
     sites = study.work / "sites.csv"
@@ -269,7 +270,7 @@ def lgg(study: Study, draws: Sequence[int] = (0, 1, 2)) -> None:
         (source / "dataset.json").write_text(json.dumps(described | {"numTraining": len(present)}))
         with sites.open("w", newline="") as file:
             csv.writer(file).writerows([("case", "group"), *present.items()])
-    for draw in draws:
+    for draw in study.draws:
         for index, cases in enumerate(("all complete", "half without T1", "complete half alone")):
             number = 750 + 10 * (3 * draw + index)
             name = f"draw{draw}_{index}"
@@ -363,8 +364,9 @@ def main() -> None:
     parser.add_argument("name", choices=STUDIES)
     parser.add_argument("--data", type=Path, required=True, help="the raw nnU-Net dataset")
     parser.add_argument("--work", type=Path, required=True, help="scratch folder")
+    parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2], help="of lgg (default: %(default)s)")
     args = parser.parse_args()
-    study = Study(args.name, args.data.resolve(), args.work.resolve())
+    study = Study(args.name, args.data.resolve(), args.work.resolve(), args.draws)
     STUDIES[args.name](study)
     facts = {
         "command": f"`python benchmarks/data/run.py {args.name} --data {args.data.name} --work SCRATCH`",

@@ -79,7 +79,7 @@ def check_images(
 
     In every case, all files must be readable, hold the channels that they should, and lie on one grid; the images must
     be finite, a modality not constant and different from the others; the label may have the values of dataset.json
-    only, and some labeled case must have foreground. No modality of a case may be the same, voxel for voxel, in two of
+    only. No modality of a case may be the same, voxel for voxel, in two of
     imagesTr, imagesUn and imagesTs.
 
     Args:
