@@ -333,9 +333,13 @@ STUDIES: dict[str, Callable[[Study], None]] = {"ombria": ombria, "ms": ms, "lgg"
 
 def write_report() -> None:
     """One table for each of the three, of the mean Dice."""
-    lines = ["# Data as people have it: several channels, missing modalities", ""]
-    lines += [
+    lines = [
+        "# Data as people have it: several channels, missing modalities",
+        "",
         "Made by `python benchmarks/data/run.py NAME --data FOLDER --work SCRATCH`; what was run stands there.",
+        "Mean Dice; in brackets the lowest and highest mean of a draw, where there are several. Networks are small,",
+        "schedules short, and nnU-Net's own trainer has no seed: the runs end, and few of the differences mean anything.",
+        "In lgg, T1 has the same training cases in the second and the third group.",
         "",
     ]
     for name in STUDIES:
