@@ -338,7 +338,7 @@ def write_report() -> None:
         "",
         "Made by `python benchmarks/data/run.py NAME --data FOLDER --work SCRATCH`; what was run stands there.",
         "Mean Dice; in brackets the lowest and highest mean of a draw, where there are several. Networks are small,",
-        "schedules short, and nnU-Net's own trainer has no seed: the runs end, and few of the differences mean anything.",
+        "schedules short, and nnU-Net's own trainer has no seed: the runs end; few of the differences mean anything.",
         "In lgg, T1 has the same training cases in the second and the third group.",
         "",
     ]
