@@ -124,10 +124,10 @@ class nnUNetTrainerSemiCMLPReL(nnUNetTrainerSemiSupervised):
 
     def _require_foreground(self) -> None:
         """Refuse to choose by the Dice of validation cases without foreground, the same ones for all modalities."""
-        splits = [set(trainer.do_split()[1]) for trainer in self.trainers]
-        cases = set.intersection(*splits) or set.union(*splits)
-        for trainer in self.trainers:
-            own = sorted(cases & set(trainer.do_split()[1]))
+        validation = {trainer: set(trainer.do_split()[1]) for trainer in self.trainers}
+        cases = set.intersection(*validation.values()) or set.union(*validation.values())
+        for trainer, of_trainer in validation.items():
+            own = sorted(cases & of_trainer)
             dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, own)
             for case in own:
                 found = dataset.load_case(case)[3]["class_locations"]
