@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from toy import use_threads
 
 from nnunetv2_semicml.data.modality_group import ModalityGroup
-from nnunetv2_semicml.demo.phantom import write_phantom_dataset
+from nnunetv2_semicml.data.phantom import write_phantom_dataset
 from nnunetv2_semicml.planning.plan_and_preprocess import plan_and_preprocess
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 

@@ -5,7 +5,7 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
-from nnunetv2_semicml.demo.phantom import MODALITIES, make_case, write_phantom_dataset
+from nnunetv2_semicml.data.phantom import MODALITIES, make_case, write_phantom_dataset
 from nnunetv2_semicml.errors import UserError
 
 TINY = (24, 24, 24)

@@ -36,7 +36,7 @@ from toy import (
 from toy import write_json as change_json
 
 from nnunetv2_semicml.data.modality_group import ModalityGroup
-from nnunetv2_semicml.demo.phantom import write_phantom_dataset
+from nnunetv2_semicml.data.phantom import write_phantom_dataset
 from nnunetv2_semicml.planning import plan_and_preprocess as planning
 from nnunetv2_semicml.planning import preprocess
 from nnunetv2_semicml.planning.plan_and_preprocess import main

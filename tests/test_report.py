@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from nnunetv2_semicml.demo.phantom import write_phantom_dataset
+from nnunetv2_semicml.data.phantom import write_phantom_dataset
 from nnunetv2_semicml.demo.report import ModalityResults, write_report
 
 NAN = float("nan")

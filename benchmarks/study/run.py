@@ -189,7 +189,7 @@ def set_environment(work: Path) -> None:
 
 def write_source(data: Path, work: Path, purpose: str) -> list[object]:
     """Make the fully labeled dataset, once; returns options of nnUNetv2_semicml_withhold_labels."""
-    from nnunetv2_semicml.demo.phantom import write_phantom_dataset
+    from nnunetv2_semicml.data.phantom import write_phantom_dataset
     from nnunetv2_semicml.planning.withhold_labels import draw_order
 
     raw, tests, sites = work / "nnUNet_raw", work / f"{purpose}_tests.json", work / f"{purpose}_sites.csv"

@@ -1,1 +1,4 @@
-"""Modality groups and paired cases: what the trainers read. Imports nnU-Net, nothing else of the package but errors."""
+"""Raw datasets, modality groups, paired cases and their streams, and a synthetic dataset to try them on.
+
+Imports nnU-Net, nothing else of the package but errors.
+"""

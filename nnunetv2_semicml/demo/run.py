@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from nnunetv2_semicml.demo.phantom import write_phantom_dataset
+from nnunetv2_semicml.data.phantom import write_phantom_dataset
 from nnunetv2_semicml.demo.report import ModalityResults, write_report
 from nnunetv2_semicml.errors import UserError, reports_user_errors
 
