@@ -30,7 +30,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataset_conversion.common import argument_parser, check_modalities, find_cases, new_dataset, read_case, run
+from dataset_conversion.common import Labels, argument_parser, check_modalities, find_cases, new_dataset, read_case, run
 from nnunetv2_semicml.errors import reports_user_errors
 
 MODALITIES = ("T1", "T1ce", "T2", "FLAIR")
@@ -50,7 +50,7 @@ MISNAMED_LABEL = r"(?<=BraTS20_Training_355/)W39_1998\.09\.19_Segm"
 
 _CONSECUTIVE = {0: 0, 2: 1, 1: 2, 4: 3}
 # --labels -> labels of dataset.json, value in the file -> value in the dataset, regions_class_order
-LABELS = {
+LABELS: dict[str, tuple[Labels, dict[int, int], tuple[int, ...] | None]] = {
     "whole_tumour": ({"background": 0, "whole_tumour": 1}, {0: 0, 1: 1, 2: 1, 4: 1}, None),
     "classes": ({"background": 0, "edema": 1, "necrotic_core": 2, "enhancing_tumour": 3}, _CONSECUTIVE, None),
     "regions": (
@@ -67,7 +67,7 @@ def convert_brats(
     year: int,
     modalities: Sequence[str] = MODALITIES,
     labels: str = "whole_tumour",
-    unlabeled: Path | None = None,
+    unlabeled_folder: Path | None = None,
 ) -> Path:
     """Convert BraTS.
 
@@ -77,7 +77,7 @@ def convert_brats(
         year: 2019, 2020 or 2021.
         modalities: two or more of MODALITIES, in channel order.
         labels: a key of LABELS.
-        unlabeled: folder of images without labels, e.g. the validation data, in the same layout.
+        unlabeled_folder: images without labels, e.g. the validation data, in the same layout.
 
     Returns:
         The folder of the new dataset.
@@ -89,8 +89,8 @@ def convert_brats(
     names, values, regions_class_order = LABELS[labels]
     images = [modality.lower() for modality in modalities]
     cases = [*_find_cases(folder, year, images).items()]
-    if unlabeled:
-        cases += _find_cases(unlabeled, year, images, labeled=False).items()
+    if unlabeled_folder:
+        cases += _find_cases(unlabeled_folder, year, images, labeled=False).items()
     with new_dataset(
         dataset_id,
         f"BraTS{year}",
@@ -115,7 +115,7 @@ def _find_cases(folder: Path, year: int, images: Sequence[str], labeled: bool = 
 @reports_user_errors
 def main() -> None:
     """Command line of `convert_brats`."""
-    parser = argument_parser("Convert BraTS 2019, 2020 or 2021.", "the training data")
+    parser = argument_parser("Convert BraTS 2019, 2020 or 2021.", "the training data", unlabeled="the validation data")
     parser.add_argument("--year", type=int, choices=CASES, required=True)
     parser.add_argument(
         "--modalities",
@@ -126,7 +126,6 @@ def main() -> None:
         "them, e.g. with --modalities MR=T1,T1ce T2)",
     )
     parser.add_argument("--labels", choices=LABELS, default="whole_tumour", help="default: whole_tumour")
-    parser.add_argument("--unlabeled", type=Path, metavar="FOLDER", help="images without labels: the validation data")
     run(convert_brats, parser)
 
 

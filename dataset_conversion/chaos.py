@@ -25,7 +25,8 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from dataset_conversion.common import GRID_TOLERANCE, argument_parser, new_dataset, on_grid_of, relabel, run
+from dataset_conversion.common import argument_parser, new_dataset, on_grid_of, relabel, run
+from nnunetv2_semicml.data.grid import GRID_TOLERANCE
 from nnunetv2_semicml.errors import UserError, reports_user_errors
 
 PHASES = ("InPhase", "OutPhase")
@@ -36,13 +37,13 @@ VALUES = {0: 0} | {
 }
 
 
-def convert_chaos(folder: Path, dataset_id: int, unlabeled: Path | None = None) -> Path:
+def convert_chaos(folder: Path, dataset_id: int, unlabeled_folder: Path | None = None) -> Path:
     """Convert the T1-DUAL images of CHAOS.
 
     Args:
         folder: Train_Sets/MR.
         dataset_id: free id for the new dataset.
-        unlabeled: folder of patients without labels in the same layout, e.g. Test_Sets/MR.
+        unlabeled_folder: patients without labels in the same layout, e.g. Test_Sets/MR.
 
     Returns:
         The folder of the new dataset.
@@ -51,8 +52,8 @@ def convert_chaos(folder: Path, dataset_id: int, unlabeled: Path | None = None) 
         UserError: something is missing, twice or not as expected. Then nothing has been written.
     """
     patients = find_patients(folder)
-    if unlabeled:
-        patients += find_patients(unlabeled, labeled=False)
+    if unlabeled_folder:
+        patients += find_patients(unlabeled_folder, labeled=False)
     with new_dataset(
         dataset_id,
         "CHAOS",
@@ -172,8 +173,7 @@ def read_label(folder: Path, image: sitk.Image, order: Sequence[int]) -> sitk.Im
 @reports_user_errors
 def main() -> None:
     """Command line of `convert_chaos`."""
-    parser = argument_parser("Convert the T1-DUAL images of CHAOS.", "Train_Sets/MR")
-    parser.add_argument("--unlabeled", type=Path, metavar="FOLDER", help="patients without labels: Test_Sets/MR")
+    parser = argument_parser("Convert the T1-DUAL images of CHAOS.", "Train_Sets/MR", unlabeled="Test_Sets/MR")
     run(convert_chaos, parser)
 
 

@@ -5,27 +5,25 @@ May import nnU-Net and of the package `errors` and data/.
 
 import argparse
 import csv
-import json
 import re
 import shlex
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 
-from nnunetv2_semicml.data.raw_dataset import confusable_with_id, datasets_with_id, raw_root
+from nnunetv2_semicml.data.files import read_json
+from nnunetv2_semicml.data.grid import Grid
+from nnunetv2_semicml.data.raw_dataset import raw_root, require_free_id
 from nnunetv2_semicml.data.stored_file import check_stored_file
 from nnunetv2_semicml.errors import UserError, some_of
 
-# Images of one case count as lying on one grid if no voxel is displaced by more than this share of the voxel size:
-# programs store orientations in single precision and round them differently.
-GRID_TOLERANCE = 0.1
+Labels = Mapping[str, int | tuple[int, ...]]  # of dataset.json: name -> value, or values of a region
 
 
 def check_modalities(modalities: Sequence[str], known: Sequence[str]) -> None:
@@ -142,30 +140,17 @@ def on_grid_of(image: sitk.Image, file: Path, reference: sitk.Image, reference_f
     Raises:
         UserError: it has another size, or voxels of it lie elsewhere.
     """
-    displacement = np.inf
-    if image.GetSize() == reference.GetSize():
-        displacement = np.linalg.norm(corners(image) - corners(reference), axis=1).max()
-    if displacement > GRID_TOLERANCE * min(reference.GetSpacing()):
+    if difference := Grid.of_image(image).difference(Grid.of_image(reference)):
+        attribute, found, expected = difference
         raise UserError(
-            file, _grid(image), f"{_grid(reference)} as in {reference_file}", "Get the original files of this case."
+            file,
+            f"{attribute} {found}",
+            f"{expected} as in {reference_file}",
+            "Get the original files of this case.",
         )
     image = sitk.Image(image)
     image.CopyInformation(reference)
     return image
-
-
-def corners(image: sitk.Image) -> np.ndarray:
-    """Physical positions of the centers of the corner voxels, shape (2**dimensions, dimensions), mm."""
-    ends = product(*((0, size - 1) for size in image.GetSize()))
-    return np.array([image.TransformIndexToPhysicalPoint(index) for index in ends])
-
-
-def _grid(image: sitk.Image) -> str:
-    rounded = {
-        key: np.round(getattr(image, f"Get{key.capitalize()}")(), 3).tolist()
-        for key in ("size", "spacing", "origin", "direction")
-    }
-    return ", ".join(f"{key} {value}" for key, value in rounded.items())
 
 
 def relabel(label: sitk.Image, file: Path, values: Mapping[int, int]) -> sitk.Image:
@@ -258,7 +243,7 @@ def new_dataset(
     dataset_id: int,
     name: str,
     channel_names: Sequence[str],
-    labels: Mapping[str, int | tuple[int, ...]],
+    labels: Labels,
     *,
     reference: str,
     licence: str,
@@ -267,8 +252,7 @@ def new_dataset(
     """A new dataset to add cases to; it appears in nnUNet_raw when the block is left, and not at all after an error.
 
     Args:
-        dataset_id: must be free in nnUNet_raw, nnUNet_preprocessed and nnUNet_results, and not be the beginning of
-            another one there, nor the other way round.
+        dataset_id: must be free, see `require_free_id`.
         name: without "DatasetXXX_".
         channel_names: in channel order.
         labels: as in dataset.json.
@@ -280,22 +264,7 @@ def new_dataset(
         UserError: nnUNet_raw is not set, or the id is not free.
     """
     root = raw_root()
-    if dataset_id < 1:
-        raise UserError("-d", str(dataset_id), "a number from 1 on", "Choose another id.")
-    if taken := datasets_with_id(dataset_id):
-        raise UserError(
-            "-d",
-            f"{dataset_id}, the id of {some_of(taken)}",
-            "an id that is free in nnUNet_raw, nnUNet_preprocessed and nnUNet_results",
-            "Choose another id, or remove the old dataset there.",
-        )
-    if confusable := confusable_with_id(dataset_id):
-        raise UserError(
-            "-d",
-            f"{dataset_id}, beside {some_of(confusable)}",
-            "an id that nnU-Net, which compares the beginnings of names, does not take for that of another dataset",
-            "Choose another id.",
-        )
+    require_free_id(dataset_id, "-d")
     folder = root / f"Dataset{dataset_id:03d}_{name}"
     root.mkdir(parents=True, exist_ok=True)
     # A temporary neighbor becomes the dataset at once: an interrupted run leaves nothing that looks like one.
@@ -320,13 +289,27 @@ def new_dataset(
         dataset.folder = dataset.folder.rename(folder)
 
 
-def argument_parser(description: str, folder: str) -> argparse.ArgumentParser:
-    """A parser with the arguments of every converter; `folder` says in words what FOLDER is."""
+def argument_parser(description: str, folder: str, unlabeled: str = "") -> argparse.ArgumentParser:
+    """A parser with the arguments that converters share.
+
+    Args:
+        description: of the program.
+        folder: in words, what FOLDER is.
+        unlabeled: in words, what the folder of --unlabeled is; there is no such option without.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help=folder)
     parser.add_argument(
         "-d", dest="dataset_id", type=int, required=True, metavar="ID", help="free id for the new dataset"
     )
+    if unlabeled:
+        parser.add_argument(
+            "--unlabeled",
+            dest="unlabeled_folder",
+            type=Path,
+            metavar="FOLDER",
+            help=f"images without labels: {unlabeled}",
+        )
     return parser
 
 
@@ -334,7 +317,7 @@ def run(convert: Callable[..., Path], parser: argparse.ArgumentParser) -> None:
     """Call a converter with the arguments of the command line, and say what it has written and what to do next."""
     options = vars(parser.parse_args())
     folder = convert(**options)
-    dataset_json = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    dataset_json = read_json(folder / "dataset.json")
     num_labeled, channels = dataset_json["numTraining"], [*dataset_json["channel_names"].values()]
     num_unlabeled = len([*(folder / "imagesUn").glob("*_0000.nii.gz")])
     print(f"{folder}: {num_labeled} labeled, {num_unlabeled} unlabeled")

@@ -23,7 +23,6 @@ The center of every case, e.g. CHUM, stands in strata.csv, for withhold_labels -
 """
 
 import csv
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -35,7 +34,6 @@ from tqdm import tqdm
 
 from dataset_conversion.common import (
     argument_parser,
-    corners,
     find_cases,
     new_dataset,
     on_grid_of,
@@ -43,6 +41,7 @@ from dataset_conversion.common import (
     relabel,
     run,
 )
+from nnunetv2_semicml.data.grid import Grid
 from nnunetv2_semicml.errors import UserError, reports_user_errors
 
 
@@ -105,7 +104,7 @@ def convert_hecktor(
     dataset_id: int,
     year: int,
     bounding_boxes: Sequence[Path] = (),
-    unlabeled: Path | None = None,
+    unlabeled_folder: Path | None = None,
 ) -> Path:
     """Convert HECKTOR.
 
@@ -114,7 +113,7 @@ def convert_hecktor(
         dataset_id: free id for the new dataset.
         year: 2020, 2021 or 2022.
         bounding_boxes: the organizers' files for all cases, of 2020 and 2021.
-        unlabeled: folder of images without labels, e.g. the test data.
+        unlabeled_folder: images without labels, e.g. the test data.
 
     Returns:
         The folder of the new dataset.
@@ -132,9 +131,10 @@ def convert_hecktor(
         )
     find = edition.pattern, edition.images, edition.example
     cases = [*find_cases(folder, *find, edition.subfolders).items()]
-    if unlabeled:
-        cases += find_cases(unlabeled, *find, labeled=False).items()
+    if unlabeled_folder:
+        cases += find_cases(unlabeled_folder, *find, labeled=False).items()
     boxes = read_bounding_boxes(bounding_boxes)
+    ct, pet = edition.images
     if edition.has_boxes and (missing := [case for case, _ in cases if case not in boxes]):
         raise UserError(
             ", ".join(map(str, bounding_boxes)), f"no box of {missing[0]}", "one for every case", "Add the other files."
@@ -149,12 +149,13 @@ def convert_hecktor(
     ) as dataset:
         for case, files in tqdm(cases, f"HECKTOR {year}"):
             images, label = read_on_grid_of_ct(
-                *(files[image] for image in edition.images),
+                files[ct],
+                files[pet],
                 files.get("label"),
                 {value: value for value in edition.labels.values()},
                 boxes.get(case),
             )
-            dataset.add(case, images, label, group=re.match("[A-Z]+", case)[0])
+            dataset.add(case, images, label, group=case.rstrip("-0123456789"))
     return dataset.folder
 
 
@@ -196,7 +197,8 @@ def read_on_grid_of_ct(
         UserError: a file is not as expected; box, CT and PET do not overlap; or the crop would cut the label.
     """
     ct, pet = read_image(ct_file), read_image(pet_file)
-    field_of_view = np.array([corners(pet).min(axis=0), corners(pet).max(axis=0)])
+    corners = Grid.of_image(pet).corners()
+    field_of_view = np.array([corners.min(axis=0), corners.max(axis=0)])
     region = voxels_in(field_of_view if box is None else box, ct, ct_file)
     cropped = ct[region]
     voxels_in(field_of_view, cropped, pet_file)
@@ -229,18 +231,18 @@ def voxels_in(box: np.ndarray, image: sitk.Image, file: Path) -> tuple[slice, sl
             "CT, PET and bounding box of one patient in one place",
             "Get the original files, or remove the case.",
         )
-    return tuple(slice(int(a), int(b) + 1) for a, b in zip(first, last, strict=True))
+    x, y, z = (slice(int(a), int(b) + 1) for a, b in zip(first, last, strict=True))
+    return x, y, z
 
 
 @reports_user_errors
 def main() -> None:
     """Command line of `convert_hecktor`."""
-    parser = argument_parser("Convert HECKTOR 2020, 2021 or 2022.", "the training data")
+    parser = argument_parser("Convert HECKTOR 2020, 2021 or 2022.", "the training data", unlabeled="the test data")
     parser.add_argument("--year", type=int, choices=EDITIONS, required=True)
     parser.add_argument(
         "--bounding_boxes", nargs="+", type=Path, default=[], metavar="FILE", help="of all cases; 2020 and 2021"
     )
-    parser.add_argument("--unlabeled", type=Path, metavar="FOLDER", help="images without labels: the test data")
     run(convert_hecktor, parser)
 
 

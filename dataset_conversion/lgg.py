@@ -30,7 +30,7 @@ from nnunetv2_semicml.errors import UserError, reports_user_errors
 
 CHANNELS = {"T1": 0, "FLAIR": 1, "T1post": 2}  # place in the file
 NOMINAL_SPACING = (1.0, 1.0, 5.0)
-PATIENT = re.compile(r"TCGA_([A-Z0-9]{2})_[A-Z0-9]{4}_\d{8}")
+PATIENT = re.compile(r"TCGA_[A-Z0-9]{2}_[A-Z0-9]{4}_\d{8}")
 
 
 def convert_lgg(folder: Path, dataset_id: int, modalities: Sequence[str] = ("FLAIR", "T1post")) -> Path:
@@ -64,7 +64,8 @@ def convert_lgg(folder: Path, dataset_id: int, modalities: Sequence[str] = ("FLA
                 left_out.append(patient.name)
                 continue
             images = [to_image(volumes[name]) for name in modalities]
-            dataset.add(patient.name, images, to_image(label), group=PATIENT.fullmatch(patient.name)[1])
+            institution = patient.name.split("_")[1]
+            dataset.add(patient.name, images, to_image(label), group=institution)
         if not dataset.labeled:
             raise UserError(
                 folder,
@@ -101,7 +102,8 @@ def read_patient(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """
     files = {file.name: file for file in folder.iterdir() if not file.name.startswith(".")}
     number = 0
-    slices, masks = [], []
+    slices: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
     while files:
         number += 1
         for name, parts, ndim in (

@@ -10,25 +10,25 @@ by voxel. Nothing is registered: between T2 and ADC of a patient some misalignme
     python -m dataset_conversion.msd_prostate Task05_Prostate -d 520 [--unlabeled Task05_Prostate/imagesTs]
 """
 
-import json
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dataset_conversion.common import argument_parser, find_cases, new_dataset, on_grid_of, read_image, relabel, run
+from nnunetv2_semicml.data.files import read_json
 from nnunetv2_semicml.errors import UserError, reports_user_errors
 
 CHANNELS = ["T2", "ADC"]
 LABELS = {"background": 0, "PZ": 1, "TZ": 2}
 
 
-def convert_msd_prostate(folder: Path, dataset_id: int, unlabeled: Path | None = None) -> Path:
+def convert_msd_prostate(folder: Path, dataset_id: int, unlabeled_folder: Path | None = None) -> Path:
     """Convert Task05_Prostate.
 
     Args:
         folder: the extracted Task05_Prostate.
         dataset_id: free id for the new dataset.
-        unlabeled: folder of images without labels, e.g. imagesTs.
+        unlabeled_folder: images without labels, e.g. imagesTs.
 
     Returns:
         The folder of the new dataset.
@@ -41,9 +41,9 @@ def convert_msd_prostate(folder: Path, dataset_id: int, unlabeled: Path | None =
     cases = [
         *find_cases(folder, pattern, ["imagesTr"], "imagesTr/prostate_00.nii.gz", ("imagesTr", "labelsTr")).items()
     ]
-    if unlabeled:
+    if unlabeled_folder:
         pattern = r"(?P<case>(?P<image>prostate)_\d\d)"
-        cases += find_cases(unlabeled, pattern, ["prostate"], "prostate_03.nii.gz", labeled=False).items()
+        cases += find_cases(unlabeled_folder, pattern, ["prostate"], "prostate_03.nii.gz", labeled=False).items()
     with new_dataset(
         dataset_id, "Prostate", CHANNELS, LABELS, reference="http://medicaldecathlon.com", licence="CC BY-SA 4.0"
     ) as dataset:
@@ -63,21 +63,23 @@ def convert_msd_prostate(folder: Path, dataset_id: int, unlabeled: Path | None =
 
 
 def _check_task(file: Path) -> None:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        found = (content["modality"], content["labels"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        found = f"no usable file ({type(error).__name__}: {error})"
     expected = ({"0": "T2", "1": "ADC"}, {str(value): name for name, value in LABELS.items()})
-    if found != expected:
-        raise UserError(file, str(found), f"modality and labels {expected}", "Give the folder Task05_Prostate.")
+    try:
+        content = read_json(file)
+        found = (content["modality"], content["labels"])
+        other = "" if found == expected else str(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        other = f"no usable file ({type(error).__name__}: {error})"
+    if other:
+        raise UserError(file, other, f"modality and labels {expected}", "Give the folder Task05_Prostate.")
 
 
 @reports_user_errors
 def main() -> None:
     """Command line of `convert_msd_prostate`."""
-    parser = argument_parser("Convert Task05_Prostate of the Medical Segmentation Decathlon.", "Task05_Prostate")
-    parser.add_argument("--unlabeled", type=Path, metavar="FOLDER", help="images without labels: imagesTs")
+    parser = argument_parser(
+        "Convert Task05_Prostate of the Medical Segmentation Decathlon.", "Task05_Prostate", unlabeled="imagesTs"
+    )
     run(convert_msd_prostate, parser)
 
 

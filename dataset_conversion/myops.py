@@ -33,13 +33,13 @@ LABELS = {
 VALUES = {0: 0, 500: 1, 600: 2, 200: 3, 1220: 4, 2221: 5}
 
 
-def convert_myops(folder: Path, dataset_id: int, unlabeled: Path | None = None) -> Path:
+def convert_myops(folder: Path, dataset_id: int, unlabeled_folder: Path | None = None) -> Path:
     """Convert MyoPS 2020.
 
     Args:
         folder: the folder with train25 and train25_myops_gd.
         dataset_id: free id for the new dataset.
-        unlabeled: folder of images without labels, e.g. test20.
+        unlabeled_folder: images without labels, e.g. test20.
 
     Returns:
         The folder of the new dataset.
@@ -51,8 +51,8 @@ def convert_myops(folder: Path, dataset_id: int, unlabeled: Path | None = None) 
     example = "myops_training_101_C0.nii.gz"
     images = list(CHANNELS)
     cases = [*find_cases(folder, pattern, images, example, ("train25", "train25_myops_gd")).items()]
-    if unlabeled:
-        cases += find_cases(unlabeled, pattern, images, example, labeled=False).items()
+    if unlabeled_folder:
+        cases += find_cases(unlabeled_folder, pattern, images, example, labeled=False).items()
     with new_dataset(
         dataset_id,
         "MyoPS2020",
@@ -69,8 +69,7 @@ def convert_myops(folder: Path, dataset_id: int, unlabeled: Path | None = None) 
 @reports_user_errors
 def main() -> None:
     """Command line of `convert_myops`."""
-    parser = argument_parser("Convert MyoPS 2020.", "the folder with train25 and train25_myops_gd")
-    parser.add_argument("--unlabeled", type=Path, metavar="FOLDER", help="images without labels: test20")
+    parser = argument_parser("Convert MyoPS 2020.", "the folder with train25 and train25_myops_gd", unlabeled="test20")
     run(convert_myops, parser)
 
 

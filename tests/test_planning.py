@@ -236,7 +236,7 @@ def test_bad_input_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("variable", "value", "sentence"),
     [
-        ("nnUNet_raw", None, "environment variable nnUNet_raw: found that it is not set; expected the folder of the"),
+        ("nnUNet_raw", None, "environment variable nnUNet_raw: found nothing; expected a folder"),
         ("nnUNet_preprocessed", None, "environment variable nnUNet_preprocessed: found nothing; expected a folder"),
         ("nnUNet_n_proc_DA", "0", "environment variable nnUNet_n_proc_DA: found 0; expected at least 1"),
     ],

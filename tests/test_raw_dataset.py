@@ -333,7 +333,7 @@ def assert_sentence(message: str, where: str, found: str, expected: str, remedy:
 
 def test_refuses_unset_environment(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("nnUNet_raw")
-    assert_sentence(refusal(read_raw_dataset, 500), "nnUNet_raw", "not set", "the folder of the raw", "Set it")
+    assert_sentence(refusal(read_raw_dataset, 500), "nnUNet_raw", "nothing", "a folder", "Set it")
 
 
 def changed(file: str, voxels: np.ndarray, **geometry):
@@ -566,7 +566,7 @@ def test_digests_are_those_of_the_bytes(folder: Path, threads):
     before = check_images(read_raw_dataset(500), 1, False).files
     file = str(folder / "labelsTr" / "a.nii.gz")
     status = Path(file).stat()
-    assert before[file][:2] == [status.st_size, status.st_mtime_ns]
+    assert before[file][:2] == (status.st_size, status.st_mtime_ns)
     write(Path(file), mask(shape=(4, 5, 6))[::-1])
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     after = check_images(read_raw_dataset(500), 1, False).files
@@ -664,7 +664,7 @@ def test_color_beside_depth(pictures: Path, threads):
     assert checked.apart == dict.fromkeys("ab", "3 and 1 channels in a file")
     assert raw.files_of_channels([0, 1, 2]) == [0]
     assert raw.files_of_channels([3, 0, 1, 2]) == [1, 0]
-    assert raw.files_of_channels([0, 1]) is None
+    assert raw.files_of_channels([0, 1]) == []
 
 
 @pytest.mark.parametrize("lacking", [("a_0001", "b_0000"), ("a_0001", "b_0001")])

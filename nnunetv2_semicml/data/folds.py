@@ -1,15 +1,16 @@
 """Folds of the labeled cases: one partition for all modalities of a group, in nnU-Net's splits_final.json.
 
 The file of the multi-modal dataset is the source. That of a modality's dataset, which nnU-Net's own commands read, is
-the same without the cases that lack the modality. May import nnU-Net and `errors`; nothing else of the package.
+the same without the cases that lack the modality. May import nnU-Net and, of the package, `errors` and `files`.
 """
 
-import json
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
+from nnunetv2_semicml.data.files import read_json
 from nnunetv2_semicml.errors import UserError, some_of
 
 SPLITS_FILE = "splits_final.json"
@@ -35,7 +36,7 @@ def read_folds(file: Path) -> Folds:
         )
 
     try:
-        folds = json.loads(file.read_text(encoding="utf-8"))
+        folds = read_json(file)
     except (OSError, ValueError) as error:
         raise refuse(f"a damaged file ({error})") from error
     if not isinstance(folds, list) or not folds:
@@ -110,13 +111,13 @@ def extend_folds(folds: Folds, cases_of: Mapping[str, Collection[str]]) -> Folds
         return folds
     folds = [{part: list(cases) for part, cases in fold.items()} for fold in folds]
 
-    def fullness(fold: dict[str, list[str]], case: str) -> tuple[int, int, int]:
+    def fullness(case: str, fold: Mapping[str, list[str]]) -> tuple[int, int, int]:
         own = [sum(c in cases for c in fold["val"]) for cases in cases_of.values() if case in cases]
         return -own.count(0), sum(own), len(fold["val"])
 
     # those with most modalities first: they can not make up for an uneven beginning
     for case in sorted(new, key=lambda c: (-sum(c in cases for cases in cases_of.values()), c)):
-        chosen = min(folds, key=lambda fold, case=case: fullness(fold, case))
+        chosen = min(folds, key=partial(fullness, case))
         for fold in folds:
             fold["val" if fold is chosen else "train"].append(case)
     return [{part: sorted(cases) for part, cases in fold.items()} for fold in folds]

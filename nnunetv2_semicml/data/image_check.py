@@ -9,25 +9,25 @@ import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from nnunetv2_semicml.data.raw_dataset import RawDataset, allowed_labels
-from nnunetv2_semicml.data.stored_file import check_stored_file, digest_of
+from nnunetv2_semicml.data.grid import Difference, Grid, describe_difference
+from nnunetv2_semicml.data.raw_dataset import CaseFiles, RawDataset, allowed_labels
+from nnunetv2_semicml.data.stored_file import FileState, check_stored_file, state_of
 from nnunetv2_semicml.errors import UserError, some_of
 
-# Files of a case lie on one grid if no voxel is displaced by more than this share of the voxel size: programs round
-# what they store in headers differently.
-GRID_TOLERANCE = 0.1
+Voxels = NDArray[Any]  # (channels, *spatial), of whatever type a reader returns
 
 
 class _Problem(Exception):
@@ -39,16 +39,16 @@ class _Checked:
     """What is known of a case.
 
     Attributes:
-        digests: of each modality's voxels; None if the case lacks it.
+        images: of each modality its first file and the digest of its voxels; None if the case lacks it.
         labels: that occur.
-        files: size, time of modification and digest of each file.
+        files: file -> its state.
         apart: why nnU-Net does not read the files of all modalities at once, if so.
         problem: arguments of a UserError.
     """
 
-    digests: list[bytes | None] = field(default_factory=list)
+    images: list[tuple[str, bytes] | None] = field(default_factory=list)
     labels: set[int] = field(default_factory=set)
-    files: dict[str, list] = field(default_factory=dict)
+    files: dict[str, FileState] = field(default_factory=dict)
     apart: str = ""
     problem: tuple[str, ...] | None = None
 
@@ -58,13 +58,12 @@ class CheckedImages:
     """What a check has found out by the way.
 
     Attributes:
-        files: every file of imagesTr, labelsTr and imagesUn that nnU-Net reads -> [size in bytes, time of modification
-            in ns, digest of its bytes].
+        files: every file of imagesTr, labelsTr and imagesUn that nnU-Net reads -> its state.
         labels: labeled case -> the values that occur in its label.
         apart: labeled case that has all modalities, whose files nnU-Net does not read at once -> why not.
     """
 
-    files: dict[str, list]
+    files: dict[str, FileState]
     labels: dict[str, set[int]]
     apart: dict[str, str]
 
@@ -117,13 +116,13 @@ def check_images(
 
     problems: dict[str, tuple[str, ...]] = {}
     seen: dict[tuple[int, bytes], tuple[str, str]] = {}  # modality, digest -> the first such file and its folder
-    for (folder, case, files), result in zip(cases, checked, strict=True):
+    for (folder, case, _), result in zip(cases, checked, strict=True):
         if result.problem:
             problems[case] = result.problem
-        for modality, digest in enumerate(result.digests):
-            if digest is None:
+        for modality, image in enumerate(result.images):
+            if image is None:
                 continue
-            file = files["images"][modalities[modality][0]]
+            file, digest = image
             twin, twins_folder = seen.setdefault((modality, digest), (file, folder))
             if twins_folder != folder:
                 problems.setdefault(
@@ -141,17 +140,25 @@ def check_images(
         raise UserError(
             where, found, expected, remedy + (f" (and {len(others)} more: {some_of(others)})" if others else "")
         )
-    found = list(zip(cases, checked, strict=True))
-    labeled = {case: result for (folder, case, _), result in found if folder == "imagesTr"}
+    results_of = {
+        name: {case: result for (folder, case, _), result in zip(cases, checked, strict=True) if folder == name}
+        for name in ("imagesTr", "imagesUn")
+    }
+    labeled = results_of["imagesTr"]
     return CheckedImages(
-        files={f: state for (folder, *_), result in found if folder != "imagesTs" for f, state in result.files.items()},
+        files={
+            file: state
+            for of_folder in results_of.values()
+            for result in of_folder.values()
+            for file, state in result.files.items()
+        },
         labels={case: result.labels for case, result in labeled.items()},
-        apart={case: result.apart for case, result in labeled.items() if result.apart and None not in result.digests},
+        apart={case: result.apart for case, result in labeled.items() if result.apart and None not in result.images},
     )
 
 
 def _check_case(
-    files: dict,
+    files: CaseFiles,
     raw: RawDataset,
     reader: type[BaseReaderWriter],
     labels: list[int],
@@ -167,70 +174,67 @@ def _check_case(
 
 def _check_voxels(
     checked: _Checked,
-    files: dict,
+    files: CaseFiles,
     raw: RawDataset,
     reader: type[BaseReaderWriter],
     labels: list[int],
     modalities: Sequence[Sequence[int]],
 ) -> None:
-    images, reference = files["images"], None  # the first image, its channels and grid
+    reference: tuple[str, int, Grid] | None = None  # the first image, its channels and grid
     for indices in modalities:
-        if None in [images[i] for i in indices]:
-            checked.digests.append(None)
+        images = [file for file in [files["images"][i] for i in indices] if file]
+        if len(images) < len(indices):
+            checked.images.append(None)
             continue
-        voxels, constant, grids = hashlib.blake2b(), True, []
-        for i in indices:
-            image, grid = _check_image(images[i], [raw.channel_names[c] for c in raw.channels_of_files[i]], reader)
-            reference = reference or (images[i], len(image), grid)
-            _require_grid(images[i], grid, reference[0], reference[2])
-            if grids and not _read_at_once(grid, grids[0]):
-                raise _differ(
-                    images[i],
-                    "spacing",
-                    grid,
-                    images[indices[0]],
-                    grids[0],
+        voxels, constant, first_grid = hashlib.blake2b(), True, None
+        for i, file in zip(indices, images, strict=True):
+            image, grid = _check_image(file, [raw.channel_names[c] for c in raw.channels_of_files[i]], reader)
+            reference = reference or (file, len(image), grid)
+            _require_grid(file, grid, reference[0], reference[2])
+            first_grid = first_grid or grid
+            if not _read_at_once(grid, first_grid):
+                raise _another_grid(
+                    file,
+                    describe_difference("spacing", grid, first_grid),
+                    images[0],
                     "No voxel lies elsewhere by that, but nnU-Net does not read such files of one modality together: "
                     "copy the header of one file to the others, e.g. with SimpleITK's CopyInformation.",
                 )
-            grids.append(grid)
             if not _read_at_once(grid, reference[2]):
-                checked.apart = "spacing " + " and ".join(_differing("spacing", reference[2], grid))
+                checked.apart = "{} {} and {}".format(*describe_difference("spacing", reference[2], grid))
             elif len(image) != reference[1]:
                 checked.apart = f"{reference[1]} and {len(image)} channels in a file"
-            voxels.update(np.ascontiguousarray(image))
+            voxels.update(np.ascontiguousarray(image).data)
             constant = constant and all(channel.min() == channel.max() for channel in image)
-        first = images[indices[0]]
         if constant:
             raise _Problem(
-                first,
+                images[0],
                 f"the value {image.flat[0]:g} in every voxel",
                 "an image",
                 "Export it again, or remove the file: a case may lack a modality.",
             )
         digest = voxels.digest()
-        if digest in checked.digests:
-            twin = images[modalities[checked.digests.index(digest)][0]]
+        if twins := [other for other, of_other in filter(None, checked.images) if of_other == digest]:
             raise _Problem(
-                first,
-                f"the same voxels as in {Path(twin).name}",
+                images[0],
+                f"the same voxels as in {Path(twins[0]).name}",
                 "another image of the patient in every modality",
                 "Replace one of the two files.",
             )
-        checked.digests.append(digest)
+        checked.images.append((images[0], digest))
         for file in raw.read_files(files, indices):
             if file not in checked.files:
-                status = Path(file).stat()
-                checked.files[file] = [status.st_size, status.st_mtime_ns, digest_of(file)]
+                checked.files[file] = state_of(file)
     if "label" in files and reference is not None:
         label, grid = _read(files["label"], reader, is_label=True)
         if reader is Tiff3DIO and raw.read_files(files, []) == [files["label"]]:
-            grid["spacing"] = reference[2]["spacing"]  # of CASE.json, which need not lie beside a label, too
+            # that of CASE.json, which need not lie beside a label, too
+            grid = replace(grid, spacing=reference[2].spacing)
         checked.labels = _check_label(files["label"], label, labels)
         _require_grid(files["label"], grid, reference[0], reference[2])
 
 
-def _check_image(file: str, channel_names: Sequence[str], reader: type[BaseReaderWriter]) -> tuple[np.ndarray, dict]:
+def _check_image(file: str, channel_names: Sequence[str], reader: type[BaseReaderWriter]) -> tuple[Voxels, Grid]:
     """Read an image: its voxels (channels, *spatial) and its grid."""
     image, grid = _read(file, reader)
     if len(image) != len(channel_names):
@@ -242,11 +246,11 @@ def _check_image(file: str, channel_names: Sequence[str], reader: type[BaseReade
             "Store every channel in its own file, or name all channels of such files in dataset.json.",
         )
     if not_finite := np.count_nonzero(~np.isfinite(image)):
-        raise _not_finite(file, not_finite)
+        raise _not_finite(file, int(not_finite))
     return image, grid
 
 
-def _check_label(file: str, label: np.ndarray, allowed: Sequence[int]) -> set[int]:
+def _check_label(file: str, label: Voxels, allowed: Sequence[int]) -> set[int]:
     """Find the values that occur in a label."""
     if len(label) != 1:
         raise _Problem(
@@ -275,7 +279,7 @@ def _not_finite(file: str, number: int) -> _Problem:
     )
 
 
-def _read(file: str, reader: type[BaseReaderWriter], is_label: bool = False) -> tuple[np.ndarray, dict]:
+def _read(file: str, reader: type[BaseReaderWriter], is_label: bool = False) -> tuple[Voxels, Grid]:
     """Read one file: its voxels (channels, *spatial) and its grid."""
 
     def unreadable(why: str) -> _Problem:
@@ -297,91 +301,32 @@ def _read(file: str, reader: type[BaseReaderWriter], is_label: bool = False) -> 
             "one value",
             "Store every channel in its own file.",
         )
-    return voxels, _grid(voxels, properties)
+    return voxels, Grid.of_properties(voxels, properties)
 
 
 def _components(file: str) -> int:
     header = sitk.ImageFileReader()
     header.SetFileName(file)
     header.ReadImageInformation()
-    return header.GetNumberOfComponents()
+    return int(header.GetNumberOfComponents())
 
 
-def _grid(voxels: np.ndarray, properties: dict) -> dict[str, np.ndarray]:
-    """Shape, spacing, and what places voxels in the world as far as the format has that: origin and matrix, in mm."""
-    grid = {"shape": np.array(voxels.shape[1:]), "spacing": np.array(properties["spacing"], dtype=float)}
-    if "sitk_stuff" in properties:
-        stored = properties["sitk_stuff"]
-        # a fourth axis is that of the channels, or has one entry; a 2D image has two axes
-        n = min(3, len(stored["spacing"]))
-        direction = np.reshape(stored["direction"], (len(stored["spacing"]),) * 2)[:n, :n]
-        grid |= {"origin": np.array(stored["origin"][:n]), "direction": direction}
-        grid["matrix"] = direction * np.array(stored["spacing"][:n])
-    if "nibabel_stuff" in properties:
-        affine = np.asarray(properties["nibabel_stuff"]["original_affine"])
-        grid |= {"affine": affine, "origin": affine[:3, 3], "matrix": affine[:3, :3]}
-    return grid
-
-
-def _require_grid(file: str, grid: dict, reference: str, expected: dict) -> None:
+def _require_grid(file: str, grid: Grid, reference: str, expected: Grid) -> None:
     """Refuse another grid than that of the reference, a file of the same case.
 
     Raises:
         _Problem: naming what differs.
     """
-    register = "Register and resample all images and the label of a case to one grid."
-    if grid["shape"].tolist() != expected["shape"].tolist():
-        raise _differ(file, "shape", grid, reference, expected, register)
-    grid, expected = _shared_axes(grid, expected), _shared_axes(expected, grid)
-    if _displacement(grid, expected) > GRID_TOLERANCE:
-        candidates = ("spacing", "origin", "direction", "affine")
-        differing = [k for k in candidates if k in grid and not np.allclose(grid[k], expected[k], atol=1e-3)]
-        raise _differ(file, next(iter(differing), "spacing"), grid, reference, expected, register)
+    if difference := grid.difference(expected):
+        remedy = "Register and resample all images and the label of a case to one grid."
+        raise _another_grid(file, difference, reference, remedy)
 
 
-def _shared_axes(grid: dict, other: dict) -> dict:
-    """The grid of a single slice without its third axis, if the other one is that of a 2D image."""
-    if "origin" not in grid or len(grid["origin"]) <= len(other["origin"]):
-        return grid
-    return {
-        "shape": grid["shape"],
-        "spacing": np.array([other["spacing"][0], *grid["spacing"][1:]]),
-        "origin": grid["origin"][:2],
-        "direction": grid["direction"][:2, :2],
-        "matrix": grid["matrix"][:2, :2],
-    }
-
-
-def _read_at_once(grid: dict, other: dict) -> bool:
+def _read_at_once(grid: Grid, other: Grid) -> bool:
     """Whether nnU-Net's readers, which compare spacings so, take two files for those of one image."""
-    return np.allclose(grid["spacing"], other["spacing"])
+    return np.allclose(grid.spacing, other.spacing)
 
 
-def _differ(file: str, key: str, grid: dict, reference: str, expected: dict, remedy: str) -> _Problem:
-    found, other = _differing(key, grid, expected)
-    return _Problem(file, f"{key} {found}", f"{other} as in {Path(reference).name}", remedy)
-
-
-def _differing(key: str, *grids: dict) -> list[str]:
-    """The values under a key, with as many digits as tell them apart."""
-    values = [np.asarray(grid[key], dtype=float) for grid in grids]
-    for digits in (0, 3, 6, 9, 17):
-        rounded = [np.round(v, digits) + 0.0 for v in values]  # -0.0 becomes 0.0
-        texts = [str(v.astype(float if digits else int).tolist()) for v in rounded]
-        # three digits at least, unless these are counts
-        if len(set(texts)) == len(texts) and (digits or key == "shape"):
-            break
-    return texts
-
-
-def _displacement(grid: dict, expected: dict) -> float:
-    """How far the corners of two grids of one shape are apart at most, as a share of the smallest spacing."""
-    if "matrix" not in grid:
-        # the format knows spacings alone, which are compared over the extent of the image
-        apart = np.abs(grid["spacing"] - expected["spacing"]) * (grid["shape"] - 1)
-        return float(apart.max() / expected["spacing"].min())
-    extent = grid["shape"][::-1][: len(grid["origin"])] - 1
-    corners = np.array(list(product(*((0, end) for end in extent))))
-    places = [corners @ g["matrix"].T + g["origin"] for g in (grid, expected)]
-    smallest = np.linalg.norm(expected["matrix"], axis=0).min()
-    return float(np.linalg.norm(places[0] - places[1], axis=1).max() / smallest)
+def _another_grid(file: str, difference: Difference, reference: str, remedy: str) -> _Problem:
+    attribute, found, expected = difference
+    return _Problem(file, f"{attribute} {found}", f"{expected} as in {Path(reference).name}", remedy)

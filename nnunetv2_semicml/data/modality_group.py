@@ -12,11 +12,14 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from os import environ
 from pathlib import Path
+from typing import Any, TypedDict
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_semicml.data.environment import environment_folder
+from nnunetv2_semicml.data.files import Json, read_json, write_json
 from nnunetv2_semicml.data.folds import SPLITS_FILE, read_folds, require_cases, require_modalities, restrict, same_folds
-from nnunetv2_semicml.data.stored_file import digest_of
+from nnunetv2_semicml.data.stored_file import FileState, digest_of
 from nnunetv2_semicml.errors import UserError
 
 MODALITIES_FILE = "modalities.json"
@@ -37,6 +40,20 @@ _PREPROCESSING_PLANS = ("transpose_forward", "image_reader_writer", "foreground_
 # what the networks of a group have in common
 _SHARED_SETTINGS = ("data_identifier", "spacing", "patch_size", "batch_size", "batch_dice", "architecture")
 _SHARED_PLANS = ("transpose_forward", "transpose_backward", "image_reader_writer")
+
+
+class MadeOf(TypedDict):
+    """What the preprocessed files of a configuration of a modality dataset were made of.
+
+    Attributes:
+        settings: digest of all but the raw files.
+        labeled: as in `Modality`.
+        unlabeled: as in `Modality`.
+    """
+
+    settings: str
+    labeled: dict[str, str]
+    unlabeled: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -68,16 +85,15 @@ class ModalityGroup:
         dataset_name: the multi-modal dataset, e.g. Dataset500_BraTS, or that of the one modality.
         modalities: its modalities.
         part_of: the multi-modal dataset that a modality by itself was planned with.
-        files: raw file, relative to nnUNet_raw -> its size, time of modification and digest when they were checked.
-        preprocessed: data identifier (e.g. nnUNetPlans_3d_fullres) -> modality dataset -> what its files were made of:
-            "settings", a digest, and the cases under "labeled" and "unlabeled", as in `Modality`.
+        files: raw file, relative to nnUNet_raw -> its state when it was checked.
+        preprocessed: data identifier (e.g. nnUNetPlans_3d_fullres) -> modality dataset -> what its files were made of.
     """
 
     dataset_name: str
     modalities: list[Modality]
     part_of: str | None = None
-    files: dict[str, list] = field(default_factory=dict)
-    preprocessed: dict[str, dict[str, dict]] = field(default_factory=dict)
+    files: dict[str, FileState] = field(default_factory=dict)
+    preprocessed: dict[str, dict[str, MadeOf]] = field(default_factory=dict)
 
     @property
     def file(self) -> Path:
@@ -141,9 +157,11 @@ class ModalityGroup:
             UserError: if modalities.json is missing, damaged, or of an earlier version.
         """
         file = preprocessed_folder(dataset_name) / MODALITIES_FILE
-        content = read_json(file, "the modality group of a preprocessed dataset")
+        content = read_preprocessed_json(file, "the modality group of a preprocessed dataset")
         try:
-            return cls(**{**content, "modalities": [Modality(**m) for m in content["modalities"]]})
+            modalities = [Modality(**m) for m in content["modalities"]]
+            files = {name: FileState(*state) for name, state in content["files"].items()}
+            return cls(**{**content, "modalities": modalities, "files": files})
         except (KeyError, TypeError) as error:
             raise UserError(
                 file, f"the modality group of another version ({error})", "one of this version", _PREPROCESS
@@ -152,10 +170,10 @@ class ModalityGroup:
     def save(self) -> None:
         """Write modalities.json, whole or not at all."""
         temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=4))
+        write_json(temporary, asdict(self))
         temporary.replace(self.file)
 
-    def load_plans(self, plans_name: str) -> list[tuple[dict, dict]]:
+    def load_plans(self, plans_name: str) -> list[tuple[Json, Json]]:
         """Read (plans, dataset.json) of every modality dataset.
 
         Raises:
@@ -163,15 +181,15 @@ class ModalityGroup:
         """
         return [
             (
-                read_json(folder / f"{plans_name}.json", f"the plans of modality {modality.name}"),
-                read_json(folder / "dataset.json", f"the dataset.json of modality {modality.name}"),
+                read_preprocessed_json(folder / f"{plans_name}.json", f"the plans of modality {modality.name}"),
+                read_preprocessed_json(folder / "dataset.json", f"the dataset.json of modality {modality.name}"),
             )
             for modality in self.modalities
             for folder in [preprocessed_folder(modality.dataset_name)]
         ]
 
-    def sources(self, plans_name: str, configuration: str) -> dict[str, dict]:
-        """What the preprocessed files of a configuration have to be made of, in the form of `preprocessed`."""
+    def sources(self, plans_name: str, configuration: str) -> dict[str, MadeOf]:
+        """Modality dataset -> what the preprocessed files of a configuration have to be made of."""
         return {
             modality.dataset_name: {
                 "settings": _settings_digest(plans, dataset_json, configuration),
@@ -181,7 +199,7 @@ class ModalityGroup:
             for modality, (plans, dataset_json) in zip(self.modalities, self.load_plans(plans_name), strict=True)
         }
 
-    def provenance(self, plans: dict, configuration: str, fold: int | str) -> dict[str, str]:
+    def provenance(self, plans: Json, configuration: str, fold: int | str) -> dict[str, str]:
         """Short digests of what trained weights belong to: voxels and architecture, cases, and folds."""
         resolved = PlansManager(plans).get_configuration(configuration).configuration
         settings = {name: made["settings"] for name, made in self.preprocessed[resolved["data_identifier"]].items()}
@@ -216,7 +234,7 @@ class ModalityGroup:
                     "Add such cases, or plan one of these modalities alone (--modalities), or both as one.",
                 )
 
-    def require_ready(self, plans: dict, configuration: str) -> list[tuple[dict, dict]]:
+    def require_ready(self, plans: Json, configuration: str) -> list[tuple[Json, Json]]:
         """Check that a configuration can be trained.
 
         Args:
@@ -315,29 +333,16 @@ def preprocessed_folder(dataset_name: str) -> Path:
     return environment_folder("nnUNet_preprocessed") / dataset_name
 
 
-def environment_folder(variable: str) -> Path:
-    """Value of one of nnU-Net's folder variables.
-
-    Raises:
-        UserError: if it is not set.
-    """
-    if not environ.get(variable):
-        raise UserError(
-            f"environment variable {variable}", "nothing", "a folder", f"Set it as for nnU-Net: export {variable}=…"
-        )
-    return Path(environ[variable])
-
-
 def unlabeled_identifier(data_identifier: str) -> str:
     """Folder of the unlabeled cases beside that of the labeled ones, which nnU-Net lists to make its splits."""
     return f"{data_identifier}_unlabeled"
 
 
-def _digest(content: object) -> str:
+def _digest(content: list[Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _settings_digest(plans: dict, dataset_json: dict, configuration: str) -> str:
+def _settings_digest(plans: Json, dataset_json: Json, configuration: str) -> str:
     """Fingerprint of everything but the raw files that the preprocessed files of a configuration depend on."""
     resolved = PlansManager(plans).get_configuration(configuration).configuration
     return _digest(
@@ -347,7 +352,7 @@ def _settings_digest(plans: dict, dataset_json: dict, configuration: str) -> str
     )
 
 
-def _shared_settings(plans: dict, configuration: str, file: Path) -> dict:
+def _shared_settings(plans: Json, configuration: str, file: Path) -> Json:
     manager = PlansManager(plans)
     if configuration not in manager.available_configurations:
         available = ", ".join(manager.available_configurations)
@@ -367,8 +372,8 @@ def _require_cases(folder: Path, cases: Sequence[str]) -> None:
         )
 
 
-def read_json(file: Path, what: str) -> dict:
-    """Read a file of nnUNet_preprocessed.
+def read_preprocessed_json(file: Path, what: str) -> Json:
+    """Read a file of nnUNet_preprocessed that holds an object.
 
     Args:
         file: the file.
@@ -380,6 +385,7 @@ def read_json(file: Path, what: str) -> dict:
     if not file.is_file():
         raise UserError(file, "no such file", what, _PREPROCESS)
     try:
-        return json.loads(file.read_text())
+        content: Json = read_json(file)
     except ValueError as error:
         raise UserError(file, f"damaged JSON ({error})", what, _PREPROCESS) from error
+    return content

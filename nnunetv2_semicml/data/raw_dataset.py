@@ -1,27 +1,46 @@
 """Reads a raw semi-supervised dataset: an nnU-Net dataset with one more folder, imagesUn; cases may lack modalities.
 
-Names of files only, and of dataset.json; `image_check` opens the images. May import nnU-Net and `errors`; nothing else
-of the package. Only reads, never writes.
+Names of files only, and of dataset.json; `image_check` opens the images. May import nnU-Net, `errors` and of data/ what
+imports no torch, so that the processes of `image_check` start fast. Only reads, never writes.
 """
 
 import contextlib
 import io
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import combinations
 from os import environ
 from pathlib import Path
+from typing import TypedDict
 
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
-from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+from nnunetv2_semicml.data.environment import FOLDER_VARIABLES, environment_folder
+from nnunetv2_semicml.data.files import Json, read_json
 from nnunetv2_semicml.errors import UserError, some_of
+
+
+class _Images(TypedDict):
+    images: list[str | None]
+
+
+class CaseFiles(_Images, total=False):
+    """The files of a case.
+
+    Attributes:
+        images: as many for every case; one that the case lacks is None.
+        label: of a labeled case; there is no such key in others.
+    """
+
+    label: str
+
+
+Cases = dict[str, CaseFiles]
 
 
 @dataclass(frozen=True)
@@ -34,27 +53,27 @@ class RawDataset:
         dataset_json: as on disk.
         channel_names: in channel order.
         channels_of_files: the channels that each file of a case holds, e.g. [(0,), (1,)], or [(0, 1, 2)] for RGB.
-        labeled: case -> {"images": [one entry per file], "label": file}. A file that the case lacks is None.
-        unlabeled: case -> {"images": [one entry per file]}, from imagesUn; there is no label key.
+        labeled: case -> its images and its label.
+        unlabeled: case -> its images, from imagesUn.
         test: the same from imagesTs; never used in training, only kept apart from it.
     """
 
     name: str
     folder: Path
-    dataset_json: dict
+    dataset_json: Json
     channel_names: list[str]
     channels_of_files: list[tuple[int, ...]]
-    labeled: dict[str, dict]
-    unlabeled: dict[str, dict]
-    test: dict[str, dict]
+    labeled: Cases
+    unlabeled: Cases
+    test: Cases
 
     @property
     def file_ending(self) -> str:
         """Of images and labels."""
-        return self.dataset_json["file_ending"]
+        return str(self.dataset_json["file_ending"])
 
     @property
-    def folders(self) -> dict[str, dict[str, dict]]:
+    def folders(self) -> dict[str, Cases]:
         """Folder of images -> its cases."""
         return {"imagesTr": self.labeled, "imagesUn": self.unlabeled, "imagesTs": self.test}
 
@@ -89,19 +108,19 @@ class RawDataset:
             )
         return found[0]
 
-    def files_of_channels(self, channels: Sequence[int]) -> list[int] | None:
-        """The files of a case that hold these channels, in this order; None if these are no whole files."""
+    def files_of_channels(self, channels: Sequence[int]) -> list[int]:
+        """The files of a case that hold these channels, in this order; none if these are no whole files."""
         files = list(dict.fromkeys(i for c in channels for i, held in enumerate(self.channels_of_files) if c in held))
-        return files if [c for i in files for c in self.channels_of_files[i]] == list(channels) else None
+        return files if [c for i in files for c in self.channels_of_files[i]] == list(channels) else []
 
-    def read_files(self, files: dict, indices: Sequence[int]) -> list[str]:
+    def read_files(self, files: CaseFiles, indices: Sequence[int]) -> list[str]:
         """All files that nnU-Net reads of a case.
 
         Args:
             files: an entry of `labeled`, `unlabeled` or `test`.
             indices: which of its images, none of which it lacks.
         """
-        images = [files["images"][i] for i in indices]
+        images = [image for i in indices if (image := files["images"][i])]
         read = [*images, *([files["label"]] if "label" in files else [])]
         if self.file_ending.lower() in Tiff3DIO.supported_file_endings:
             # nnU-Net reads the spacing of a TIFF from CASE.json beside it
@@ -133,9 +152,7 @@ def read_raw_dataset(dataset: int | str, require_unlabeled: bool = True) -> RawD
 
     found = {name: _find_images(folder / name, file_ending) for name in ("imagesTr", "imagesUn", "imagesTs")}
     if "dataset" in dataset_json:
-        listed = _read_listed_cases(folder, dataset_json)
-        found["imagesTr"] = {case: dict(enumerate(files["images"])) for case, files in listed.items()}
-        labels = {case: files["label"] for case, files in listed.items()}
+        found["imagesTr"], labels = _read_listed_cases(folder, dataset_json)
     else:
         labels = {file.name.removesuffix(file_ending): str(file) for file in _files(folder / "labelsTr", file_ending)}
         _require_pairs(folder, found["imagesTr"], labels, file_ending)
@@ -148,7 +165,7 @@ def read_raw_dataset(dataset: int | str, require_unlabeled: bool = True) -> RawD
         )
     every_case = found["imagesTs"] | found["imagesUn"] | found["imagesTr"]
     channels_of_files = _find_channels(folder, dataset_json, every_case)
-    cases = {
+    cases: dict[str, Cases] = {
         name: {
             case: {"images": [files.get(i) for i in range(len(channels_of_files))]}
             for case, files in sorted(of_folder.items())
@@ -164,8 +181,8 @@ def read_raw_dataset(dataset: int | str, require_unlabeled: bool = True) -> RawD
                 f"a name that ends in one of _0000{file_ending} … _{last:04d}{file_ending}",
                 "Rename or remove the file, or correct channel_names and file_ending in dataset.json.",
             )
-    for case, files in cases["imagesTr"].items():
-        files["label"] = labels[case]
+    for case, label in labels.items():
+        cases["imagesTr"][case]["label"] = label
     if require_unlabeled and not cases["imagesUn"]:
         raise UserError(
             folder / "imagesUn",
@@ -197,14 +214,7 @@ def raw_root() -> Path:
     Raises:
         UserError: nnUNet_raw is not set.
     """
-    if not nnUNet_raw.is_set():
-        raise UserError(
-            "environment variable nnUNet_raw",
-            "that it is not set",
-            "the folder of the raw datasets",
-            "Set it as nnU-Net's documentation/setting_up_paths.md describes.",
-        )
-    return Path(nnUNet_raw).absolute()
+    return environment_folder("nnUNet_raw").absolute()
 
 
 def datasets_with_id(dataset_id: int) -> list[str]:
@@ -223,13 +233,42 @@ def confusable_with_id(dataset_id: int) -> list[str]:
     return sorted(n for n, number in others.items() if n.startswith(f"Dataset{own}") or own.startswith(f"{number:03d}"))
 
 
+def require_free_id(dataset_id: int, option: str) -> None:
+    """Refuse a number that a new dataset cannot have.
+
+    Args:
+        dataset_id: the number.
+        option: of the command line, for the error.
+
+    Raises:
+        UserError: it is no number of a dataset, or not free in nnUNet_raw, nnUNet_preprocessed and nnUNet_results, for
+            nnU-Net too, which takes 123 for Dataset1234_X.
+    """
+    if dataset_id < 1:
+        raise UserError(option, str(dataset_id), "a number from 1 on", "Choose another id.")
+    if taken := datasets_with_id(dataset_id):
+        raise UserError(
+            option,
+            f"{dataset_id}, the id of {some_of(taken)}",
+            f"an id that is free in {', '.join(FOLDER_VARIABLES[:-1])} and {FOLDER_VARIABLES[-1]}",
+            "Choose another id, or remove the old dataset there.",
+        )
+    if confusable := confusable_with_id(dataset_id):
+        raise UserError(
+            option,
+            f"{dataset_id}, beside {some_of(confusable)}",
+            "an id that nnU-Net, which compares the beginnings of names, does not take for that of another dataset",
+            "Choose another id.",
+        )
+
+
 def dataset_number(name: str) -> int:
     """1234 of Dataset1234_NAME, of which nnU-Net's own function reads 123."""
-    return int(re.match(r"Dataset(\d+)", name)[1])
+    return int(name.removeprefix("Dataset").partition("_")[0])
 
 
 def _all_datasets() -> dict[str, int]:
-    roots = [Path(environ[v]) for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results") if environ.get(v)]
+    roots = [Path(environ[variable]) for variable in FOLDER_VARIABLES if environ.get(variable)]
     names = {folder.name for root in roots if root.is_dir() for folder in root.iterdir() if folder.is_dir()}
     return {name: dataset_number(name) for name in names if re.match(r"Dataset\d{3,}(_|$)", name)}
 
@@ -260,7 +299,7 @@ def _find_folder(dataset: int | str) -> Path:
     return root / names[0]
 
 
-def _read_dataset_json(file: Path) -> dict:
+def _read_dataset_json(file: Path) -> Json:
     def refuse(found: str, expected: str) -> UserError:
         return UserError(file, found, expected, "Correct it as nnU-Net's documentation/dataset_format.md describes.")
 
@@ -268,7 +307,7 @@ def _read_dataset_json(file: Path) -> dict:
     if not file.is_file():
         raise refuse("no such file", f"a JSON file with {', '.join(required)}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content: Json = read_json(file)
     except ValueError as error:
         raise refuse(f"a damaged file ({error})", "valid JSON") from error
     for key, kind in required.items():
@@ -284,7 +323,7 @@ def _read_dataset_json(file: Path) -> dict:
     return content
 
 
-def allowed_labels(dataset_json: dict) -> list[int]:
+def allowed_labels(dataset_json: Json) -> list[int]:
     """The values that a label may have.
 
     Raises:
@@ -321,7 +360,7 @@ def _find_images(folder: Path, file_ending: str) -> dict[str, dict[int, str]]:
     return cases
 
 
-def _require_pairs(folder: Path, images: dict[str, dict], labels: dict[str, str], file_ending: str) -> None:
+def _require_pairs(folder: Path, images: dict[str, dict[int, str]], labels: dict[str, str], file_ending: str) -> None:
     for case in sorted(images.keys() ^ labels.keys()):
         lacking = "labelsTr" if case in images else "imagesTr"
         raise UserError(
@@ -332,8 +371,8 @@ def _require_pairs(folder: Path, images: dict[str, dict], labels: dict[str, str]
         )
 
 
-def _read_listed_cases(folder: Path, dataset_json: dict) -> dict[str, dict]:
-    """The cases of nnU-Net's "dataset" key in dataset.json; these have all files."""
+def _read_listed_cases(folder: Path, dataset_json: Json) -> tuple[dict[str, dict[int, str]], dict[str, str]]:
+    """Images, as `_find_images` returns them, and labels of the cases of the "dataset" key, which have all files."""
     listed, file = dataset_json["dataset"], folder / "dataset.json"
     numbers = {len(files["images"]) for files in listed.values() if "images" in files}
     for case, files in listed.items():
@@ -355,16 +394,17 @@ def _read_listed_cases(folder: Path, dataset_json: dict) -> dict[str, dict]:
                     f'the file that "dataset" in {file} lists for {case}',
                     "Correct the path or remove the case.",
                 )
-    return cases
+    images = {case: dict(enumerate(files["images"])) for case, files in cases.items()}
+    return images, {case: files["label"] for case, files in cases.items()}
 
 
-def _find_channels(folder: Path, dataset_json: dict, cases: dict[str, dict[int, str]]) -> list[tuple[int, ...]]:
+def _find_channels(folder: Path, dataset_json: Json, cases: dict[str, dict[int, str]]) -> list[tuple[int, ...]]:
     """See `RawDataset.channels_of_files`."""
     num_channels = len(dataset_json["channel_names"])
     examples: dict[int, str] = {}  # of each file of a case one, from whichever case has it
     for _, files in sorted(cases.items()):
         examples = files | examples
-    one_each = [(i,) for i in range(num_channels)]
+    one_each: list[tuple[int, ...]] = [(i,) for i in range(num_channels)]
     if max(examples) + 1 >= num_channels or examples.keys() != {*range(len(examples))}:
         return one_each  # files too many are refused by name; cases lack others
     reader, counts = _find_reader(dataset_json, examples[0]), []
@@ -388,10 +428,13 @@ def _find_channels(folder: Path, dataset_json: dict, cases: dict[str, dict[int, 
     return [tuple(range(end - count, end)) for end, count in zip(ends, counts, strict=True)]
 
 
-def _find_reader(dataset_json: dict, example: str) -> type[BaseReaderWriter]:
+def _find_reader(dataset_json: Json, example: str) -> type[BaseReaderWriter]:
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # nnU-Net prints a traceback for every reader that fails
-            return determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+            reader: type[BaseReaderWriter] = determine_reader_writer_from_dataset_json(
+                dataset_json, example, verbose=False
+            )
+            return reader
     except RuntimeError as error:
         raise UserError(
             example,
@@ -401,7 +444,7 @@ def _find_reader(dataset_json: dict, example: str) -> type[BaseReaderWriter]:
         ) from error
 
 
-def _require_sound_names(folder: Path, cases: dict[str, dict[str, dict]]) -> None:
+def _require_sound_names(folder: Path, cases: Mapping[str, Cases]) -> None:
     for (first, names), (second, others) in combinations(cases.items(), 2):
         if shared := names.keys() & others.keys():
             raise UserError(

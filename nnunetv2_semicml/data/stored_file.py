@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 from nibabel import nifti1, nifti2
@@ -26,6 +26,7 @@ from nibabel import nifti1, nifti2
 _BLOCK = 2**20  # bytes
 _LONGEST_HEADER = 540  # bytes, that of NIfTI-2
 _GZIP = b"\x1f\x8b"
+_ORDERS: tuple[Literal["<", ">"], ...] = ("<", ">")
 _NIFTI = {b"n+1": nifti1.header_dtype, b"n+2": nifti2.header_dtype}  # single files; "ni1" has its voxels in another one
 # Guy's Image Processing Lab, always big-endian: ends of the header, type of voxels -> bytes
 _GIPL_HEADER = 256
@@ -56,13 +57,27 @@ class Findings(NamedTuple):
     not_finite: int
 
 
+class FileState(NamedTuple):
+    """By what a file is known again.
+
+    Attributes:
+        size: in bytes.
+        modified: time of modification, in ns.
+        digest: of its bytes.
+    """
+
+    size: int
+    modified: int
+    digest: str
+
+
 class _Voxels(NamedTuple):
     start: int  # byte of the unpacked content
     size: int  # bytes
-    dtype: np.dtype
+    dtype: np.dtype[Any]
 
 
-def check_stored_file(file: str | os.PathLike) -> Findings:
+def check_stored_file(file: str | Path) -> Findings:
     """Read a file once, in blocks.
 
     Raises:
@@ -83,13 +98,19 @@ def check_stored_file(file: str | os.PathLike) -> Findings:
             return Findings(f"a damaged gzip stream ({error})", 0)
 
 
-def digest_of(file: str | os.PathLike) -> str:
+def digest_of(file: str | Path) -> str:
     """Digest of the bytes of a file."""
     digest = hashlib.blake2b(digest_size=16)
     with Path(file).open("rb") as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def state_of(file: str | Path) -> FileState:
+    """State of a file as it is now."""
+    status = Path(file).stat()
+    return FileState(status.st_size, status.st_mtime_ns, digest_of(file))
 
 
 def _unpacked(stream: BinaryIO) -> Iterator[bytes]:
@@ -124,7 +145,7 @@ def _examine_content(blocks: Iterator[bytes], to_the_end: bool) -> Findings:
 
 
 def _find_nifti_voxels(head: bytes) -> _Voxels | None:
-    for (magic, structure), order in itertools.product(_NIFTI.items(), "<>"):
+    for (magic, structure), order in itertools.product(_NIFTI.items(), _ORDERS):
         structure = structure.newbyteorder(order)
         if len(head) < structure.itemsize:
             continue
@@ -139,7 +160,7 @@ def _find_nifti_voxels(head: bytes) -> _Voxels | None:
             and datatype in nifti1.data_type_codes.dtype
         ):
             # the type and not bitpix, which readers ignore
-            dtype = nifti1.data_type_codes.dtype[datatype].newbyteorder(order)
+            dtype = cast(np.dtype[Any], nifti1.data_type_codes.dtype[datatype]).newbyteorder(order)
             # ITK reads behind the header whatever lies within it
             start = max(int(offset), structure.itemsize)
             return _Voxels(start, math.prod(shape) * dtype.itemsize, dtype)
@@ -182,7 +203,7 @@ def _find_missing_page(stream: BinaryIO, order: str, place: int, offset_format: 
         if position + size > length:
             return None
         stream.seek(position)
-        return struct.unpack(order + form, stream.read(size))[0]
+        return int(struct.unpack(order + form, stream.read(size))[0])
 
     visited: set[int] = set()
     offset = read(place, offset_format)

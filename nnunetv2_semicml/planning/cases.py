@@ -10,14 +10,14 @@ from dataclasses import replace
 from nnunetv2_semicml.data.folds import Folds
 from nnunetv2_semicml.data.image_check import CheckedImages
 from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup
-from nnunetv2_semicml.data.raw_dataset import RawDataset
+from nnunetv2_semicml.data.raw_dataset import Cases, RawDataset
 from nnunetv2_semicml.errors import UserError, some_of
 
 
 def with_cases(raw: RawDataset, modality: Modality) -> Modality:
     """The modality with the names of the cases that have all of its files."""
 
-    def having(cases: dict[str, dict]) -> dict[str, str]:
+    def having(cases: Cases) -> dict[str, str]:
         return {case: "" for case, files in cases.items() if None not in [files["images"][i] for i in modality.files]}
 
     return replace(modality, labeled=having(raw.labeled), unlabeled=having(raw.unlabeled))
@@ -26,10 +26,10 @@ def with_cases(raw: RawDataset, modality: Modality) -> Modality:
 def with_digests(raw: RawDataset, modality: Modality, checked: CheckedImages) -> Modality:
     """The modality with the digest of the files of each case."""
 
-    def digests(cases: Collection[str], of_folder: dict[str, dict]) -> dict[str, str]:
+    def digests(cases: Collection[str], of_folder: Cases) -> dict[str, str]:
         return {
             case: hashlib.sha256(
-                "".join(checked.files[file][2] for file in raw.read_files(of_folder[case], modality.files)).encode()
+                "".join(checked.files[file].digest for file in raw.read_files(of_folder[case], modality.files)).encode()
             ).hexdigest()[:16]
             for case in cases
         }

@@ -3,11 +3,11 @@
 From options and names alone; no image is opened and nothing is written. May import nnU-Net, data/ and `errors`.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from itertools import count
 
+from nnunetv2_semicml.data.files import read_json
 from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup, preprocessed_folder
 from nnunetv2_semicml.data.raw_dataset import RawDataset, confusable_with_id, dataset_number, datasets_with_id
 from nnunetv2_semicml.errors import UserError, some_of
@@ -115,7 +115,7 @@ def _parse(raw: RawDataset, texts: Sequence[str]) -> dict[str, list[int]]:
         if twice := [c for i, c in enumerate(channels) if c in earlier + channels[:i]]:
             which = some_of(raw.channel_names[c] for c in twice)
             raise UserError(option, f"{which} twice", "every channel at most once", "Leave it out in one place.")
-        if raw.files_of_channels(channels) is None:
+        if not raw.files_of_channels(channels):
             layout = "; ".join(some_of(raw.channel_names[c] for c in held) for held in raw.channels_of_files)
             raise UserError(
                 option,
@@ -144,12 +144,8 @@ def _free_ids(raw: RawDataset, names: Sequence[str]) -> list[int]:
     previous = previous_group(raw.name)
     if previous is not None and [m.name for m in previous.modalities] == list(names) and not previous.is_single:
         return [dataset_number(m.dataset_name) for m in previous.modalities]
-    ids: list[int] = []
-    for candidate in count(dataset_number(raw.name) + 1):
-        if len(ids) == len(names):
-            return ids
-        if not _taken_by(raw, candidate, names[len(ids)]) and not confusable_with_id(candidate):
-            ids.append(candidate)
+    later = count(dataset_number(raw.name) + 1)
+    return [next(i for i in later if not _taken_by(raw, i, name) and not confusable_with_id(i)) for name in names]
 
 
 def _require_free(raw: RawDataset, ids: Sequence[int], names: Sequence[str]) -> None:
@@ -187,7 +183,7 @@ def _taken_by(raw: RawDataset, dataset_id: int, modality: str) -> str | None:
 
 def _made_here(raw: RawDataset, dataset_name: str) -> bool:
     try:
-        described = json.loads((preprocessed_folder(dataset_name) / "dataset.json").read_text())
+        described = read_json(preprocessed_folder(dataset_name) / "dataset.json")
     except (OSError, ValueError):
         return False
-    return described.get(SOURCE_KEY) == raw.name
+    return bool(described.get(SOURCE_KEY) == raw.name)

@@ -8,7 +8,6 @@ nnUNet_raw.
 
 import argparse
 import inspect
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,8 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_semicml.data.environment import environment_folder
+from nnunetv2_semicml.data.files import Json, read_json, write_json
 from nnunetv2_semicml.data.folds import (
     SPLITS_FILE,
     Folds,
@@ -34,9 +35,8 @@ from nnunetv2_semicml.data.modality_group import (
     MODALITIES_FILE,
     Modality,
     ModalityGroup,
-    environment_folder,
     preprocessed_folder,
-    read_json,
+    read_preprocessed_json,
 )
 from nnunetv2_semicml.data.raw_dataset import (
     RawDataset,
@@ -68,7 +68,6 @@ from nnunetv2_semicml.planning.shared_plans import (
     raw_view,
     read_at_once,
     write_descriptions,
-    write_json,
 )
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")  # nnU-Net's default
@@ -157,9 +156,9 @@ def plan_and_preprocess(
                 "none: an earlier run has decided these",
                 "Leave them out, or leave --keep_plans out to plan anew.",
             )
-        chosen, plans = _kept(raw, plans_name)
-        kept = {name: c for name, c in plans["configurations"].items() if "previous_stage" not in c}
-        configurations = configurations or [c for c in kept if _identifiers(plans, [c]).keys() & done.keys()]
+        chosen, plans = _planned_before(raw, plans_name)
+        trainable = [name for name, c in plans["configurations"].items() if "previous_stage" not in c]
+        configurations = configurations or [c for c in trainable if _identifiers(plans, [c]).keys() & done.keys()]
     else:
         chosen = choose_modalities(raw, modalities, modality_ids, one_modality)
         configurations = configurations or CONFIGURATIONS
@@ -200,7 +199,7 @@ def plan_and_preprocess(
                     **({} if gpu_memory_target is None else {"gpu_memory_target_in_gb": gpu_memory_target}),
                 )
                 planner.plan_experiment()
-        plans = given[raw.name] if given else json.loads(plans_file(raw.name, plans_name).read_text())
+        plans = given[raw.name] if given else read_json(plans_file(raw.name, plans_name))
         write_json(plans_file(raw.name, plans_name), plans)
         for modality in [] if group.is_single else group.modalities:
             own = given[modality.dataset_name] if given else modality_plans(plans, raw, modality, planner)
@@ -259,14 +258,14 @@ def _find_class(name: str, option: str, kind: str, example: str) -> type:
     return found
 
 
-def _identifiers(plans: dict, configurations: Sequence[str]) -> dict[str, str]:
+def _identifiers(plans: Json, configurations: Sequence[str]) -> dict[str, str]:
     """Data identifier -> configuration, of those that the plans have."""
     manager = PlansManager(plans)
     available = [c for c in configurations if c in plans["configurations"]]
     return {manager.get_configuration(c).data_identifier: c for c in available}
 
 
-def _kept(raw: RawDataset, plans_name: str) -> tuple[list[Modality], dict]:
+def _planned_before(raw: RawDataset, plans_name: str) -> tuple[list[Modality], Json]:
     """Modalities and plans of an earlier run."""
     folder = preprocessed_folder(raw.name)
     if not (folder / MODALITIES_FILE).is_file():
@@ -288,10 +287,10 @@ def _kept(raw: RawDataset, plans_name: str) -> tuple[list[Modality], dict]:
             f"the plans to keep; there are {', '.join(others) or 'none'}",
             "Name them with -overwrite_plans_name, or their planner with -pl.",
         )
-    return previous.modalities, read_json(plans_file(raw.name, plans_name), "the plans to keep")
+    return previous.modalities, read_preprocessed_json(plans_file(raw.name, plans_name), "the plans to keep")
 
 
-def _labeled_files(group: ModalityGroup) -> list:
+def _labeled_files(group: ModalityGroup) -> list[tuple[str, list[int], dict[str, str]]]:
     """What a fingerprint depends on."""
     return [(m.dataset_name, m.channels, m.labeled) for m in group.modalities]
 
@@ -401,9 +400,7 @@ def main() -> None:
         )
         print(f"\n{group.dataset_name} is {'planned' if args.no_pp else 'ready'}: {'; '.join(group.describe())}")
         for modality in group.modalities:
-            channels = json.loads((preprocessed_folder(modality.dataset_name) / "dataset.json").read_text())[
-                "channel_names"
-            ]
+            channels = read_json(preprocessed_folder(modality.dataset_name) / "dataset.json")["channel_names"]
             listed = ", ".join(f"_{int(i):04d} {name}" for i, name in channels.items())
             print(f"  {modality.name}: {modality.dataset_name} ({listed})")
 

@@ -6,15 +6,22 @@ Labeled cases go where nnU-Net has them, unlabeled ones into a folder beside. Ma
 import filecmp
 import multiprocessing
 import shutil
-from collections.abc import Collection
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Literal
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
-from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup, preprocessed_folder, unlabeled_identifier
+from nnunetv2_semicml.data.modality_group import (
+    MadeOf,
+    Modality,
+    ModalityGroup,
+    preprocessed_folder,
+    unlabeled_identifier,
+)
 from nnunetv2_semicml.data.raw_dataset import RawDataset
 from nnunetv2_semicml.errors import UserError
 
@@ -22,8 +29,8 @@ _ENDS = (".b2nd", "_seg.b2nd", ".pkl")  # of the files of a preprocessed case
 
 
 def still_valid(
-    group: ModalityGroup, identifier: str, done: dict[str, dict], plans_name: str, configuration: str
-) -> dict:
+    group: ModalityGroup, identifier: str, done: Mapping[str, MadeOf], plans_name: str, configuration: str
+) -> dict[str, MadeOf]:
     """Find what of an earlier preprocessing can stay.
 
     Args:
@@ -36,7 +43,7 @@ def still_valid(
     Returns:
         In the same form: the cases whose raw files and settings are the same, and whose files are there.
     """
-    valid = {}
+    valid: dict[str, MadeOf] = {}
     for name, new in group.sources(plans_name, configuration).items():
         old = done.get(name)
         valid[name] = {"settings": new["settings"], "labeled": {}, "unlabeled": {}}
@@ -65,8 +72,9 @@ def preprocess_configuration(
     Raises:
         UserError: a process was killed.
     """
-    jobs, kept = [], 0
-    nothing = {"labeled": {}, "unlabeled": {}}
+    jobs: list[Future[None]] = []
+    num_kept = 0
+    nothing: MadeOf = {"settings": "", "labeled": {}, "unlabeled": {}}
     executor = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"))
     try:
         for modality in group.modalities:
@@ -78,16 +86,22 @@ def preprocess_configuration(
             for kind, output in _folders(modality.dataset_name, identifier).items():
                 _remove_cases_but(output, valid[kind])
                 output.mkdir(exist_ok=True)
-                kept += len(valid[kind])
+                num_kept += len(valid[kind])
                 cases = raw.labeled if kind == "labeled" else raw.unlabeled
                 for case in getattr(modality, kind).keys() - valid[kind].keys():
-                    images, label = [cases[case]["images"][i] for i in modality.files], cases[case].get("label")
-                    dataset_json = str(folder / "dataset.json")
-                    arguments = (str(output / case), images, label, plans, manager, dataset_json)
-                    jobs.append(executor.submit(preprocessor.run_case_save, *arguments))
+                    job = executor.submit(
+                        preprocessor.run_case_save,
+                        str(output / case),
+                        [cases[case]["images"][i] for i in modality.files],
+                        cases[case].get("label"),
+                        plans,
+                        manager,
+                        str(folder / "dataset.json"),
+                    )
+                    jobs.append(job)
             _copy_labels(raw, modality, folder / "gt_segmentations")
-        if kept:
-            print(f"{configuration}: {kept} preprocessed images stay, {len(jobs)} are new or have changed.")
+        if num_kept:
+            print(f"{configuration}: {num_kept} preprocessed images stay, {len(jobs)} are new or have changed.")
         for job in tqdm(jobs, desc=f"Preprocessing {configuration}"):
             job.result()
     except BrokenProcessPool as error:
@@ -101,7 +115,7 @@ def preprocess_configuration(
         executor.shutdown(cancel_futures=True)  # after an error, nobody waits for the others
 
 
-def _folders(dataset_name: str, identifier: str) -> dict[str, Path]:
+def _folders(dataset_name: str, identifier: str) -> dict[Literal["labeled", "unlabeled"], Path]:
     """Kind of cases -> folder of their preprocessed files."""
     folder = preprocessed_folder(dataset_name)
     return {"labeled": folder / identifier, "unlabeled": folder / unlabeled_identifier(identifier)}

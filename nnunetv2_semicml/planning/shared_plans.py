@@ -5,7 +5,6 @@ nnU-Net, data/, `errors` and its neighbors in planning/.
 """
 
 import copy
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,8 +14,14 @@ from pathlib import Path
 
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
+from nnunetv2_semicml.data.files import Json, write_json
 from nnunetv2_semicml.data.image_check import CheckedImages
-from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup, preprocessed_folder, read_json
+from nnunetv2_semicml.data.modality_group import (
+    Modality,
+    ModalityGroup,
+    preprocessed_folder,
+    read_preprocessed_json,
+)
 from nnunetv2_semicml.data.raw_dataset import RawDataset, datasets_with_id
 from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.planning.choose_modalities import describe_modalities
@@ -25,12 +30,6 @@ from nnunetv2_semicml.planning.choose_modalities import describe_modalities
 def plans_file(dataset_name: str, plans_name: str) -> Path:
     """Where nnU-Net has the plans of a dataset."""
     return preprocessed_folder(dataset_name) / f"{plans_name}.json"
-
-
-def write_json(file: Path, content: object) -> None:
-    """Write a file of nnUNet_preprocessed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=4))
 
 
 def read_at_once(group: ModalityGroup, complete: Sequence[str], checked: CheckedImages) -> list[Modality]:
@@ -81,11 +80,11 @@ def raw_view(
             os.environ["nnUNet_raw"] = before
 
 
-def modality_plans(plans: dict, raw: RawDataset, modality: Modality, planner: ExperimentPlanner) -> dict:
+def modality_plans(plans: Json, raw: RawDataset, modality: Modality, planner: ExperimentPlanner) -> Json:
     """The group's plans with the modality's own normalization, intensity statistics and mask, and without a cascade."""
     own_planner = copy.copy(planner)
     own_planner.dataset_json = _describe(raw, [modality], len(modality.labeled))
-    own_planner.dataset_fingerprint = read_json(
+    own_planner.dataset_fingerprint = read_preprocessed_json(
         preprocessed_folder(modality.dataset_name) / "dataset_fingerprint.json", f"the fingerprint of {modality.name}"
     )
     schemes, use_mask = own_planner.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
@@ -102,7 +101,7 @@ def modality_plans(plans: dict, raw: RawDataset, modality: Modality, planner: Ex
     return own
 
 
-def plans_of_other(group: ModalityGroup, plans_of: int | str, plans_name: str) -> dict[str, dict]:
+def plans_of_other(group: ModalityGroup, plans_of: int | str, plans_name: str) -> dict[str, Json]:
     """The plans of another group, for each dataset of this one.
 
     Raises:
@@ -125,7 +124,7 @@ def plans_of_other(group: ModalityGroup, plans_of: int | str, plans_name: str) -
             f"a dataset with {describe_modalities(group.modalities)}",
             "Choose another dataset, give the same --modalities, or leave the option out.",
         )
-    plans = {group.dataset_name: read_json(plans_file(other.dataset_name, plans_name), "its plans")}
+    plans = {group.dataset_name: read_preprocessed_json(plans_file(other.dataset_name, plans_name), "its plans")}
     for modality, (of_other, _) in zip(group.modalities, other.load_plans(plans_name), strict=True):
         plans[modality.dataset_name] = of_other
     return {name: {**of_dataset, "dataset_name": name} for name, of_dataset in plans.items()}
@@ -147,7 +146,7 @@ def _in_order(modalities: Sequence[Modality], kind: str) -> list[int]:
     return list(of_each[0]) if len(of_each) == 1 else sorted(i for of_one in of_each for i in of_one)
 
 
-def _describe(raw: RawDataset, modalities: Sequence[Modality], num_training: int) -> dict:
+def _describe(raw: RawDataset, modalities: Sequence[Modality], num_training: int) -> Json:
     """dataset.json of some of the channels, renumbered from 0; it lists no files."""
     return {
         **{key: value for key, value in raw.dataset_json.items() if key != "dataset"},

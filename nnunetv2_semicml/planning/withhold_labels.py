@@ -1,30 +1,30 @@
 """Turns a fully labeled nnU-Net dataset into a semi-supervised one (DESIGN 2): `nnUNetv2_semicml_withhold_labels`.
 
 The labels of the unlabeled cases do not exist in the new dataset, so that no code can use them by mistake. On request,
-neither do the images of some modality of some training cases. May import nnU-Net, `errors`, `raw_dataset` and `folds`.
+neither do the images of some modality of some training cases. May import nnU-Net, `errors` and data/.
 """
 
 import argparse
 import csv
 import hashlib
 import json
-import os
 import re
-import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
+from nnunetv2_semicml.data.files import Json, link_file, read_json, write_json
 from nnunetv2_semicml.data.folds import NUM_FOLDS, SPLITS_FILE, Folds, extend_folds
 from nnunetv2_semicml.data.raw_dataset import (
+    Cases,
     RawDataset,
-    confusable_with_id,
-    datasets_with_id,
     number_or_name,
     read_raw_dataset,
+    require_free_id,
 )
 from nnunetv2_semicml.errors import UserError, reports_user_errors, some_of
 
@@ -93,7 +93,11 @@ def withhold_labels(
         raise UserError(
             source.folder / "imagesUn", "unlabeled cases", "a fully labeled dataset", "Choose another source dataset."
         )
-    folder = source.folder.parent / _free_name(output_id, output_name or source.name.partition("_")[2])
+    require_free_id(output_id, "--output_id")
+    output_name = output_name or source.name.partition("_")[2]
+    if not re.fullmatch(r"[\w.-]+", output_name):
+        raise UserError("--output_name", repr(output_name), "letters, digits, _, - and . only", "Choose another name.")
+    folder = source.folder.parent / f"Dataset{output_id:03d}_{output_name}"
 
     patient_of = _read_table(groups, source.labeled) if groups else {case: case for case in source.labeled}
     stratum_of = _read_strata(stratify, patient_of) if stratify else dict.fromkeys(patient_of.values(), "")
@@ -105,15 +109,17 @@ def withhold_labels(
             "one test set",
             "Leave them out to keep the source's own test set, or give exactly one.",
         )
+    test: Collection[str] = []
     if test_cases is not None:
         test = _read_test_patients(test_cases, patient_of)
     elif test_fraction is not None:
-        test = draw_order(stratum_of, seed)[: _number("--test_fraction", test_fraction, None, len(stratum_of))]
-    else:
-        test = []
+        test = draw_order(stratum_of, seed)[: _number_of_share("--test_fraction", test_fraction, len(stratum_of))]
     order = draw_order({patient: stratum for patient, stratum in stratum_of.items() if patient not in test}, seed)
-    option = "--labeled_fraction" if num_labeled is None else "--num_labeled"
-    n = len(order) if labeled_fraction == 1 else _number(option, labeled_fraction, num_labeled, len(order))
+    n = len(order)
+    if num_labeled is not None:
+        n = _require_share("--num_labeled", num_labeled, len(order))
+    elif labeled_fraction is not None and labeled_fraction != 1:
+        n = _number_of_share("--labeled_fraction", labeled_fraction, len(order))
     shares = {
         name: {case: files for case, files in source.labeled.items() if patient_of[case] in patients}
         for name, patients in (("labeled", order[:n]), ("unlabeled", order[n:]), ("test", test))
@@ -154,17 +160,20 @@ def draw_order(stratum_of: dict[str, str], seed: int | str) -> list[str]:
     # Hashes instead of a random number generator: neither a library's version nor the other patients of a stratum
     # change who comes before whom.
     shuffled = sorted(stratum_of, key=lambda patient: hashlib.sha256(f"{seed} {patient}".encode()).digest())
-    strata = defaultdict(list)
+    strata: dict[str, list[str]] = defaultdict(list)
     for patient in shuffled:
         strata[stratum_of[patient]].append(patient)
     place = {patient: (i + 0.5) / len(members) for members in strata.values() for i, patient in enumerate(members)}
     return sorted(shuffled, key=place.__getitem__)
 
 
-def _number(option: str, fraction: float | None, number: int | None, total: int) -> int:
-    if fraction is not None and not 0 < fraction < 1:
+def _number_of_share(option: str, fraction: float, total: int) -> int:
+    if not 0 < fraction < 1:
         raise UserError(option, str(fraction), "a number above 0 and below 1", "Give a fraction, e.g. 0.1.")
-    number = round(fraction * total) if number is None else number
+    return _require_share(option, round(fraction * total), total)
+
+
+def _require_share(option: str, number: int, total: int) -> int:
     if not 0 < number < total:
         raise UserError(
             option,
@@ -175,33 +184,11 @@ def _number(option: str, fraction: float | None, number: int | None, total: int)
     return number
 
 
-def _free_name(dataset_id: int, name: str) -> str:
-    if dataset_id < 1:
-        raise UserError("--output_id", str(dataset_id), "a number from 1 on", "Choose another id.")
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise UserError("--output_name", repr(name), "letters, digits, _, - and . only", "Choose another name.")
-    if taken := datasets_with_id(dataset_id):
-        raise UserError(
-            "--output_id",
-            f"{dataset_id}, the id of {some_of(taken)}",
-            "an id that is free in nnUNet_raw, nnUNet_preprocessed and nnUNet_results",
-            "Choose another id, or remove the old dataset there.",
-        )
-    if confusable := confusable_with_id(dataset_id):
-        raise UserError(
-            "--output_id",
-            f"{dataset_id}, beside {some_of(confusable)}",
-            "an id that nnU-Net, which compares the beginnings of names, does not take for that of another dataset",
-            "Choose another id.",
-        )
-    return f"Dataset{dataset_id:03d}_{name}"
-
-
-def _read_own_test_set(source: RawDataset) -> dict[str, dict]:
+def _read_own_test_set(source: RawDataset) -> Cases:
     """The source's test cases with their labels, if it has a folder labelsTs."""
     labels = source.folder / "labelsTs"
-    cases = {
-        case: {**files, "label": str(labels / (case + source.dataset_json["file_ending"]))}
+    cases: Cases = {
+        case: {"images": files["images"], "label": str(labels / f"{case}{source.file_ending}")}
         for case, files in source.test.items()
         if labels.is_dir()
     }
@@ -213,7 +200,7 @@ def _read_own_test_set(source: RawDataset) -> dict[str, dict]:
     return cases
 
 
-def _read(file: Path) -> str | dict | list:
+def _read(file: Path) -> str | Json | list[Any]:
     """A text, or the content of a .json file."""
     try:
         text = file.read_text(encoding="utf-8-sig")  # spreadsheets begin UTF-8 files with a byte order mark
@@ -242,9 +229,10 @@ def _read_table(file: Path, cases: Collection[str]) -> dict[str, str]:
     for case, group in pairs:
         if table.setdefault(case, group) != group:
             raise UserError(file, f"{case} in two groups", "every case once", "Remove one of its lines.")
-    if missing := [case for case in cases if not table.get(case)]:
+    group_of = {case: group for case in cases if (group := table.get(case))}
+    if missing := [case for case in cases if case not in group_of]:
         raise UserError(file, f"no group for {some_of(missing)}", "a group for every labeled case", "Add them.")
-    return {case: table[case] for case in cases}
+    return group_of
 
 
 def _read_strata(file: Path, patient_of: dict[str, str]) -> dict[str, str]:
@@ -289,7 +277,7 @@ def _read_drops(source: RawDataset, drop_modality: Mapping[str, float]) -> dict[
         known = [c for others in channels_of.values() for c in others]
         if twice := [c for i, c in enumerate(channels) if c in known + channels[:i]]:
             raise UserError(_DROP, f"{names[twice[0]]} twice", "every channel once", "Remove one.")
-        if source.files_of_channels(sorted(channels)) is None:
+        if not source.files_of_channels(sorted(channels)):
             layout = "; ".join(", ".join(names[c] for c in held) for held in source.channels_of_files)
             raise UserError(
                 _DROP, modality, f"whole files, of which a case has {layout}", "Name all channels of a file."
@@ -318,7 +306,7 @@ def _choose_losing(option: str, share: str, fraction: float, order: Sequence[str
 
 def _drop_modalities(
     source: RawDataset,
-    shares: dict[str, dict[str, dict]],
+    shares: Mapping[str, Cases],
     drop_modality: Mapping[str, float],
     patient_of: dict[str, str],
     stratum_of: dict[str, str],
@@ -336,7 +324,8 @@ def _drop_modalities(
     }
     dropped: dict[str, list[str]] = {}
     for modality, channels in _read_drops(source, drop_modality).items():
-        files, losing, fraction = set(source.files_of_channels(channels)), set(), drop_modality[modality]
+        files, fraction = set(source.files_of_channels(channels)), drop_modality[modality]
+        losing: set[str] = set()
         own_seed = f"{seed} without {','.join(map(str, channels))}"  # by number, since channels may share a name
         for share in ("labeled", "unlabeled"):
             patients = {patient_of[case] for case in shares[share] if kept[case] & files}
@@ -397,9 +386,9 @@ def _patient_folds(kept: dict[str, set[int]], patient_of: dict[str, str]) -> Fol
 def _write(
     folder: Path,
     source: RawDataset,
-    shares: dict[str, dict[str, dict]],
+    shares: Mapping[str, Cases],
     kept: dict[str, set[int]],
-    record: dict,
+    record: Json,
     folds: Folds | None,
 ) -> None:
     dataset_json = {key: value for key, value in source.dataset_json.items() if key != "dataset"}
@@ -412,17 +401,15 @@ def _write(
             _link_cases(source, shares["unlabeled"], kept, new / "imagesUn", None)
         if shares["test"]:
             _link_cases(source, shares["test"], kept, new / "imagesTs", new / "labelsTs")
-        contents = {"dataset.json": dataset_json, "withheld_labels.json": record}
+        contents: dict[str, Json | Folds] = {"dataset.json": dataset_json, "withheld_labels.json": record}
         if folds:
             contents[SPLITS_FILE] = folds  # planning takes it from here
         for name, content in contents.items():
-            (new / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+            write_json(new / name, content)
         new.rename(folder)
 
 
-def _link_cases(
-    source: RawDataset, cases: dict[str, dict], kept: dict[str, set[int]], images: Path, labels: Path | None
-) -> None:
+def _link_cases(source: RawDataset, cases: Cases, kept: dict[str, set[int]], images: Path, labels: Path | None) -> None:
     """Put the files that cases keep into folders of nnU-Net's layout, without labels if `labels` is None."""
     images.mkdir(parents=True)
     if labels:
@@ -433,23 +420,14 @@ def _link_cases(
         read = source.read_files({"images": files["images"]}, present)
         for i, image in zip(present, read, strict=False):
             if i in kept[case]:
-                _link(image, images / f"{case}_{i:04d}{source.file_ending}")
+                link_file(image, images / f"{case}_{i:04d}{source.file_ending}")
         for sidecar in read[len(present) :]:
-            _link(sidecar, images / f"{case}.json")
+            link_file(sidecar, images / f"{case}.json")
         if labels:
-            _link(files["label"], labels / f"{case}{source.file_ending}")
+            link_file(files["label"], labels / f"{case}{source.file_ending}")
             sidecar = f"{files['label'].removesuffix(source.file_ending)}.json"
             if sidecar in source.read_files(files, present):
-                _link(sidecar, labels / f"{case}.json")
-
-
-def _link(source: str, target: Path) -> None:
-    try:
-        # A hard link takes no space and, unlike a symbolic link, needs no privileges on Windows and survives when the
-        # source dataset is moved or deleted.
-        os.link(Path(source).resolve(), target)
-    except OSError:  # another drive, or a file system without hard links
-        shutil.copy2(source, target)
+                link_file(sidecar, labels / f"{case}.json")
 
 
 def _parse_drops(texts: Sequence[str]) -> dict[str, float]:
@@ -510,7 +488,7 @@ def main() -> None:
 
     options[_DROP[2:]] = _parse_drops(options[_DROP[2:]])
     folder = withhold_labels(options.pop("d"), **options)
-    record = json.loads((folder / "withheld_labels.json").read_text(encoding="utf-8"))
+    record = read_json(folder / "withheld_labels.json")
     print(f"{folder}: " + ", ".join(f"{len(record[share])} {share}" for share in ("labeled", "unlabeled", "test")))
     for modality, cases in record["dropped"].items():
         counts = (f"{len({*cases} & {*record[share]})} {share}" for share in ("labeled", "unlabeled"))
