@@ -1,13 +1,27 @@
 """Cases whose modalities were cropped and resampled apart, presented to nnU-Net's data loader as one case."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from numpy.typing import DTypeLike, NDArray
+
+Properties = Mapping[str, Any]  # what nnU-Net's preprocessor stores with a case
+Locations = dict[Any, NDArray[Any] | list[Any]]  # class or region -> foreground voxels (K, 1 + axes), or an empty list
+
+
+class SlicedArray(Protocol):
+    """An array (channels, *spatial) of which a slice can be read, in memory or in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> NDArray[Any]: ...
 
 
 def common_frame(
-    properties: Sequence[dict],
+    properties: Sequence[Properties],
     shapes: Sequence[Sequence[int]],
     transpose_forward: Sequence[int],
     target_spacing: Sequence[float],
@@ -48,11 +62,11 @@ class PairedArray:
 
     def __init__(
         self,
-        arrays: Sequence,
+        arrays: Sequence[SlicedArray],
         frame: tuple[int, ...],
         offsets: Sequence[tuple[int, ...]],
         fill: float,
-        dtype: type,
+        dtype: DTypeLike,
         positions: bool = False,
     ):
         self.arrays = arrays
@@ -62,7 +76,7 @@ class PairedArray:
         self.fill = fill
         self.dtype = np.dtype(dtype)
 
-    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+    def __getitem__(self, index: tuple[slice, ...]) -> NDArray[Any]:
         if index[0] != slice(None):
             raise IndexError(f"all channels are read at once, got {index[0]} for them.")
         wanted = [range(n)[s] for s, n in zip(index[1:], self.shape[1:], strict=True)]
@@ -70,16 +84,18 @@ class PairedArray:
         end = 0
         for array, offset in zip(self.arrays, self.offsets, strict=True):
             first_channel, end = end, end + array.shape[0]
-            source, target = [], []
-            for axis, start, size in zip(wanted, offset, array.shape[1:], strict=True):
-                first, last = max(axis.start, start), min(axis.stop, start + size)
+            source, target = [slice(None)], [slice(first_channel, end)]
+            covered = True
+            for along, start, size in zip(wanted, offset, array.shape[1:], strict=True):
+                first, last = max(along.start, start), min(along.stop, start + size)
                 source.append(slice(first - start, last - start))
-                target.append(slice(first - axis.start, last - axis.start))
-            if all(s.start < s.stop for s in source):
-                out[(slice(first_channel, end), *target)] = array[(slice(None), *source)]
+                target.append(slice(first - along.start, last - along.start))
+                covered = covered and first < last
+            if covered:
+                out[tuple(target)] = array[tuple(source)]
         for axis in range(self.shape[0] - self.channels):
-            along = [-1 if a == axis else 1 for a in range(len(wanted))]
-            out[self.channels + axis] = ((np.array(wanted[axis]) + 0.5) / self.shape[1 + axis]).reshape(along)
+            broadcast = [-1 if a == axis else 1 for a in range(len(wanted))]
+            out[self.channels + axis] = ((np.array(wanted[axis]) + 0.5) / self.shape[1 + axis]).reshape(broadcast)
         return out
 
 
@@ -116,7 +132,7 @@ class PairedDataset:
         self.labeled = labeled
         self.positions = positions
 
-    def load_case(self, identifier: str) -> tuple[PairedArray, PairedArray, None, dict]:
+    def load_case(self, identifier: str) -> tuple[PairedArray, PairedArray, None, dict[str, Locations]]:
         """Open a case.
 
         Returns:
@@ -136,9 +152,9 @@ class PairedDataset:
         )
 
 
-def _class_locations(properties: Sequence[dict], offsets: Sequence[tuple[int, ...]]) -> dict:
+def _class_locations(properties: Sequence[Properties], offsets: Sequence[tuple[int, ...]]) -> Locations:
     """Foreground locations, each class's from the first modality whose crop contains it, moved to the frame."""
-    found = {}
+    found: Locations = {}
     for own, offset in zip(properties, offsets, strict=True):
         for label, locations in own["class_locations"].items():
             if len(found.get(label, ())) == 0:

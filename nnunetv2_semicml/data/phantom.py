@@ -3,18 +3,20 @@
 Physics instead of free-hand grey values: every tissue has a proton density, T1 and T2, and every modality is the signal
 equation of a pulse sequence. So lesions (long T2, T1 close to grey matter) are conspicuous in FLAIR and faint in T1 for
 the reason they are in patients, and a method that lets one modality teach the other has something to gain.
-Imports numpy, scipy and SimpleITK, nothing of nnU-Net.
+Imports numpy, scipy, SimpleITK, `errors` and `files`, nothing of nnU-Net.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from numpy.typing import NDArray
 from scipy import ndimage
 
+from nnunetv2_semicml.data.files import write_json
 from nnunetv2_semicml.errors import UserError
 
 # (proton density relative to water, T1 in ms, T2 in ms) at 1.5 T: round numbers within the range of published values.
@@ -30,6 +32,9 @@ TISSUES = {
 }
 AIR, SCALP, SKULL, CSF, GREY, WHITE, LESION, CORE = range(len(TISSUES))
 
+Array = NDArray[np.float64]
+Signal = Callable[[Array, Array, Array], Array]
+
 
 @dataclass(frozen=True)
 class PulseSequence:
@@ -41,32 +46,34 @@ class PulseSequence:
         field_of_view: warped head radius (1 on the skin), voxel coordinates in [-1, 1], generator → voxels kept.
     """
 
-    signal: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    signal: Signal
     noise: float
-    field_of_view: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
+    field_of_view: Callable[[Array, Array, np.random.Generator], NDArray[np.bool_]]
 
 
-def _spin_echo(repetition_time: float, echo_time: float) -> Callable:
+def _spin_echo(repetition_time: float, echo_time: float) -> Signal:
     return lambda pd, t1, t2: pd * (1 - np.exp(-repetition_time / t1)) * np.exp(-echo_time / t2)
 
 
-def _inversion_recovery(repetition_time: float, inversion_time: float, echo_time: float) -> Callable:
+def _inversion_recovery(repetition_time: float, inversion_time: float, echo_time: float) -> Signal:
     return lambda pd, t1, t2: (
         pd * np.abs(1 - 2 * np.exp(-inversion_time / t1) + np.exp(-repetition_time / t1)) * np.exp(-echo_time / t2)
     )
 
 
-def _skull_stripped(radius: np.ndarray, grid: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _skull_stripped(radius: Array, grid: Array, rng: np.random.Generator) -> NDArray[np.bool_]:
     return radius < rng.uniform(0.84, 0.86)
 
 
-def _shifted_ellipsoid(radius: np.ndarray, grid: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _shifted_ellipsoid(radius: Array, grid: Array, rng: np.random.Generator) -> NDArray[np.bool_]:
     offset = rng.uniform(0.03, 0.12, size=(3, 1, 1, 1)) * rng.choice([-1, 1], size=(3, 1, 1, 1))
-    return (((grid - offset) / 0.97) ** 2).sum(0) < 1
+    distance: Array = (((grid - offset) / 0.97) ** 2).sum(0)
+    return distance < 1
 
 
-def _without_end_slices(radius: np.ndarray, grid: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return (radius < 1.04) & (grid[0] > -rng.uniform(0.78, 0.9)) & (grid[0] < rng.uniform(0.78, 0.9))
+def _without_end_slices(radius: Array, grid: Array, rng: np.random.Generator) -> NDArray[np.bool_]:
+    z: Array = grid[0]
+    return (radius < 1.04) & (z > -rng.uniform(0.78, 0.9)) & (z < rng.uniform(0.78, 0.9))
 
 
 MODALITIES = {
@@ -77,14 +84,15 @@ MODALITIES = {
 }
 
 
-def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...], knots: int) -> np.ndarray:
+def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...], knots: int) -> Array:
     """Random field of mean 0 and standard deviation 1, cubic between `knots` values per axis: the same at any shape."""
     control = rng.standard_normal((knots,) * len(shape))
-    field = ndimage.zoom(control, np.array(shape) / knots, order=3, mode="nearest")
-    return (field - field.mean()) / field.std()
+    field: Array = ndimage.zoom(control, np.array(shape) / knots, order=3, mode="nearest")
+    normalized: Array = (field - field.mean()) / field.std()
+    return normalized
 
 
-def _head(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _head(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[NDArray[np.uint8], Array, Array]:
     """Tissue indices (z, y, x), warped head radius (z, y, x) and voxel coordinates (3, z, y, x) in [-1, 1]."""
     grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
     semi_axes = np.array([0.94, 0.96, 0.82]) * rng.uniform(0.94, 1.0, size=3)
@@ -110,7 +118,7 @@ def _head(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[np.nda
     return tissue, radius, grid
 
 
-def _lesions(rng: np.random.Generator, tissue: np.ndarray, grid_mm: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+def _lesions(rng: np.random.Generator, tissue: NDArray[np.uint8], grid_mm: Array, spacing: Array) -> Array:
     """Depth (z, y, x) of one to three blobs: 1 in their centres, 0 on their surface and outside the parenchyma."""
     parenchyma = (tissue == GREY) | (tissue == WHITE)
     inner = ndimage.binary_erosion(parenchyma) & (np.abs(grid_mm) < 0.62 * grid_mm.max((1, 2, 3), keepdims=True)).all(0)
@@ -121,7 +129,8 @@ def _lesions(rng: np.random.Generator, tissue: np.ndarray, grid_mm: np.ndarray, 
         # Two voxels along the coarsest axis are the least that leaves room for a core and a rim.
         size = max(reach * largest * rng.uniform(0.7, 1.0), 2 * spacing.max())
         semi_axes = size * rng.uniform(0.8, 1.2, size=(3, 1, 1, 1)).clip(2 * spacing.max() / size)
-        centre = grid_mm[(slice(None), *rng.choice(candidates))]
+        z, y, x = rng.choice(candidates)
+        centre = grid_mm[:, z, y, x]
         distance = np.sqrt((((grid_mm - centre[:, None, None, None]) / semi_axes) ** 2).sum(0))
         distance *= np.exp(0.15 * _smooth_field(rng, tissue.shape, 9))
         depth = np.maximum(depth, 1 - distance)
@@ -134,7 +143,7 @@ def make_case(
     modalities: Sequence[str],
     spacing: tuple[float, float, float] = (4.0, 3.6, 3.6),
     num_classes: int = 1,
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
+) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.uint8]]:
     """One patient: the same anatomy seen by every modality.
 
     Args:
@@ -182,7 +191,7 @@ def make_case(
     return {name: images[name] for name in modalities}, label
 
 
-def _write(array: np.ndarray, file: Path, spacing: Sequence[float], origin: Sequence[float], tilt: float) -> None:
+def _write(array: NDArray[Any], file: Path, spacing: Sequence[float], origin: Array, tilt: float) -> None:
     image = sitk.GetImageFromArray(array)
     image.SetSpacing([float(mm) for mm in reversed(spacing)])
     image.SetOrigin([float(mm) for mm in origin])
@@ -261,5 +270,5 @@ def write_phantom_dataset(
         "numTraining": num_labeled,
         "file_ending": ".nii.gz",
     }
-    (folder / "dataset.json").write_text(json.dumps(description, indent=2) + "\n")
+    write_json(folder / "dataset.json", description)
     return folder

@@ -18,7 +18,7 @@ def model_folder(results: Path, dataset: str, trainer: str, plans: str, configur
         plans: name of the plans.
         configuration: e.g. 3d_fullres.
     """
-    return results / dataset / convert_trainer_plans_config_to_identifier(trainer, plans, configuration)
+    return results / dataset / str(convert_trainer_plans_config_to_identifier(trainer, plans, configuration))
 
 
 def fold_folder(model: Path, fold: int | str) -> Path:

@@ -7,7 +7,7 @@ consist of one or several draws.
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from math import ceil
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -67,13 +67,13 @@ class PairedTransform(BasicTransform):
         self.stages = [(same[0][0], [transforms for _, transforms in same]) for same in zip(*runs, strict=True)]
         self.channels = list(channels)
 
-    def apply(self, data_dict: dict, **params: object) -> dict:
+    def apply(self, data_dict: dict[str, Any], **params: Any) -> dict[str, Any]:
         """Augment a patch.
 
         Args:
             data_dict: "image" (C_1 + … + C_M, *spatial), whose further channels are only moved, and "segmentation" (M,
                 *spatial).
-            **params: none.
+            **params: none; nnU-Net's signature.
 
         Returns:
             The same, augmented; targets come out modality by modality.
@@ -107,7 +107,7 @@ class PairedDataLoader(nnUNetDataLoader):
         channels: modality -> number of its image channels, in the dataset's order.
     """
 
-    def __init__(self, data: PairedDataset, *args: object, channels: Mapping[str, int], **kwargs: object):
+    def __init__(self, data: PairedDataset, *args: Any, channels: Mapping[str, int], **kwargs: Any):
         super().__init__(data, *args, **kwargs)
         self.channels = channels
         if not data.labeled:
@@ -116,9 +116,10 @@ class PairedDataLoader(nnUNetDataLoader):
     def get_indices(self) -> Sequence[str]:
         """Draw the cases of a batch."""
         if self._data.labeled:
-            return super().get_indices()
+            return list(super().get_indices())
         rounds = ceil(self.batch_size / len(self.indices))
-        return np.concatenate([np.random.permutation(self.indices) for _ in range(rounds)])[: self.batch_size]
+        drawn = np.concatenate([np.random.permutation(self.indices) for _ in range(rounds)])
+        return [str(case) for case in drawn[: self.batch_size]]
 
     def generate_train_batch(self) -> Patches:
         """Draw nnU-Net's batch and split it by modality."""
@@ -165,13 +166,14 @@ def _is_geometric(transform: BasicTransform) -> bool:
     return isinstance(inner, _GEOMETRIC)
 
 
-def _run(transforms: Sequence[BasicTransform], data_dict: dict) -> dict:
+def _run(transforms: Sequence[BasicTransform], data_dict: dict[str, Any]) -> dict[str, Any]:
     for transform in transforms:
         data_dict = transform(**data_dict)
     return data_dict
 
 
-def _concatenate(parts: Sequence) -> object:
-    if isinstance(parts[0], list):  # deep supervision: one target per scale
+def _concatenate(parts: list[Any]) -> Tensor | list[Tensor]:
+    """Put the channels of modalities together: tensors or, for deep supervision, lists with a tensor for each scale."""
+    if isinstance(parts[0], list):
         return [torch.cat(scale) for scale in zip(*parts, strict=True)]
     return torch.cat(parts)

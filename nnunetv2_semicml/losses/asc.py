@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,8 +112,10 @@ class _Gram(torch.autograd.Function):
     computes the rows of G that are its own.
     """
 
+    # ctx is Any, since PyTorch declares no type that has what is kept in it
+
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, distributed: bool, *own: Tensor) -> Tensor:
+    def forward(ctx: Any, distributed: bool, *own: Tensor) -> Tensor:
         ctx.world_size, ctx.rank = (dist.get_world_size(), dist.get_rank()) if distributed else (1, 0)
         columns = [p for of_modality in own for p in (_all_gather(of_modality) if distributed else [of_modality])]
         ctx.save_for_backward(*columns)
@@ -122,10 +125,10 @@ class _Gram(torch.autograd.Function):
         return rows.flatten(0, -2)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         columns = ctx.saved_tensors
         blocks = [row.split(len(columns[0]), dim=1) for row in (grad + grad.T).split(len(columns[0]))]
-        gradients = []
+        gradients: list[Tensor | None] = []
         for i in range(ctx.rank, len(columns), ctx.world_size):
             if not ctx.needs_input_grad[1 + i // ctx.world_size]:
                 gradients.append(None)

@@ -48,7 +48,8 @@ def masked_consistency(prediction: Tensor, target: Tensor, mask: Tensor, distrib
     squared = (prediction - target).square()
     weight = mask.to(squared.dtype).expand_as(squared)
     total, voxels = joint_sum([(weight * squared).sum(), weight.sum()], distributed)
-    return total / voxels.clamp(min=1)
+    loss: Tensor = total / voxels.clamp(min=1)
+    return loss
 
 
 def sigmoid_rampup(step: float, length: float) -> float:

@@ -36,8 +36,9 @@ def soft_cross_entropy(
         loss = cross_entropy(logits, target, reduction="none").unsqueeze(1)
     if weight is None:
         return loss.mean()
-    weighted, weights = joint_sum([(weight * loss).sum(), weight.expand_as(loss).sum()], distributed)
-    return weighted / weights.clamp(min=torch.finfo(weights.dtype).eps)
+    total, voxels = joint_sum([(weight * loss).sum(), weight.expand_as(loss).sum()], distributed)
+    mean: Tensor = total / voxels.clamp(min=torch.finfo(voxels.dtype).eps)
+    return mean
 
 
 def soft_dice_loss(
@@ -72,7 +73,8 @@ def soft_dice_loss(
 
     sums = [total(prediction, target), total(prediction, prediction) + total(target, target)]
     overlap, areas = joint_sum(sums, distributed and batch_dice)
-    return 1 - ((2 * overlap + smooth) / (areas + smooth)).mean()
+    dice: Tensor = ((2 * overlap + smooth) / (areas + smooth)).mean()
+    return 1 - dice
 
 
 def confidence(target: Tensor, regions: bool) -> Tensor:
