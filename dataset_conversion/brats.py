@@ -115,7 +115,9 @@ def _find_cases(folder: Path, year: int, images: Sequence[str], labeled: bool = 
 @reports_user_errors
 def main() -> None:
     """Command line of `convert_brats`."""
-    parser = argument_parser("Convert BraTS 2019, 2020 or 2021.", "the training data", unlabeled="the validation data")
+    parser = argument_parser(
+        "Convert BraTS 2019, 2020 or 2021.", "the training data", unlabeled_folder="the validation data"
+    )
     parser.add_argument("--year", type=int, choices=CASES, required=True)
     parser.add_argument(
         "--modalities",

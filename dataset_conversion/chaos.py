@@ -173,7 +173,7 @@ def read_label(folder: Path, image: sitk.Image, order: Sequence[int]) -> sitk.Im
 @reports_user_errors
 def main() -> None:
     """Command line of `convert_chaos`."""
-    parser = argument_parser("Convert the T1-DUAL images of CHAOS.", "Train_Sets/MR", unlabeled="Test_Sets/MR")
+    parser = argument_parser("Convert the T1-DUAL images of CHAOS.", "Train_Sets/MR", unlabeled_folder="Test_Sets/MR")
     run(convert_chaos, parser)
 
 

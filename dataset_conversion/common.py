@@ -289,26 +289,26 @@ def new_dataset(
         dataset.folder = dataset.folder.rename(folder)
 
 
-def argument_parser(description: str, folder: str, unlabeled: str = "") -> argparse.ArgumentParser:
+def argument_parser(description: str, folder: str, unlabeled_folder: str = "") -> argparse.ArgumentParser:
     """A parser with the arguments that converters share.
 
     Args:
         description: of the program.
         folder: in words, what FOLDER is.
-        unlabeled: in words, what the folder of --unlabeled is; there is no such option without.
+        unlabeled_folder: in words, what the folder of --unlabeled is; there is no such option without.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help=folder)
     parser.add_argument(
         "-d", dest="dataset_id", type=int, required=True, metavar="ID", help="free id for the new dataset"
     )
-    if unlabeled:
+    if unlabeled_folder:
         parser.add_argument(
             "--unlabeled",
             dest="unlabeled_folder",
             type=Path,
             metavar="FOLDER",
-            help=f"images without labels: {unlabeled}",
+            help=f"images without labels: {unlabeled_folder}",
         )
     return parser
 

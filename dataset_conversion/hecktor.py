@@ -238,7 +238,9 @@ def voxels_in(box: np.ndarray, image: sitk.Image, file: Path) -> tuple[slice, sl
 @reports_user_errors
 def main() -> None:
     """Command line of `convert_hecktor`."""
-    parser = argument_parser("Convert HECKTOR 2020, 2021 or 2022.", "the training data", unlabeled="the test data")
+    parser = argument_parser(
+        "Convert HECKTOR 2020, 2021 or 2022.", "the training data", unlabeled_folder="the test data"
+    )
     parser.add_argument("--year", type=int, choices=EDITIONS, required=True)
     parser.add_argument(
         "--bounding_boxes", nargs="+", type=Path, default=[], metavar="FILE", help="of all cases; 2020 and 2021"

@@ -78,7 +78,7 @@ def _check_task(file: Path) -> None:
 def main() -> None:
     """Command line of `convert_msd_prostate`."""
     parser = argument_parser(
-        "Convert Task05_Prostate of the Medical Segmentation Decathlon.", "Task05_Prostate", unlabeled="imagesTs"
+        "Convert Task05_Prostate of the Medical Segmentation Decathlon.", "Task05_Prostate", unlabeled_folder="imagesTs"
     )
     run(convert_msd_prostate, parser)
 

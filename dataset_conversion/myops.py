@@ -69,7 +69,9 @@ def convert_myops(folder: Path, dataset_id: int, unlabeled_folder: Path | None =
 @reports_user_errors
 def main() -> None:
     """Command line of `convert_myops`."""
-    parser = argument_parser("Convert MyoPS 2020.", "the folder with train25 and train25_myops_gd", unlabeled="test20")
+    parser = argument_parser(
+        "Convert MyoPS 2020.", "the folder with train25 and train25_myops_gd", unlabeled_folder="test20"
+    )
     run(convert_myops, parser)
 
 

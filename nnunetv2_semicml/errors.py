@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable, Iterable
-from os import PathLike
+from pathlib import Path
 
 
 class UserError(RuntimeError):
@@ -16,11 +16,11 @@ class UserError(RuntimeError):
         remedy: one sentence, in the imperative: what to do.
     """
 
-    def __init__(self, where: str | PathLike, found: str, expected: str, remedy: str):
+    def __init__(self, where: str | Path, found: str, expected: str, remedy: str):
         super().__init__(f"{where}: found {found}; expected {expected}. {remedy}")
         self.parts = (where, found, expected, remedy)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str | Path, str, str, str]]:
         # an exception is pickled with its message alone; it may come out of another process
         return type(self), self.parts
 

@@ -551,7 +551,7 @@ def test_a_case_may_lack_files_but_not_all(folder: Path, threads):
         + [f"imagesUn/{i}" for i in ("u_0001", "v_0000", "v_0001")]
         + ["labelsTr/a", "labelsTr/b"]
     }
-    assert checked.labels == {"a": {0, 1}, "b": {0, 1}}
+    assert checked.label_values == {"a": {0, 1}, "b": {0, 1}}
 
 
 def test_a_channel_that_no_labeled_case_has_is_not_taken_for_color(folder: Path):

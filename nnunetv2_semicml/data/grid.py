@@ -33,7 +33,7 @@ class Difference(NamedTuple):
     expected: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by `difference`
 class Grid:
     """The grid of an image of n axes; what its file does not store is None.
 

@@ -39,15 +39,15 @@ class _Checked:
     """What is known of a case.
 
     Attributes:
-        images: of each modality its first file and the digest of its voxels; None if the case lacks it.
-        labels: that occur.
+        digests: of each modality its first file and the digest of its voxels; None if the case lacks it.
+        label_values: that occur.
         files: file -> its state.
         apart: why nnU-Net does not read the files of all modalities at once, if so.
         problem: arguments of a UserError.
     """
 
-    images: list[tuple[str, bytes] | None] = field(default_factory=list)
-    labels: set[int] = field(default_factory=set)
+    digests: list[tuple[str, bytes] | None] = field(default_factory=list)
+    label_values: set[int] = field(default_factory=set)
     files: dict[str, FileState] = field(default_factory=dict)
     apart: str = ""
     problem: tuple[str, ...] | None = None
@@ -59,12 +59,12 @@ class CheckedImages:
 
     Attributes:
         files: every file of imagesTr, labelsTr and imagesUn that nnU-Net reads -> its state.
-        labels: labeled case -> the values that occur in its label.
+        label_values: labeled case -> the values that occur in its label.
         apart: labeled case that has all modalities, whose files nnU-Net does not read at once -> why not.
     """
 
     files: dict[str, FileState]
-    labels: dict[str, set[int]]
+    label_values: dict[str, set[int]]
     apart: dict[str, str]
 
 
@@ -78,8 +78,7 @@ def check_images(
 
     In every case, all files must be readable, hold the channels that they should, and lie on one grid; the images must
     be finite, a modality not constant and different from the others; the label may have the values of dataset.json
-    only. No modality of a case may be the same, voxel for voxel, in two of
-    imagesTr, imagesUn and imagesTs.
+    only. No modality of a case may be the same, voxel for voxel, in two of imagesTr, imagesUn and imagesTs.
 
     Args:
         raw: the dataset.
@@ -97,15 +96,15 @@ def check_images(
         _check_case,
         raw=RawDataset(raw.name, raw.folder, raw.dataset_json, raw.channel_names, raw.channels_of_files, {}, {}, {}),
         reader=raw.find_reader(),
-        labels=allowed_labels(raw.dataset_json),
+        allowed=allowed_labels(raw.dataset_json),
         modalities=modalities,
     )
     spawn = multiprocessing.get_context("spawn")
     try:
         # Unlike multiprocessing.Pool, this notices when the system kills a process.
         with ProcessPoolExecutor(max(1, min(num_processes, len(cases))), spawn) as executor:
-            results = executor.map(check, [files for _, _, files in cases])
-            checked = list(tqdm(results, "Checking images", len(cases), disable=not show_progress))
+            running = executor.map(check, [files for _, _, files in cases])
+            checked = list(tqdm(running, "Checking images", len(cases), disable=not show_progress))
     except BrokenProcessPool as error:
         raise UserError(
             raw.folder,
@@ -119,10 +118,10 @@ def check_images(
     for (folder, case, _), result in zip(cases, checked, strict=True):
         if result.problem:
             problems[case] = result.problem
-        for modality, image in enumerate(result.images):
-            if image is None:
+        for modality, of_modality in enumerate(result.digests):
+            if of_modality is None:
                 continue
-            file, digest = image
+            file, digest = of_modality
             twin, twins_folder = seen.setdefault((modality, digest), (file, folder))
             if twins_folder != folder:
                 problems.setdefault(
@@ -140,20 +139,12 @@ def check_images(
         raise UserError(
             where, found, expected, remedy + (f" (and {len(others)} more: {some_of(others)})" if others else "")
         )
-    results_of = {
-        name: {case: result for (folder, case, _), result in zip(cases, checked, strict=True) if folder == name}
-        for name in ("imagesTr", "imagesUn")
-    }
-    labeled = results_of["imagesTr"]
+    results = [(folder, case, result) for (folder, case, _), result in zip(cases, checked, strict=True)]
+    labeled = {case: result for folder, case, result in results if folder == "imagesTr"}
     return CheckedImages(
-        files={
-            file: state
-            for of_folder in results_of.values()
-            for result in of_folder.values()
-            for file, state in result.files.items()
-        },
-        labels={case: result.labels for case, result in labeled.items()},
-        apart={case: result.apart for case, result in labeled.items() if result.apart and None not in result.images},
+        files={f: state for folder, _, result in results if folder != "imagesTs" for f, state in result.files.items()},
+        label_values={case: result.label_values for case, result in labeled.items()},
+        apart={case: result.apart for case, result in labeled.items() if result.apart and None not in result.digests},
     )
 
 
@@ -161,12 +152,12 @@ def _check_case(
     files: CaseFiles,
     raw: RawDataset,
     reader: type[BaseReaderWriter],
-    labels: list[int],
+    allowed: Sequence[int],
     modalities: Sequence[Sequence[int]],
 ) -> _Checked:
     checked = _Checked()
     try:
-        _check_voxels(checked, files, raw, reader, labels, modalities)
+        _check_voxels(checked, files, raw, reader, allowed, modalities)
     except _Problem as problem:
         return _Checked(problem=problem.args)
     return checked
@@ -177,14 +168,14 @@ def _check_voxels(
     files: CaseFiles,
     raw: RawDataset,
     reader: type[BaseReaderWriter],
-    labels: list[int],
+    allowed: Sequence[int],
     modalities: Sequence[Sequence[int]],
 ) -> None:
     reference: tuple[str, int, Grid] | None = None  # the first image, its channels and grid
     for indices in modalities:
         images = [file for file in [files["images"][i] for i in indices] if file]
         if len(images) < len(indices):
-            checked.images.append(None)
+            checked.digests.append(None)
             continue
         voxels, constant, first_grid = hashlib.blake2b(), True, None
         for i, file in zip(indices, images, strict=True):
@@ -214,14 +205,14 @@ def _check_voxels(
                 "Export it again, or remove the file: a case may lack a modality.",
             )
         digest = voxels.digest()
-        if twins := [other for other, of_other in filter(None, checked.images) if of_other == digest]:
+        if twins := [other for other, of_other in filter(None, checked.digests) if of_other == digest]:
             raise _Problem(
                 images[0],
                 f"the same voxels as in {Path(twins[0]).name}",
                 "another image of the patient in every modality",
                 "Replace one of the two files.",
             )
-        checked.images.append((images[0], digest))
+        checked.digests.append((images[0], digest))
         for file in raw.read_files(files, indices):
             if file not in checked.files:
                 checked.files[file] = state_of(file)
@@ -230,7 +221,7 @@ def _check_voxels(
         if reader is Tiff3DIO and raw.read_files(files, []) == [files["label"]]:
             # that of CASE.json, which need not lie beside a label, too
             grid = replace(grid, spacing=reference[2].spacing)
-        checked.labels = _check_label(files["label"], label, labels)
+        checked.label_values = _check_label(files["label"], label, allowed)
         _require_grid(files["label"], grid, reference[0], reference[2])
 
 

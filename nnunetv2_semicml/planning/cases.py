@@ -88,7 +88,7 @@ def require_foreground(
     }
 
     def shown(cases: Collection[str]) -> list[str]:
-        occurring = set().union(*(checked.labels[case] for case in cases))
+        occurring = set().union(*(checked.label_values[case] for case in cases))
         return [name for name, own in values.items() if own & occurring]
 
     of_whom = {"all modalities": complete, **group.labeled_of}
