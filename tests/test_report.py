@@ -1,7 +1,9 @@
 """The demo's page, from files as nnU-Net writes them."""
 
+import base64
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -15,7 +17,7 @@ METHODS = {"supervised only": 0.5, "Semi-CML": 0.625, "PReL": 0.6}
 
 @pytest.fixture
 def results(tmp_path):
-    """Two modalities, three methods, two cases: the reference segmentations stand for the predictions."""
+    """Two modalities, three methods, two cases: copies of the reference segmentations stand for the predictions."""
     raw = write_phantom_dataset(tmp_path, 500, "Report", num_labeled=1, num_unlabeled=1, num_test=2, shape=(16, 16, 16))
     labels = sorted((raw / "labelsTs").glob("*.nii.gz"))
     modalities = []
@@ -26,11 +28,14 @@ def results(tmp_path):
             file.rename(scans / file.name.replace(f"_{channel:04d}", "_0000"))
         summaries = {}
         for method, dice in METHODS.items():
+            predictions = tmp_path / "predictions" / method / modality
+            predictions.mkdir(parents=True)
+            copies = [shutil.copy(file, predictions) for file in labels]
             cases = [
-                {"reference_file": str(f), "prediction_file": str(f), "metrics": {"1": {"Dice": dice + 0.25 * i}}}
-                for i, f in enumerate(labels)
+                {"reference_file": str(f), "prediction_file": copy, "metrics": {"1": {"Dice": dice + 0.25 * i}}}
+                for i, (f, copy) in enumerate(zip(labels, copies, strict=True))
             ]
-            summaries[method] = tmp_path / f"{modality} {method}.json"
+            summaries[method] = predictions / "summary.json"
             summaries[method].write_text(json.dumps({"metric_per_case": cases}))
         resting = {"mean_fg_dice": [0.5, 0.6], "train_losses": [NAN, -0.5]}
         logs = dict.fromkeys(METHODS, resting)
@@ -39,11 +44,11 @@ def results(tmp_path):
 
 
 def write(results, file):
-    log = {"unsupervised/T1 ce": [0.5, 0.4], "weight/T1 ce": [0.9, 0.9]}
-    log |= {"unsupervised/FLAIR ce": [NAN, NAN], "weight/FLAIR ce": [0.0, 0.0], "lrs": [0.1, 0.1]}
-    joint = {"PReL": ("A note.", log)}
+    picture = file.with_name("unsupervised_terms.png")
+    picture.write_bytes(b"a picture")
     commands = [("nnUNetv2_train 500", 12.3)]
-    write_report(file, "A title", {"Seed": "7"}, results, "Explained.", joint, ["export a=b"], commands)
+    terms = {"PReL": ("A note.", picture)}
+    write_report(file, "A title", {"Seed": "7"}, results, "Explained.", terms, ["export a=b"], commands)
     return file.read_text(encoding="utf-8")
 
 
@@ -73,9 +78,11 @@ def test_page_needs_no_other_file(results, tmp_path):
             sources.extend(value for name, value in attrs if name in ("src", "srcset", "href"))
 
     Parser().feed(write(results, tmp_path / "report.html"))
-    # light and dark: paired, curves of two modalities, terms; three cases of scan + three methods for each modality
-    assert len(sources) == 2 * (1 + 2 + 1) + 2 * 3 * 4
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    # light and dark: paired, curves of two modalities; terms; three cases of scan + three methods for each modality
+    assert len(sources) == 2 * (1 + 2) + 1 + 2 * 3 * 4
+    data = [source.removeprefix("data:image/png;base64,") for source in sources]
+    assert [base64.b64decode(content)[:4] for content in data].count(b"\x89PNG") == len(data) - 1
+    assert base64.b64encode(b"a picture").decode() in data
 
 
 def test_methods_with_other_cases_are_refused(results, tmp_path):
@@ -83,6 +90,8 @@ def test_methods_with_other_cases_are_refused(results, tmp_path):
     content = json.loads(file.read_text())
     content["metric_per_case"].pop()
     file.write_text(json.dumps(content))
-    with pytest.raises(RuntimeError, match=r"PReL.json: found case \w+ only for supervised only, Semi-CML; expected"):
+    with pytest.raises(
+        RuntimeError, match=r"PReL/FLAIR/summary.json: found case \w+ only for supervised only, Semi-CML; expected"
+    ):
         write(results, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()

@@ -1,27 +1,26 @@
 """One self-contained HTML page that compares methods, each with the one before it, on the test cases of every modality.
 
-It reads nnU-Net's `summary.json` files, the images and segmentations they name, and training logs as plain dicts; it
-knows nothing of trainers.
+It reads nnU-Net's `summary.json` files, the images and segmentations that they name, training logs as plain dicts, and
+pictures that training left; it knows nothing of trainers.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import TypedDict
 
-import jinja2
 import numpy as np
-import SimpleITK as sitk
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from nnunetv2_semicml.data.files import read_json
 from nnunetv2_semicml.errors import UserError
-from nnunetv2_semicml.evaluation import figures
-from nnunetv2_semicml.evaluation.figures import COLORS, REFERENCE_COLOR, overlay, themed
-
-METHOD_COLOURS = COLORS[:4]
-TERM_COLOURS = ("#cc79a7", "#009e73", "#0072b2", "#d55e00", "#8a6d00", "#7a7a7a")
+from nnunetv2_semicml.evaluation.figures import CasePanels, Volumes, colors_of, data_uri, draw_case, themed
+from nnunetv2_semicml.evaluation.leaderboard_page import number_text
+from nnunetv2_semicml.evaluation.page import render_page
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class ModalityResults:
     Attributes:
         name: the modality.
         images: folder of its test scans, CASE_0000.nii.gz.
-        summaries: for each method, nnU-Net's summary.json of the test cases; at most four methods.
+        summaries: for each method, nnU-Net's summary.json of the test cases, in the folder of its predictions.
         logs: for each method, the log of its training as nnU-Net keeps it (`checkpoint["logging"]`).
         epochs_before: for a method that goes on from another's networks, the epochs of that one.
     """
@@ -39,18 +38,34 @@ class ModalityResults:
     name: str
     images: Path
     summaries: Mapping[str, Path]
-    logs: Mapping[str, Mapping[str, Sequence]]
+    logs: Mapping[str, Mapping[str, Sequence[float]]]
     epochs_before: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class _Case:
-    """Dice of one test case by method, and the files to look at."""
+    """Dice of one test case by method, and its reference segmentation."""
 
     name: str
     dice: dict[str, float]
-    reference: Path
-    predictions: dict[str, Path]
+    reference: str
+
+
+class _Row(TypedDict):
+    """A modality in the table of the page: method or step -> (mean, standard deviation, …)."""
+
+    modality: str
+    dice: dict[str, tuple[float, float]]
+    differences: dict[tuple[str, str], tuple[float, float, int]]
+    cases: int
+
+
+class _CaseSummary(TypedDict):
+    """An entry of "metric_per_case" in nnU-Net's summary.json."""
+
+    reference_file: str
+    prediction_file: str
+    metrics: dict[str, dict[str, float]]
 
 
 def write_report(
@@ -59,7 +74,7 @@ def write_report(
     facts: Mapping[str, str],
     modalities: Sequence[ModalityResults],
     explanation: str,
-    joint_logs: Mapping[str, tuple[str, Mapping[str, Sequence[float]]]],
+    term_plots: Mapping[str, tuple[str, Path]],
     exports: Sequence[str],
     commands: Sequence[tuple[str, float]],
 ) -> Path:
@@ -71,8 +86,7 @@ def write_report(
         facts: what was run, name → value.
         modalities: results of every modality; all have the same methods and the same cases.
         explanation: what the methods have in common and what not.
-        joint_logs: for each method that has one, what to see in the log of the joint training, and that log; every list
-            under a key "unsupervised/…" (mean loss term per epoch) and "weight/…" (its weight) is plotted.
+        term_plots: for each method that has one, what to see in the picture of its unsupervised terms, and that PNG.
         exports: shell lines that set the environment of the commands.
         commands: the command lines that led here, with their seconds.
 
@@ -84,39 +98,33 @@ def write_report(
     """
     methods = list(modalities[0].summaries)
     cases = {modality.name: _read_cases(modality) for modality in modalities}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([Path(module).parent for module in (__file__, figures.__file__)]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["signed"] = lambda value: f"{value:+.3f}".replace("-", "−")
-    page = environment.get_template("report.html.jinja").render(
+    colors = colors_of(methods)
+    page = render_page(
+        Path(__file__).with_name("report.html.jinja"),
         title=title,
         facts=facts,
         methods=methods,
         steps=list(pairwise(methods)),
-        colours={**dict(zip(methods, METHOD_COLOURS, strict=False)), "reference": REFERENCE_COLOR},
+        colors=colors,
         rows=[_row(name, of_modality, methods) for name, of_modality in cases.items()],
         cases=cases,
-        paired=themed(lambda figure: _plot_paired(figure, cases, methods), (4.2 * len(cases) + 0.6, 3.4)),
-        curves={m.name: themed(lambda figure, m=m: _plot_curves(figure, m), (8.4, 2.8)) for m in modalities},
+        paired=themed(lambda figure: _plot_paired(figure, cases, colors), (4.2 * len(cases) + 0.6, 3.4)),
+        curves={m.name: themed(partial(_plot_curves, modality=m, colors=colors), (8.4, 2.8)) for m in modalities},
         explanation=explanation,
-        terms={
-            method: (note, themed(lambda figure, log=log: _plot_terms(figure, log), (8.4, 2.8)))
-            for method, (note, log) in joint_logs.items()
-        },
-        overlays={m.name: _overlays(m, cases[m.name], methods[-1]) for m in modalities},
+        terms={method: (note, data_uri(png.read_bytes())) for method, (note, png) in term_plots.items()},
+        overlays={m.name: _draw_cases(m, cases[m.name], methods[-1], colors) for m in modalities},
         exports=exports,
         commands=commands,
+        signed=lambda difference: number_text(difference, "dice", "+"),
     )
     file.write_text(page, encoding="utf-8")
     return file
 
 
 def _read_cases(modality: ModalityResults) -> list[_Case]:
-    read: dict[str, dict[str, dict]] = {}
+    read: dict[str, dict[str, _CaseSummary]] = {}
     for method, file in modality.summaries.items():
-        for entry in json.loads(file.read_text())["metric_per_case"]:
+        for entry in read_json(file)["metric_per_case"]:
             read.setdefault(Path(entry["reference_file"]).name.split(".")[0], {})[method] = entry
     for name, by_method in read.items():
         if by_method.keys() != modality.summaries.keys():
@@ -130,8 +138,7 @@ def _read_cases(modality: ModalityResults) -> list[_Case]:
         _Case(
             name,
             {method: _mean_dice(by_method[method]["metrics"]) for method in modality.summaries},
-            Path(next(iter(by_method.values()))["reference_file"]),
-            {method: Path(by_method[method]["prediction_file"]) for method in modality.summaries},
+            next(iter(by_method.values()))["reference_file"],
         )
         for name, by_method in sorted(read.items())
     ]
@@ -142,7 +149,7 @@ def _mean_dice(metrics: dict[str, dict[str, float]]) -> float:
     return float(np.nanmean([values["Dice"] for values in metrics.values()]))
 
 
-def _row(modality: str, cases: Sequence[_Case], methods: Sequence[str]) -> dict:
+def _row(modality: str, cases: Sequence[_Case], methods: Sequence[str]) -> _Row:
     dice = {method: np.array([case.dice[method] for case in cases]) for method in methods}
     differences = {(first, second): dice[second] - dice[first] for first, second in pairwise(methods)}
     return {
@@ -153,82 +160,47 @@ def _row(modality: str, cases: Sequence[_Case], methods: Sequence[str]) -> dict:
     }
 
 
-def _plot_paired(figure: Figure, cases: Mapping[str, Sequence[_Case]], methods: Sequence[str]) -> None:
+def _plot_paired(figure: Figure, cases: Mapping[str, Sequence[_Case]], colors: Mapping[str, str]) -> None:
     axes = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
-    columns = np.arange(len(methods))
+    columns = np.arange(len(colors))
     for axis, (modality, of_modality) in zip(axes, cases.items(), strict=True):
-        dice = np.array([[case.dice[method] for method in methods] for case in of_modality])
+        dice = np.array([[case.dice[method] for method in colors] for case in of_modality])
         axis.plot(columns, dice.T, color="#8a94a3", linewidth=1, zorder=1)
-        for column, colour in zip(columns, METHOD_COLOURS, strict=False):
-            axis.scatter(np.full(len(dice), column), dice[:, column], color=colour, s=34, zorder=2)
-            axis.plot([column - 0.22, column + 0.22], [dice[:, column].mean()] * 2, color=colour, linewidth=3)
+        for column, color in zip(columns, colors.values(), strict=True):
+            axis.scatter(np.full(len(dice), column), dice[:, column], color=color, s=34, zorder=2)
+            axis.plot([column - 0.22, column + 0.22], [dice[:, column].mean()] * 2, color=color, linewidth=3)
         axis.set(title=modality, xlim=(-0.5, columns[-1] + 0.5), ylim=(-0.02, 1.02))
-        axis.set_xticks(columns, methods)
+        axis.set_xticks(columns, list(colors))
         axis.grid(axis="y", alpha=0.25)
     axes[0].set_ylabel("Dice per test case")
 
 
-def _plot_curves(figure: Figure, modality: ModalityResults) -> None:
+def _plot_curves(figure: Figure, modality: ModalityResults, colors: Mapping[str, str]) -> None:
     panels = (("mean_fg_dice", "pseudo Dice (validation patches)"), ("train_losses", "supervised training loss"))
-    for axis, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
-        for (method, log), colour in zip(modality.logs.items(), METHOD_COLOURS, strict=False):
-            before = modality.epochs_before.get(method, 0)
-            _plot_epochs(axis, log[key], color=colour, label=method, before=before)
-        axis.set(title=label)
+    for axis, (key, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        for method, log in modality.logs.items():
+            first = modality.epochs_before.get(method, 0) + 1
+            epochs = range(first, first + len(log[key]))
+            axis.plot(epochs, log[key], color=colors[method], label=method, linewidth=2, marker="o", markersize=3)
+        axis.set(title=title, xlabel="epoch")
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axis.grid(alpha=0.25)
         if key == "mean_fg_dice":
             axis.set_ylim(0, 1)
             axis.legend(loc="lower right")
 
 
-def _plot_terms(figure: Figure, log: Mapping[str, Sequence[float]]) -> None:
-    panels = (("unsupervised/", "unweighted terms ÷ their largest value"), ("weight/", "weights"))
-    for axis, (prefix, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        terms = [key.removeprefix(prefix) for key in log if key.startswith(prefix)]
-        for number, term in enumerate(terms):
-            values = np.array(log[prefix + term])
-            label = term
-            if prefix == "unsupervised/":
-                # Terms differ by orders of magnitude: each is drawn relative to its own largest value, which is named.
-                largest = np.nanmax(np.abs(values), initial=0)
-                label = f"{term} (1 is {largest:.3g})"
-                values = values / largest if largest > 0 else values
-            _plot_epochs(axis, values, color=TERM_COLOURS[number % len(TERM_COLOURS)], label=label)
-        axis.set(title=title)
-        axis.set_ylim(bottom=0)
-        axis.legend(fontsize=7)
-
-
-def _plot_epochs(axis: Axes, values: Sequence[float], color: str, label: str, before: int = 0) -> None:
-    axis.plot(
-        range(before + 1, before + len(values) + 1),
-        values,
-        color=color,
-        label=label,
-        linewidth=2,
-        marker="o",
-        markersize=3,
-    )
-    axis.set_xlabel("epoch")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(alpha=0.25)
-
-
-def _overlays(modality: ModalityResults, cases: Sequence[_Case], judged_by: str) -> list[dict]:
-    """Worst, median and best case by one method's Dice, each in the slice with the largest reference area."""
+def _draw_cases(
+    modality: ModalityResults, cases: Sequence[_Case], judged_by: str, colors: Mapping[str, str]
+) -> list[CasePanels]:
+    """Worst, median and best case by one method's Dice."""
     ranked = sorted(cases, key=lambda case: case.dice[judged_by])
     chosen = {"worst": ranked[0], "median": ranked[(len(ranked) - 1) // 2], "best": ranked[-1]}
-    overlays = []
-    for rank, case in chosen.items():
-        image = sitk.GetArrayFromImage(sitk.ReadImage(str(modality.images / f"{case.name}_0000.nii.gz")))
-        reference_image = sitk.ReadImage(str(case.reference))
-        spacing = reference_image.GetSpacing()[1::-1]
-        reference = sitk.GetArrayFromImage(reference_image) > 0
-        z = int(reference.sum((1, 2)).argmax())
-        panels = {"scan": overlay(image[z], [], spacing)}
-        for (method, file), colour in zip(case.predictions.items(), METHOD_COLOURS, strict=False):
-            prediction = sitk.GetArrayFromImage(sitk.ReadImage(str(file))) > 0
-            outlines = [(reference[z], REFERENCE_COLOR, 1.2), (prediction[z], colour, 1.8)]
-            panels[method] = overlay(image[z], outlines, spacing)
-        place = {"rank": rank, "case": case.name, "slice": z + 1, "slices": len(image)}
-        overlays.append({**place, "dice": case.dice, "panels": panels})
-    return overlays
+    volumes = Volumes(
+        {case.name: str(modality.images / f"{case.name}_0000.nii.gz") for case in cases},
+        {case.name: case.reference for case in cases},
+        {method: summary.parent for method, summary in modality.summaries.items()},
+        ".nii.gz",
+        SimpleITKIO(),
+    )
+    return [draw_case(rank, case.name, volumes, case.dice, colors) for rank, case in chosen.items()]

@@ -17,10 +17,12 @@ import time
 from collections import deque
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nnunetv2_semicml.data.phantom import write_phantom_dataset
+from nnunetv2_semicml.data.result_folders import fold_folder, model_folder
 from nnunetv2_semicml.demo.report import ModalityResults, write_report
 from nnunetv2_semicml.errors import UserError, reports_user_errors
 
@@ -189,14 +191,18 @@ class Demo:
     def _predictions(self, method: str, modality: str) -> Path:
         return self.out / "predictions" / method.replace(" ", "_") / modality
 
-    def _checkpoint(self, dataset: str, method: str) -> dict:
-        model = f"{TRAINERS[method]}__nnUNetPlans__{CONFIGURATION}"
-        checkpoint = self.out / "nnUNet_results" / dataset / model / "fold_0" / "checkpoint_final.pth"
+    def _fold(self, dataset: str, method: str) -> Path:
+        results = self.out / "nnUNet_results"
+        return fold_folder(model_folder(results, dataset, TRAINERS[method], "nnUNetPlans", CONFIGURATION), 0)
+
+    def _checkpoint(self, dataset: str, method: str) -> dict[str, Any]:
+        checkpoint = self._fold(dataset, method) / "checkpoint_final.pth"
         # nnU-Net's checkpoints hold NumPy numbers, which weights_only refuses; these were written a minute ago
         return torch.load(checkpoint, map_location="cpu", weights_only=False)
 
     def _report(self) -> Path:
-        joint = {method: self._checkpoint("Dataset500_Phantom", method) for method in ("Semi-CML", "PReL")}
+        group = "Dataset500_Phantom"
+        joint = {method: self._checkpoint(group, method) for method in ("Semi-CML", "PReL")}
         epochs = {method: checkpoint["current_epoch"] for method, checkpoint in joint.items()}
         results = [
             ModalityResults(
@@ -233,10 +239,10 @@ class Demo:
             "Semi-CML": "A term that falls to zero at once, or Dice that falls as the weights rise, shows a collapse.",
             "PReL": f"The network of {choice['better_modality']} rests until the last fifth.",
         }
-        logs = {method: (notes[method], checkpoint["logging"]) for method, checkpoint in joint.items()}
+        terms = {method: (note, self._fold(group, method) / "unsupervised_terms.png") for method, note in notes.items()}
         exports = [f"export {name}={shlex.quote(value)}" for name, value in self.environment.items()]
         file = self.out / "report.html"
-        return write_report(file, title, facts, results, explanation, logs, exports, self.commands)
+        return write_report(file, title, facts, results, explanation, terms, exports, self.commands)
 
 
 def _show_status(line: str) -> None:

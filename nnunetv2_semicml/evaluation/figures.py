@@ -1,16 +1,20 @@
-"""Figures for pages that need no other file: plots with ink for light and dark pages, outlines on scans.
+"""Images inside of pages that need no other file: plots with ink for light and dark pages, outlines on scans.
 
-Matplotlib and NumPy alone; knows nothing of nnU-Net.
+Of nnU-Net it knows the readers of images alone.
 """
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 # Okabe and Ito's colors, which people with color vision deficiencies can tell apart too.
 COLORS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2", "#8a6d00", "#7a7a7a")
@@ -19,11 +23,62 @@ REFERENCE_COLOR = "#ffffff"
 _INK = {"light": "#3a4250", "dark": "#c9d1dc"}
 
 
-def png(figure: Figure, **options: object) -> str:
-    """A figure as data URI."""
+@dataclass(frozen=True)
+class Volumes:
+    """The images of one modality, and segmentations of them.
+
+    Attributes:
+        scans: case -> image file, of the cases that have the modality; the mean of its channels is shown.
+        references: case -> reference segmentation.
+        predictions: method -> folder.
+        file_ending: of the predictions.
+        reader: for all of these.
+    """
+
+    scans: Mapping[str, str]
+    references: Mapping[str, str]
+    predictions: Mapping[str, Path]
+    file_ending: str
+    reader: BaseReaderWriter
+
+
+@dataclass(frozen=True)
+class CasePanels:
+    """A slice of one case for a page: the one with the largest reference area.
+
+    Attributes:
+        rank: what the case stands for, e.g. worst.
+        case: its name.
+        slice: number of the slice, from 1.
+        slices: how many there are.
+        scan: the slice, as data URI.
+        panels: method -> the same with the outlines of reference and prediction.
+        dice: method -> Dice of the case.
+    """
+
+    rank: str
+    case: str
+    slice: int
+    slices: int
+    scan: str
+    panels: Mapping[str, str]
+    dice: Mapping[str, float]
+
+
+def colors_of(methods: Sequence[str]) -> dict[str, str]:
+    """A color for every method, repeated where there are more methods than colors."""
+    return {method: COLORS[i % len(COLORS)] for i, method in enumerate(methods)}
+
+
+def data_uri(png: bytes) -> str:
+    """A PNG file for the inside of a page."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _draw(figure: Figure, transparent: bool = False) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, **options)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    figure.savefig(buffer, format="png", dpi=160, transparent=transparent)
+    return data_uri(buffer.getvalue())
 
 
 def themed(plot: Callable[[Figure], None], size: tuple[float, float]) -> dict[str, str | int]:
@@ -38,7 +93,7 @@ def themed(plot: Callable[[Figure], None], size: tuple[float, float]) -> dict[st
     """
     images: dict[str, str | int] = {"width": round(100 * size[0])}
     for theme, ink in _INK.items():
-        style = {
+        settings: dict[str, Any] = {
             **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink),
             "axes.spines.top": False,
             "axes.spines.right": False,
@@ -47,14 +102,38 @@ def themed(plot: Callable[[Figure], None], size: tuple[float, float]) -> dict[st
             "legend.frameon": False,
             "figure.constrained_layout.use": True,
         }
-        with rc_context(style):
+        with style.context(settings):
             figure = Figure(figsize=size)
             plot(figure)
-            images[theme] = png(figure, transparent=True)
+            images[theme] = _draw(figure, transparent=True)
     return images
 
 
-def overlay(image: np.ndarray, outlines: Sequence[tuple[np.ndarray, str, float]], spacing: Sequence[float]) -> str:
+def draw_case(
+    rank: str, case: str, volumes: Volumes, dice: Mapping[str, float], colors: Mapping[str, str]
+) -> CasePanels:
+    """Draw the outlines of a case.
+
+    Args:
+        rank: what it stands for.
+        case: its name.
+        volumes: the images and segmentations of its modality.
+        dice: method -> Dice of the case.
+        colors: method -> color of its outlines.
+    """
+    image, properties = volumes.reader.read_images([volumes.scans[case]])
+    scan, spacing = image.mean(0), properties["spacing"][1:]
+    reference = volumes.reader.read_seg(volumes.references[case])[0][0]
+    z = int((reference > 0).sum((1, 2)).argmax())
+    panels = {}
+    for method, folder in volumes.predictions.items():
+        prediction = volumes.reader.read_seg(str(folder / f"{case}{volumes.file_ending}"))[0][0]
+        outlines = [(reference[z], REFERENCE_COLOR, 1.2), (prediction[z], colors[method], 1.8)]
+        panels[method] = _overlay(scan[z], outlines, spacing)
+    return CasePanels(rank, case, z + 1, len(reference), _overlay(scan[z], [], spacing), panels, dice)
+
+
+def _overlay(image: np.ndarray, outlines: Sequence[tuple[np.ndarray, str, float]], spacing: Sequence[float]) -> str:
     """Draw outlines on a slice, cropped to the scanned field.
 
     Args:
@@ -83,4 +162,4 @@ def overlay(image: np.ndarray, outlines: Sequence[tuple[np.ndarray, str, float]]
         for label in np.unique(cropped[cropped > 0]):
             outline = axis.contour(cropped == label, [0.5], colors=color, linewidths=line_width)
             outline.set_path_effects([withStroke(linewidth=line_width + 1.2, foreground="#000000a0")])
-    return png(figure)
+    return _draw(figure)

@@ -36,8 +36,9 @@ from nnunetv2_semicml.data.raw_dataset import (
     read_raw_dataset,
 )
 from nnunetv2_semicml.errors import UserError, reports_user_errors, some_of
+from nnunetv2_semicml.evaluation.figures import Volumes
 from nnunetv2_semicml.evaluation.jobs import Evaluate, Job, Model, Predict, Train, read_json, run_jobs
-from nnunetv2_semicml.evaluation.leaderboard_page import Files, Incomplete, Report, write_markdown, write_page
+from nnunetv2_semicml.evaluation.leaderboard_page import Incomplete, Overlaid, Report, write_markdown, write_page
 from nnunetv2_semicml.evaluation.metrics import METRICS
 
 PROGRAMS = Path(sys.executable).parent  # nnU-Net's command lines, installed beside this Python
@@ -572,10 +573,10 @@ def leaderboard(args: argparse.Namespace, command: str) -> Path:
     rows = [(entry.method, entry.modality) for entry in entries]
     if twice := [f"{method} on {modality}" for method, modality in rows if rows.count((method, modality)) > 1]:
         raise UserError("--methods, --external", f"{twice[0]} twice", "different names", f"Write {NOTATION}.")
-    reference = args.reference or entries[0].method
-    if reference not in {method for method, _ in rows}:
+    reference_method = args.reference or entries[0].method
+    if reference_method not in {method for method, _ in rows}:
         names = ", ".join(dict.fromkeys(method for method, _ in rows))
-        raise UserError("--reference", reference, f"one of {names}", "Correct it, or leave it out.")
+        raise UserError("--reference", reference_method, f"one of {names}", "Correct it, or leave it out.")
 
     others = [read_table(file, scans) for file in args.compare]
 
@@ -594,7 +595,7 @@ def leaderboard(args: argparse.Namespace, command: str) -> Path:
         title=f"Leaderboard of {raw.name}",
         command=command,
         facts=_facts(raw, group, scans, args),
-        reference=reference,
+        reference_method=reference_method,
         cases=cases,
         incomplete=incomplete,
         others=others,
@@ -659,25 +660,22 @@ def _files(
     raw: RawDataset,
     scans: Mapping[str, Scans],
     references: Mapping[str, str],
-) -> list[Files]:
+) -> list[Overlaid]:
     """What to look at: scans, references and the predictions of the first seed."""
     gaps = {(entry.method, entry.modality) for entry in incomplete}
     reader = raw.find_reader()
+
+    def volumes_of(scanned: Scans, of_methods: Mapping[str, Path]) -> Volumes:
+        images = {case: raw.read_files(raw.test[case], scanned.files)[0] for case in scanned.cases}
+        return Volumes(images, references, of_methods, raw.file_ending, reader())
+
     predictions: dict[str, dict[str, Path]] = {}
     for entry in entries:
         if (entry.method, entry.modality) not in gaps:
             chain = next(iter(entry.chains.values()))
             predictions.setdefault(entry.modality, {})[entry.method] = chain[-1].predictions
     return [
-        Files(
-            modality=modality,
-            scans={case: raw.test[case]["images"][scans[modality].files[0]] for case in scans[modality].cases},
-            shown=_describe_shown(raw, scans[modality]),
-            references=references,
-            predictions=of_methods,
-            file_ending=raw.file_ending,
-            reader=reader(),
-        )
+        Overlaid(modality, volumes_of(scans[modality], of_methods), _describe_shown(raw, scans[modality]))
         for modality, of_methods in predictions.items()
     ]
 

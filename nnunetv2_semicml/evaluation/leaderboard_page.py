@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
-from nnunetv2_semicml.evaluation.figures import COLORS, MARKERS, REFERENCE_COLOR, overlay, themed
+from nnunetv2_semicml.evaluation.figures import COLORS, MARKERS, CasePanels, Volumes, colors_of, draw_case, themed
 from nnunetv2_semicml.evaluation.metrics import METRICS
+from nnunetv2_semicml.evaluation.page import render_page
 from nnunetv2_semicml.evaluation.statistics import (
     average_seeds,
     compare,
@@ -55,26 +55,18 @@ class Incomplete:
 
 
 @dataclass(frozen=True)
-class Files:
+class Overlaid:
     """What to look at in one modality.
 
     Attributes:
         modality: the modality.
-        scans: case -> image file, of the cases that have the modality; the mean of its channels is shown.
-        shown: what of a scan that is, in words; empty if all.
-        references: case -> reference segmentation.
-        predictions: method -> folder.
-        file_ending: of the predictions.
-        reader: for all of these.
+        volumes: its images, and segmentations of them.
+        shown: what of a scan is shown, in words; empty if all.
     """
 
     modality: str
-    scans: Mapping[str, str]
+    volumes: Volumes
     shown: str
-    references: Mapping[str, str]
-    predictions: Mapping[str, Path]
-    file_ending: str
-    reader: BaseReaderWriter
 
 
 @dataclass(frozen=True)
@@ -85,21 +77,21 @@ class Report:
         title: the heading.
         command: the command line.
         facts: what was run, name -> value.
-        reference: the method that the others are compared with.
+        reference_method: the method that the others are compared with.
         cases: rows of leaderboard.csv.
         incomplete: what is not in these rows.
         others: leaderboard.csv of datasets with other labeled shares.
-        files: for overlays, of every modality that has results.
+        files: of every modality that has results.
     """
 
     title: str
     command: str
     facts: Mapping[str, str]
-    reference: str
+    reference_method: str
     cases: pd.DataFrame
     incomplete: Sequence[Incomplete]
     others: Sequence[pd.DataFrame]
-    files: Sequence[Files]
+    files: Sequence[Overlaid]
 
     @cached_property
     def scores(self) -> pd.DataFrame:
@@ -107,14 +99,14 @@ class Report:
         return score(self.cases)
 
     @cached_property
-    def summary(self) -> list[dict]:
+    def summary(self) -> list[dict[str, Any]]:
         """Rows of `summarize`."""
         return summarize(self.scores).to_dict("records")
 
     @cached_property
     def differences(self) -> pd.DataFrame:
-        """Of every method to the reference."""
-        return compare(self.scores, self.reference)
+        """Of every method to the reference method."""
+        return compare(self.scores, self.reference_method)
 
 
 def write_markdown(file: Path, report: Report) -> None:
@@ -134,10 +126,10 @@ def write_markdown(file: Path, report: Report) -> None:
     for row in report.summary:
         cells = [row["modality"], row["class"], row["method"], str(row["cases"])]
         for metric in METRICS:
-            mean, sd = _number(row[metric], metric), _number(row[f"{metric}_sd"], metric)
+            mean, sd = number_text(row[metric], metric), number_text(row[f"{metric}_sd"], metric)
             cells.append(f"{mean} ± {sd} {_seed_range(row, metric)}".rstrip())
         lines.append(_line([*cells, _count(row["missed"]), _count(row["invented"])]))
-    lines += ["", f"## Differences to {report.reference}", ""]
+    lines += ["", f"## Differences to {report.reference_method}", ""]
     columns = [
         "metric",
         "modality",
@@ -169,6 +161,7 @@ def write_page(file: Path, report: Report) -> None:
     shown = scores[scores["class"] == classes[0]]
     patients = average_seeds(shown)
     modalities = list(dict.fromkeys(patients["modality"]))
+    colors = colors_of(methods)
     curves = read_curves(report, classes[0])
     width = 4.2 * len(modalities) + 0.6
     plots = {}
@@ -182,35 +175,34 @@ def write_page(file: Path, report: Report) -> None:
     if (curves.groupby("modality")["share"].nunique() > 1).any():
         size = (width, 2.8 * len(PLOTTED) + 0.4)
         plots["curves"] = themed(lambda figure: plot_curves(figure, curves), size)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"title_of": _title, "count": _count, "p": p_text}
-    environment.globals |= {"number": _number, "seed_range": _seed_range, "signed": signed, "interval": interval_text}
-    page = environment.get_template("leaderboard.html.jinja").render(
+    page = render_page(
+        Path(__file__).with_name("leaderboard.html.jinja"),
+        title=report.title,
+        facts=report.facts,
         report=report,
         metrics=list(METRICS),
         definitions=DEFINITIONS,
         methods=methods,
-        colors=_colors(methods),
-        reference_color=REFERENCE_COLOR,
+        colors=colors,
         modalities=modalities,
         patients=patients.groupby("modality")["case"].nunique().to_dict(),
-        shown={files.modality: files.shown for files in report.files},
         classes=classes,
         several_seeds=any(row["seeds"] > 1 for row in report.summary),
         differences=differences.to_dict("records"),
         plots=plots,
-        overlays={
-            files.modality: _overlays(files, shown[shown["modality"] == files.modality], _colors(methods))
-            for files in report.files
-        },
+        overlays=[
+            (of_modality, _draw_cases(of_modality.volumes, shown[shown["modality"] == of_modality.modality], colors))
+            for of_modality in report.files
+        ],
+        title_of=_title,
+        number=number_text,
+        seed_range=_seed_range,
+        count=_count,
+        signed=signed,
+        interval=interval_text,
+        p=p_text,
     )
     file.write_text(page, encoding="utf-8")
-
-
-def _colors(methods: Sequence[str]) -> dict[str, str]:
-    return {method: COLORS[i % len(COLORS)] for i, method in enumerate(methods)}
 
 
 def read_curves(report: Report, of_class: str) -> pd.DataFrame:
@@ -228,7 +220,7 @@ def read_curves(report: Report, of_class: str) -> pd.DataFrame:
 def plot_distributions(figure: Figure, patients: pd.DataFrame, methods: Sequence[str]) -> None:
     """Every patient as a dot, median and quartiles as a box."""
     modalities = list(dict.fromkeys(patients["modality"]))
-    colors, spread = _colors(methods), np.random.default_rng(0)
+    colors, spread = colors_of(methods), np.random.default_rng(0)
     axes = figure.subplots(len(PLOTTED), len(modalities), sharex="col", sharey="row", squeeze=False)
     for row, metric in zip(axes, PLOTTED, strict=True):
         for axis, modality in zip(row, modalities, strict=True):
@@ -271,7 +263,7 @@ def _scale_axis(axis: Axes, metric: str) -> None:
 
 def plot_differences(figure: Figure, differences: pd.DataFrame, methods: Sequence[str]) -> None:
     """Mean difference and interval, a row per modality and method."""
-    colors = _colors(methods)
+    colors = colors_of(methods)
     for axis, metric in zip(figure.subplots(1, len(PLOTTED), sharey=True), PLOTTED, strict=True):
         rows = differences[differences["metric"] == metric].to_dict("records")
         for place, row in enumerate(rows):
@@ -319,27 +311,13 @@ def plot_curves(figure: Figure, patients: pd.DataFrame) -> None:
     axes[0, -1].legend(fontsize=8)
 
 
-def _overlays(files: Files, scores: pd.DataFrame, colors: Mapping[str, str]) -> list[dict]:
-    """Median and worst patient by the mean Dice of all methods, in the slice with the largest reference area.
-
-    Dice is that of the predictions shown, which are of the first seed.
-    """
+def _draw_cases(volumes: Volumes, scores: pd.DataFrame, colors: Mapping[str, str]) -> list[CasePanels]:
+    """Median and worst patient by the mean Dice of all methods; Dice is that of the predictions shown (first seed)."""
     dice = scores.drop_duplicates(["method", "case"]).pivot(index="case", columns="method", values="dice")
     ranked = dice.mean(axis=1).sort_values(kind="stable").index
-    shown = []
-    for rank, case in {"median": ranked[(len(ranked) - 1) // 2], "worst": ranked[0]}.items():
-        image, properties = files.reader.read_images([files.scans[case]])
-        scan, spacing = image.mean(0), properties["spacing"][1:]
-        reference = files.reader.read_seg(files.references[case])[0][0]
-        z = int((reference > 0).sum((1, 2)).argmax())
-        panels = {"": overlay(scan[z], [], spacing)}
-        for method, folder in files.predictions.items():
-            prediction = files.reader.read_seg(str(folder / f"{case}{files.file_ending}"))[0][0]
-            outlines = [(reference[z], REFERENCE_COLOR, 1.2), (prediction[z], colors[method], 1.8)]
-            panels[method] = overlay(scan[z], outlines, spacing)
-        place = {"rank": rank, "case": case, "slice": z + 1, "slices": len(reference)}
-        shown.append({**place, "dice": dice.loc[case, list(files.predictions)].to_dict(), "panels": panels})
-    return shown
+    chosen = {"median": ranked[(len(ranked) - 1) // 2], "worst": ranked[0]}
+    shown = dice[list(volumes.predictions)]
+    return [draw_case(rank, case, volumes, shown.loc[case].to_dict(), colors) for rank, case in chosen.items()]
 
 
 def _title(metric: str) -> str:
@@ -347,24 +325,25 @@ def _title(metric: str) -> str:
     return METRICS[metric].title + (f" ({unit})" if unit else "")
 
 
-def _number(value: float, metric: str, sign: str = "") -> str:
+def number_text(value: float, metric: str, sign: str = "") -> str:
+    """A value of a metric, with two digits of a millimeter or three of a share; `sign` is "+" for differences."""
     if np.isnan(value):
         return "n/a"
     return f"{value:{sign}.{2 if METRICS[metric].unit else 3}f}".replace("-", "−")
 
 
-def _seed_range(row: Mapping, metric: str) -> str:
+def _seed_range(row: Mapping[str, Any], metric: str) -> str:
     if row["seeds"] == 1:
         return ""
-    return f"({_number(row[f'{metric}_low'], metric)} … {_number(row[f'{metric}_high'], metric)})"
+    return f"({number_text(row[f'{metric}_low'], metric)} … {number_text(row[f'{metric}_high'], metric)})"
 
 
-def signed(row: Mapping, column: str) -> str:
+def signed(row: Mapping[str, Any], column: str) -> str:
     """A difference, or a bound of its interval, of a row of `compare`."""
-    return _number(row[column], row["metric"], "+")
+    return number_text(row[column], row["metric"], "+")
 
 
-def interval_text(row: Mapping) -> str:
+def interval_text(row: Mapping[str, Any]) -> str:
     """The interval of a row of `compare`."""
     return f"{signed(row, 'low')} … {signed(row, 'high')}"
 

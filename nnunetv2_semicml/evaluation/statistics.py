@@ -54,10 +54,11 @@ def summarize(scores: pd.DataFrame) -> pd.DataFrame:
         the lowest and highest mean of a seed; missed and invented, the numbers of cases, averaged over the seeds.
     """
     rows = []
-    for (modality, of_class, method), runs in scores.groupby(["modality", "class", "method"], sort=False):
+    columns = ["modality", "class", "method"]
+    for _, runs in scores.groupby(columns, sort=False):
         patients = runs.groupby("case")[[*METRICS, "missed", "invented"]].mean()
         of_seed = runs.groupby("seed", dropna=False)[list(METRICS)].mean()
-        row = {"modality": modality, "class": of_class, "method": method, "cases": len(patients), "seeds": len(of_seed)}
+        row = runs[columns].iloc[0].to_dict() | {"cases": len(patients), "seeds": len(of_seed)}
         for metric in METRICS:
             row |= {
                 metric: patients[metric].mean(),
@@ -139,8 +140,8 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
     The i-th smallest of n is multiplied by n − i + 1, is no smaller than the one before it, and at most 1.
     """
-    p = np.asarray(p, dtype=float)
-    order = p.argsort()
-    corrected = np.empty_like(p)
-    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    values = np.asarray(p, dtype=float)
+    order = values.argsort()
+    corrected = np.empty_like(values)
+    corrected[order] = np.minimum(np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)), 1)
     return corrected
