@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -24,11 +25,12 @@ from tifffile import imwrite
 
 from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup
 from nnunetv2_semicml.evaluation import leaderboard
-from nnunetv2_semicml.evaluation.jobs import Job, run_jobs
+from nnunetv2_semicml.evaluation.jobs import Job, run_jobs, run_program
 
 TEST_CASES = [f"P{i}" for i in range(4)]
 CHANNELS = ["FLAIR", "T1"]
 SEMI, STOCK = "nnUNetTrainerSemiCML", "each:nnUNetTrainer"
+PREL, PLUS = SEMI + "PReL", SEMI + "Plus"
 
 # Without site-packages: they run a hundred times.
 STUB = """#!{python} -S
@@ -41,6 +43,13 @@ with open(os.environ["CALLS"], "a") as calls:
 if (fail := os.environ.get("FAIL")) and all(word in words for word in fail.split()):
     print("CUDA out of memory")
     sys.exit(3)
+if sentence := os.environ.get("REFUSE_" + words[words.index("-tr") + 1]):
+    sys.path.insert(0, os.environ["REPOSITORY"])
+    from nnunetv2_semicml.errors import UserError
+    try:
+        raise UserError(*sentence.split("|"))
+    finally:
+        print("Exception in thread Thread-1", file=sys.stderr)
 after = lambda flag: words[words.index(flag) + 1]
 results = Path(os.environ["nnUNet_results"])
 """
@@ -321,7 +330,8 @@ def test_jobs_in_local_processes(study, call, monkeypatch):
     monkeypatch.setenv("CALLS", str(study / "calls.txt"))
     monkeypatch.setenv("FAIL", "-i")
     monkeypatch.setattr(leaderboard, "PROGRAMS", study / "bin")
-    calls = call("--methods", SEMI, "--jobs", 2, error=r"predict FLAIR .*exit status 3 of .*nnUNetv2_predict .*\(log: ")
+    message = r"predict FLAIR .*: CUDA out of memory \(exit status 3 of .*nnUNetv2_predict .*\) \(log: "
+    calls = call("--methods", SEMI, "--jobs", 2, error=message)
     assert trained(calls) == [("Dataset500_Toy", "0", SEMI, "")]
     assert sorted(predicted(calls)) == [("Dataset501_Toy_FLAIR", SEMI), ("Dataset502_Toy_T1", SEMI)]
     logs = set(re.findall(r"log: ([^)]*)", (study / "out" / "leaderboard.md").read_text()))
@@ -378,7 +388,9 @@ def test_a_failed_fold_leaves_its_method_out_and_no_other(study, call, monkeypat
     monkeypatch.setenv("FAIL", f"Dataset500_Toy 1 {SEMI}")
     methods = ["--methods", SEMI, STOCK, "--reference", STOCK, "-f", 0, 1]
     calls = call(
-        *methods, page=True, error=r'2 incomplete results, .*"train .*fold 1": exit status 3 of .*\(log: .*fold 1.out\)'
+        *methods,
+        page=True,
+        error=r'2 incomplete results, .*"train .*fold 1": CUDA out of memory .*\(log: .*fold 1.out\)',
     )
     assert len(trained(calls)) == 6
     assert set(predicted(calls)) == {("Dataset501_Toy_FLAIR", "nnUNetTrainer"), ("Dataset502_Toy_T1", "nnUNetTrainer")}
@@ -400,16 +412,66 @@ def test_nothing_complete_still_says_so(study, call, monkeypatch):
     assert "Incomplete" in text_of(study / "out" / "leaderboard.html")
 
 
+def test_methods_do_not_wait_for_each_other(study, call, monkeypatch):
+    monkeypatch.setenv("FAIL", f"Dataset500_Toy {SEMI}")
+    calls = call("--methods", SEMI, PLUS, error=f'"train {SEMI} on Dataset500_Toy, fold 0": CUDA out of memory')
+    assert [trainer for _, _, trainer, _ in trained(calls)] == [SEMI, PLUS]
+    assert set(read_csv(study)["method"]) == {PLUS}
+
+
 def test_a_second_stage_follows_the_first_of_its_fold(study, call, monkeypatch):
-    second = SEMI + "PReL"
-    folds = [(dataset, fold) for dataset, fold, *_ in trained(call("--methods", SEMI, second, "-f", 0, 1, "--jobs", 4))]
-    assert len(folds) == 4
-    monkeypatch.setenv("FAIL", f"0 {SEMI}")
-    for folder in (study / "results").glob("*/nnUNetTrainer*"):
-        folder.rename(folder.with_name(f"old_{folder.name}"))
-    calls = call("--methods", SEMI, second, "-f", 0, error=f"train {SEMI} on")
-    assert trained(calls) == [("Dataset500_Toy", "0", SEMI, "")]
-    assert f"train {second} on Dataset500_Toy, fold 0: not run, since" in (study / "out" / "leaderboard.md").read_text()
+    second = f"Second={SEMI}+{PREL}"
+    monkeypatch.setenv("FAIL", f"Dataset500_Toy 0 {SEMI}")
+    calls = trained(call("--methods", second, "-f", 0, 1, "--jobs", 4, error=f"train {SEMI} on Dataset500_Toy, fold 0"))
+    assert ("Dataset500_Toy", "0", PREL, "") not in calls
+    assert [trainer for _, fold, trainer, _ in calls if fold == "1"] == [SEMI, PREL]
+    gaps = (study / "out" / "leaderboard.md").read_text().split("**Incomplete")[1].split("## Results")[0]
+    assert f"Second, T1: train {SEMI} on Dataset500_Toy, fold 0: CUDA out of memory" in gaps
+    assert f'train {PREL} on Dataset500_Toy, fold 0: not run, since "train {SEMI} on Dataset500_Toy, fold 0"' in gaps
+    assert all(
+        re.fullmatch(r"- Second, .*: (train|predict|evaluate) [^:]*: \w.*", line) for line in gaps.split("\n")[2:-2]
+    )
+
+    monkeypatch.delenv("FAIL")
+    calls = call("--methods", second, "-f", 0, 1)
+    assert trained(calls) == [("Dataset500_Toy", "0", SEMI, ""), ("Dataset500_Toy", "0", PREL, "")]
+    # the first stage is not compared
+    assert {trainer for _, trainer in predicted(calls)} == {PREL}
+    assert set(read_csv(study)["method"]) == {"Second"}
+
+
+def test_a_first_stage_that_is_compared_too_is_trained_once(study, call):
+    calls = call("--methods", f"{SEMI}+{PREL}", SEMI, f"Again={SEMI}+{PREL}", "--seeds", 3, 4)
+    assert [trainer for _, _, trainer, _ in trained(calls)] == [SEMI, PREL] * 2
+    assert set(read_csv(study)["method"]) == {f"{SEMI}+{PREL}", SEMI, "Again"}
+
+
+def test_both_stages_are_trained_on_the_dataset_of_every_modality(study, call):
+    write_preprocessed(study, "Dataset600_Full", ["A", "B", "C", "D"], [])
+    calls = trained(call("--methods", f"each:{SEMI}+{PREL}@600"))
+    for dataset in ("Dataset601_Full_FLAIR", "Dataset602_Full_T1"):
+        assert [trainer for of, _, trainer, _ in calls if of == dataset] == [SEMI, PREL]
+    assert len(calls) == 4
+
+
+def test_a_finished_second_stage_needs_its_first_no_more(study, call):
+    call("--methods", f"{SEMI}+{PREL}")
+    table = (study / "out" / "leaderboard.csv").read_bytes()
+    for folder in (study / "results").glob(f"*/{SEMI}__*"):
+        shutil.rmtree(folder)
+    assert call("--methods", f"{SEMI}+{PREL}") == []
+    assert (study / "out" / "leaderboard.csv").read_bytes() == table
+    assert trained(call("--methods", f"{SEMI}+{PREL}+{PLUS}")) == [("Dataset500_Toy", "0", PLUS, "")]
+
+
+def test_the_sentence_of_a_trainer_is_the_reason_of_the_gap(study, call, monkeypatch):
+    sentence = "final.pth|no such file|the finished first stage|Run first: nnUNetv2_train 500 2d 0"
+    monkeypatch.setenv(f"REFUSE_{PREL}", sentence)
+    monkeypatch.setenv("REPOSITORY", str(Path(__file__).parents[1]))
+    reason = "final.pth: found no such file; expected the finished first stage. Run first: nnUNetv2_train 500 2d 0"
+    call("--methods", PREL, page=True, error=f'"train {PREL} on Dataset500_Toy, fold 0": {reason} ')
+    for text in (text_of(study / "out" / "leaderboard.html"), (study / "out" / "leaderboard.md").read_text()):
+        assert f"train {PREL} on Dataset500_Toy, fold 0: {reason} (exit status 1 of " in text
 
 
 def test_every_seed_has_results_of_its_own(study, call, monkeypatch):
@@ -491,6 +553,13 @@ def test_curves_over_the_labeled_share_of_several_leaderboards(study, call):
     ("options", "error"),
     [
         (["--methods", "each:"], r"--methods: found 'each:'; expected \[NAME=\]"),
+        (["--methods", f"{SEMI}+"], rf"--methods: found '{SEMI}\+'; expected \[NAME=\].*FIRST\+.* Write e\.g\."),
+        (["--methods", f"{SEMI}+each:{PREL}"], rf"--methods: found '{SEMI}\+each:{PREL}'; expected \[NAME=\]"),
+        (["--methods", f"{SEMI}+{SEMI}"], rf"found {SEMI} twice; expected a trainer after \+ that goes on from"),
+        (
+            ["--methods", f"{SEMI}+{PREL}", f"B={PREL}"],
+            rf"found {SEMI}\+{PREL} and B, which both write the .* {PREL} on",
+        ),
         (["--methods", SEMI + "@999"], "found no dataset for @999"),
         (["--methods", SEMI + "@Dataset999_X"], "found no dataset for @Dataset999_X"),
         (["-d", "Dataset999_X", "--methods", SEMI], "found no raw dataset Dataset999_X"),
@@ -666,10 +735,9 @@ def test_methods_that_would_share_networks_are_refused(study, call):
 
 
 def test_the_same_training_under_two_names_runs_once(study, call):
-    second = SEMI + "PReL"
-    calls = call("--methods", SEMI, second, f"Again={SEMI}")
-    assert [trainer for _, _, trainer, _ in trained(calls)] == [SEMI, second]
-    assert set(read_csv(study)["method"]) == {SEMI, second, "Again"}
+    calls = call("--methods", SEMI, PLUS, f"Again={SEMI}")
+    assert [trainer for _, _, trainer, _ in trained(calls)] == [SEMI, PLUS]
+    assert set(read_csv(study)["method"]) == {SEMI, PLUS, "Again"}
 
 
 def test_datasets_are_found_by_their_whole_number_or_name(study, call):
@@ -839,3 +907,15 @@ def test_interruption_ends_local_jobs_and_leaves_those_of_a_cluster(gpus, cancel
         run_jobs([Nothing(name="interrupted")], executor, at_once=1, gpus=gpus)
     assert executor.canceled == canceled
     assert ("goes on as job 7" in capsys.readouterr().out) == (gpus is None)
+
+
+def test_a_killed_program_whose_workers_live_on_is_not_waited_for(tmp_path):
+    worker = "import time; time.sleep(60)"
+    program = "import os, subprocess, sys; print('begun', flush=True); "
+    program += f"subprocess.Popen([sys.executable, '-c', {worker!r}]); os.kill(os.getpid(), 9)"
+    start, shown = time.monotonic(), []
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        run_program([sys.executable, "-c", program], os.environ, tmp_path / "log.txt", shown.append)
+    assert error.value.returncode == -9
+    assert time.monotonic() - start < 30
+    assert error.value.output == "".join(shown) == "begun\n"

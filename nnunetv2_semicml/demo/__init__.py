@@ -1,1 +1,1 @@
-"""The synthetic two-modality phantom and the demo that runs on it."""
+"""The demo: the whole journey on synthetic patients, and its page."""

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import deque
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,11 @@ from nnunetv2_semicml.data.phantom import write_phantom_dataset
 from nnunetv2_semicml.data.result_folders import fold_folder, model_folder
 from nnunetv2_semicml.demo.report import ModalityResults, write_report
 from nnunetv2_semicml.errors import UserError, reports_user_errors
+from nnunetv2_semicml.evaluation.jobs import run_program
 
-MODALITIES = {"FLAIR": 501, "T1": 502}
-CASES = {"num_labeled": 6, "num_unlabeled": 14, "num_test": 6}
+GROUP, MODALITIES = 500, {"FLAIR": 501, "T1": 502}
+NUM_LABELED, NUM_UNLABELED, NUM_TEST = 6, 14, 6
+PATIENTS = f"{NUM_LABELED} labeled, {NUM_UNLABELED} unlabeled, {NUM_TEST} test"
 SHAPE, SPACING = (32, 40, 40), (5.0, 4.5, 4.5)
 # 2D, since a processor without GPU then takes ten steps in the time of one in 3D.
 CONFIGURATION = "2d"
@@ -90,7 +91,7 @@ class Demo:
         self.step += 1
         print(f"\n[{self.step}/{NUM_STEPS}] {what}", flush=True)
 
-    def call(self, program: str, *arguments: object) -> str:
+    def call(self, program: str, *arguments: str | int | Path) -> str:
         """Run one of the command lines installed beside this Python and return its last line.
 
         Raises:
@@ -102,73 +103,66 @@ class Demo:
         command = shlex.join([program, *map(str, arguments)])
         print(f"  $ {command}", flush=True)
         log = self.out / "logs" / f"{self.step}_{len(self.commands):02d}_{program}.txt"
-        start, last = time.monotonic(), deque(maxlen=12)
-        with log.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen(
-                [executable, *map(str, arguments)],
-                env=os.environ | self.environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-            )
-            for line in process.stdout:
-                file.write(line)
-                file.flush()
-                if line.strip():
-                    last.append(line.rstrip())
-                    _show_status(line)
-        _show_status("")
-        if process.wait() != 0:
-            print("\n".join(f"  | {line}" for line in last), file=sys.stderr)
-            raise UserError(
-                log, f"exit status {process.returncode} of {program}", "0", "The end of this log says what went wrong."
-            )
+        start = time.monotonic()
+        words = [str(executable), *map(str, arguments)]
+        try:
+            output = run_program(words, os.environ | self.environment, log, _show_status)
+        except subprocess.CalledProcessError as error:
+            print(*(f"  | {line}" for line in error.output.splitlines()[-12:]), sep="\n", file=sys.stderr)
+            found = f"exit status {error.returncode} of {program}"
+            raise UserError(log, found, "0", "The end of this log says what went wrong.") from error
+        finally:
+            _clear_status()
         self.commands.append((command, time.monotonic() - start))
         print(f"    done in {self.commands[-1][1]:.0f} s", flush=True)
-        return last[-1] if last else ""
+        return output.strip().rpartition("\n")[-1]
 
     def run(self) -> Path:
         """Run all steps and return the report."""
         self.begin("Make synthetic patients: two co-registered scans each, few of them outlined")
         raw = write_phantom_dataset(
-            self.out / "nnUNet_raw", shape=SHAPE, spacing=SPACING, modalities=tuple(MODALITIES), seed=self.seed, **CASES
+            self.out / "nnUNet_raw",
+            GROUP,
+            num_labeled=NUM_LABELED,
+            num_unlabeled=NUM_UNLABELED,
+            num_test=NUM_TEST,
+            shape=SHAPE,
+            spacing=SPACING,
+            modalities=tuple(MODALITIES),
+            seed=self.seed,
         )
         for modality in MODALITIES:
             self._copy_test_scans(raw, modality)
-        print(
-            f"    {CASES['num_labeled']} labeled, {CASES['num_unlabeled']} unlabeled, {CASES['num_test']} test: {raw}"
-        )
+        print(f"    {PATIENTS}: {raw}")
 
         self.begin("Plan and preprocess, one nnU-Net dataset per modality")
         # nnU-Net's own hook: it looks for trainers in these folders, too
         folders = [self.call("nnUNetv2_semicml_trainers"), str(Path(__file__).with_name("trainers"))]
         self.environment["nnUNet_extTrainer"] = os.pathsep.join(folders)
-        plan = ["-d", 500, "-c", CONFIGURATION, "-np", 2, "-npfp", 2]
-        self.call("nnUNetv2_semicml_plan_and_preprocess", *plan)
+        self.call("nnUNetv2_semicml_plan_and_preprocess", "-d", GROUP, "-c", CONFIGURATION, "-np", 2, "-npfp", 2)
 
         for modality, dataset in MODALITIES.items():
             self.begin(f"Train stock nnU-Net on the labeled {modality} scans alone, for comparison")
             self._train(dataset, "supervised only")
         self.begin("Train Semi-CML: both networks, labeled and unlabeled cases")
-        self._train(500, "Semi-CML")
+        self._train(GROUP, "Semi-CML")
         self.begin("Train PReL: from there on, with soft pseudo-labels of the better modality's teacher")
-        self._train(500, "PReL")
+        self._train(GROUP, "PReL")
 
         self.begin("Segment the test scans of one modality at a time with stock nnU-Net")
         for modality, dataset in MODALITIES.items():
             for method, trainer in TRAINERS.items():
                 scans, predictions = self.out / "test_scans" / modality, self._predictions(method, modality)
-                model = ["-d", dataset, "-c", CONFIGURATION, "-f", 0, "-tr", trainer]
+                model = ["-d", str(dataset), "-c", CONFIGURATION, "-f", "0", "-tr", trainer]
                 # in one process: starting others takes longer than these scans
-                resources = [*self._on_device(), "-npp", 0, "-nps", 0]
+                resources = [*self._on_device(), "-npp", "0", "-nps", "0"]
                 self.call("nnUNetv2_predict", "-i", scans, "-o", predictions, *model, *resources)
 
         self.begin("Evaluate")
         for modality in MODALITIES:
             for method in TRAINERS:
                 predictions = self._predictions(method, modality)
-                described = ["-djfile", predictions / "dataset.json", "-pfile", predictions / "plans.json"]
+                described = ["-djfile", str(predictions / "dataset.json"), "-pfile", str(predictions / "plans.json")]
                 self.call("nnUNetv2_evaluate_folder", raw / "labelsTs", predictions, *described, "-np", 1)
 
         self.begin("Write the report")
@@ -201,7 +195,7 @@ class Demo:
         return torch.load(checkpoint, map_location="cpu", weights_only=False)
 
     def _report(self) -> Path:
-        group = "Dataset500_Phantom"
+        group = f"Dataset{GROUP}_Phantom"
         joint = {method: self._checkpoint(group, method) for method in ("Semi-CML", "PReL")}
         epochs = {method: checkpoint["current_epoch"] for method, checkpoint in joint.items()}
         results = [
@@ -219,7 +213,7 @@ class Demo:
         versions = {name: version(name) for name in ("nnunetv2-semicml", "nnunetv2", "torch", "numpy")}
         gpu = f", {torch.cuda.get_device_name()}" if self.device == "cuda" else ""
         facts = {
-            "Patients": "{num_labeled} labeled, {num_unlabeled} unlabeled, {num_test} test".format(**CASES),
+            "Patients": PATIENTS,
             "Modalities": " + ".join(MODALITIES) + f", synthetic, {' × '.join(map(str, SHAPE))} voxels",
             "Training": f"configuration {CONFIGURATION}, fold 0; epochs: {epochs['Semi-CML']} of Semi-CML, "
             f"{epochs['PReL']} of PReL, {len(results[0].logs['supervised only']['train_losses'])} supervised only",
@@ -245,11 +239,16 @@ class Demo:
         return write_report(file, title, facts, results, explanation, terms, exports, self.commands)
 
 
-def _show_status(line: str) -> None:
+def _show_status(text: str) -> None:
     """Show the latest line of a running command where a terminal can take it back."""
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and text.strip():
         width = shutil.get_terminal_size().columns - 6
-        print(f"\r\033[K    {line.strip()[:width]}" if line else "\r\033[K", end="", flush=True)
+        print(f"\r\033[K    {text.strip().splitlines()[-1][:width]}", end="", flush=True)
+
+
+def _clear_status() -> None:
+    if sys.stdout.isatty():
+        print("\r\033[K", end="", flush=True)
 
 
 @reports_user_errors

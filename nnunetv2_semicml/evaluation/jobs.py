@@ -4,20 +4,26 @@ A job knows from the files alone whether it is done, so that a leaderboard can b
 it was. submitit runs jobs in local processes or on SLURM; as these import this module, it imports nothing that is slow.
 """
 
+import contextlib
 import json
 import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import submitit
 from filelock import FileLock, Timeout
 
+from nnunetv2_semicml.data import result_folders
+from nnunetv2_semicml.data.files import Json, link_file, read_json
 from nnunetv2_semicml.errors import UserError
 
 INPUTS_FILE = "inputs.json"
@@ -68,20 +74,21 @@ class Job:
             except UserError as error:
                 return str(error)
             except subprocess.CalledProcessError as error:
-                return f"exit status {error.returncode} of {shlex.join(error.cmd)}"
+                return f"{_last_words(error.output)} (exit status {error.returncode} of {shlex.join(error.cmd)})"
             return self.missing()
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Let submitit submit the job again when SLURM's time limit or another user interrupts it."""
         return submitit.helpers.DelayedSubmission(self)
 
-    def _call(self, program: Path, *arguments: object, **environment: str) -> None:
+    def _call(self, program: Path, *arguments: str | Path, **environment: str) -> None:
         command = [str(program), *map(str, arguments)]
-        environment = os.environ | environment
         if self.gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus
         print("$", shlex.join(command), flush=True)
-        subprocess.run(command, env=environment, check=True)
+        with tempfile.TemporaryDirectory() as folder:
+            show = partial(print, end="", flush=True)
+            run_program(command, os.environ | environment, Path(folder, "output.txt"), show)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +115,8 @@ class Model:
 
     def fold_folder(self, dataset: str, fold: str) -> Path:
         """Where nnU-Net keeps a fold of one dataset."""
-        return self.results / dataset / f"{self.trainer}__{self.plans}__{self.configuration}" / f"fold_{fold}"
+        model = result_folders.model_folder(self.results, dataset, self.trainer, self.plans, self.configuration)
+        return result_folders.fold_folder(model, fold)
 
     def environment(self) -> dict[str, str]:
         """Environment variables of the command lines."""
@@ -149,13 +157,11 @@ class Train(Job):
 
     def run(self) -> None:
         """Train and validate, or what is left of it."""
-        # where a trainer of a single modality keeps what continues its training, beside the model
-        state = self.target / "training_state"
-        state = state if state.is_dir() else self.target
-        if (state / "checkpoint_final.pth").is_file():
+        checkpoints = result_folders.state_folder(self.target)
+        if (checkpoints / "checkpoint_final.pth").is_file():
             how = ["--val"]
         else:
-            how = ["--c"] if any(state.glob("checkpoint_*.pth")) else []
+            how = ["--c"] if any(checkpoints.glob("checkpoint_*.pth")) else []
         model = self.model
         arguments = [self.dataset, model.configuration, self.fold, "-tr", model.trainer, "-p", model.plans]
         arguments += ["-device", model.device, *how, *self.options]
@@ -194,14 +200,14 @@ class Predict(Job):
         named = ["-d", self.dataset, "-c", model.configuration, "-tr", model.trainer, "-p", model.plans]
         return [*named, "-f", *self.folds, *self.options]
 
-    def _inputs(self) -> dict:
+    def _inputs(self) -> Json:
         checkpoints = [self.model.fold_folder(self.dataset, fold) / "checkpoint_final.pth" for fold in self.folds]
-        scans = [file for files in self.scans.values() for file in files.values()]
-        return {"arguments": self._arguments(), "files": [state(file) for file in [*checkpoints, *scans]]}
+        scans = [Path(file) for files in self.scans.values() for file in files.values()]
+        return {"arguments": self._arguments(), "files": [stamp(file) for file in [*checkpoints, *scans]]}
 
     def missing(self) -> str:
         """Predictions of the current checkpoints and scans."""
-        if read_json(self.out / INPUTS_FILE) != self._inputs():
+        if try_read_json(self.out / INPUTS_FILE) != self._inputs():
             return f"no predictions of the current model in {self.out}"
         return absent(self.out, self.scans, self.file_ending)
 
@@ -214,8 +220,8 @@ class Predict(Job):
         scans.mkdir(parents=True)
         for files in self.scans.values():
             for name, file in files.items():
-                _link(file, scans / name)
-        arguments = ["-i", scans, "-o", predictions, *self._arguments(), "-device", self.model.device]
+                link_file(file, scans / name)
+        arguments: list[str | Path] = ["-i", scans, "-o", predictions, *self._arguments(), "-device", self.model.device]
         self._call(self.model.programs / "nnUNetv2_predict", *arguments, **self.model.environment())
         (predictions / INPUTS_FILE).write_text(json.dumps(inputs))
         shutil.rmtree(self.out, ignore_errors=True)
@@ -236,7 +242,7 @@ class Evaluate(Job):
 
     predictions: Path
     references: Mapping[str, str]
-    dataset_json: dict
+    dataset_json: Json
     out: Path
 
     @property
@@ -244,23 +250,23 @@ class Evaluate(Job):
         """The JSON file."""
         return self.out
 
-    def _inputs(self) -> dict:
+    def _inputs(self) -> Json:
         ending = self.dataset_json["file_ending"]
         # nnU-Net reads the spacing of a TIFF from CASE.json beside it
-        files = [
+        files: list[str | Path] = [
             file
             for case, reference in self.references.items()
             for file in (reference, Path(reference).with_name(f"{case}.json"), self.predictions / f"{case}{ending}")
         ]
         definition = version("nnunetv2-semicml"), self.dataset_json["labels"]
         # as JSON gives it back
-        return json.loads(json.dumps({"definition": definition, "files": [state(file) for file in files]}))
+        return json.loads(json.dumps({"definition": definition, "files": [stamp(file) for file in files]}))
 
     def missing(self) -> str:
         """A prediction, or its metrics."""
         if lacking := absent(self.predictions, self.references, self.dataset_json["file_ending"]):
             return lacking
-        content = read_json(self.out)
+        content = try_read_json(self.out)
         return "" if content and content["inputs"] == self._inputs() else f"{self.predictions} is not evaluated"
 
     def run(self) -> None:
@@ -285,7 +291,7 @@ class Evaluate(Job):
 
     def results(self) -> dict[str, dict[str, dict[str, float]]]:
         """Case -> class -> metrics, once done."""
-        return json.loads(self.out.read_text())["cases"]
+        return read_json(self.out)["cases"]
 
 
 def run_jobs(
@@ -341,7 +347,41 @@ def run_jobs(
     return failures
 
 
-def state(file: str | Path) -> list:
+def run_program(command: Sequence[str], environment: Mapping[str, str], log: Path, show: Callable[[str], None]) -> str:
+    """Run a program to its end, and end it if this is interrupted.
+
+    Args:
+        command: the program and its arguments.
+        environment: all of its environment variables.
+        log: the file for what it prints and writes to its standard error. No pipe: the workers of a program that was
+            killed would keep it open, and whoever reads it waiting.
+        show: gets this text as it comes, in parts, which may be empty.
+
+    Returns:
+        All of this text.
+
+    Raises:
+        subprocess.CalledProcessError: its exit status is not 0; `output` is what would be returned.
+    """
+    with log.open("wb") as output, log.open(errors="replace") as text:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+                show(text.read())
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        text.seek(0)
+        whole = text.read()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, whole)
+    return whole
+
+
+def stamp(file: str | Path) -> list[str | int]:
     """What changes when a file changes: [path, size, time], or nothing but the path if there is none."""
     path = Path(file).absolute()
     if not path.is_file():
@@ -350,7 +390,7 @@ def state(file: str | Path) -> list:
     return [str(path), status.st_size, status.st_mtime_ns]
 
 
-def absent(folder: Path, cases: Mapping[str, object], file_ending: str) -> str:
+def absent(folder: Path, cases: Collection[str], file_ending: str) -> str:
     """Which cases a folder lacks, in words; empty if none."""
     lacking = [case for case in cases if not (folder / f"{case}{file_ending}").is_file()]
     if not lacking:
@@ -359,27 +399,29 @@ def absent(folder: Path, cases: Mapping[str, object], file_ending: str) -> str:
     return f"no prediction of {len(lacking)} of {len(cases)} cases in {folder}: {some}"
 
 
-def read_json(file: Path) -> dict | None:
+def try_read_json(file: Path) -> Any | None:
     """Content of a file that an earlier call may have written; None if it has not, or not to the end."""
     try:
-        return json.loads(file.read_text())
+        return read_json(file)
     except (OSError, ValueError):
         return None
 
 
+def _last_words(output: str) -> str:
+    """Why a program failed, by its output: its sentence for the user, or else the last line."""
+    lines = [line for line in output.splitlines() if line.strip()] or ["no output"]
+    of_user_error = f"{UserError.__module__}.{UserError.__qualname__}: "
+    # processes in the background may still complain when the program has said what is wrong
+    sentences = [line.removeprefix(of_user_error) for line in lines if line.startswith(of_user_error)]
+    return (sentences or lines)[-1].strip()
+
+
 def _problem(handle: submitit.Job) -> str:
     if error := handle.exception():
-        return str(error).strip().splitlines()[-1]
+        return (str(error).strip() or repr(error)).splitlines()[-1]
     return handle.result()
 
 
 def _share(gpus: Sequence[str], slot: int, at_once: int) -> str:
     """Every job that runs at a time has GPUs of its own, or shares one if there are fewer GPUs than jobs."""
     return ",".join(gpus[slot::at_once] or gpus[slot % len(gpus) :][:1]) if gpus else ""
-
-
-def _link(source: str | Path, target: Path) -> None:
-    try:
-        os.link(Path(source).resolve(), target)  # takes no space, and is no symbolic link, which Windows may refuse
-    except OSError:  # another file system
-        shutil.copy2(source, target)

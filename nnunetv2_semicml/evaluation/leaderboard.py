@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,10 +21,10 @@ import submitit
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_semicml.data.environment import environment_folder
 from nnunetv2_semicml.data.modality_group import (
     MODALITIES_FILE,
     ModalityGroup,
-    environment_folder,
     preprocessed_folder,
 )
 from nnunetv2_semicml.data.raw_dataset import (
@@ -37,12 +37,12 @@ from nnunetv2_semicml.data.raw_dataset import (
 )
 from nnunetv2_semicml.errors import UserError, reports_user_errors, some_of
 from nnunetv2_semicml.evaluation.figures import Volumes
-from nnunetv2_semicml.evaluation.jobs import Evaluate, Job, Model, Predict, Train, read_json, run_jobs
+from nnunetv2_semicml.evaluation.jobs import Evaluate, Job, Model, Predict, Train, run_jobs, try_read_json
 from nnunetv2_semicml.evaluation.leaderboard_page import Incomplete, Overlaid, Report, write_markdown, write_page
 from nnunetv2_semicml.evaluation.metrics import METRICS
 
 PROGRAMS = Path(sys.executable).parent  # nnU-Net's command lines, installed beside this Python
-NOTATION = "[NAME=][each:|all:]TRAINER[@DATASET]"
+NOTATION = "[NAME=][each:|all:][FIRST+]TRAINER[@DATASET]"
 COLUMNS = ["dataset", "method", "modality", "seed", "case", "class", *METRICS, "n_ref", "n_pred", "diagonal"]
 COLUMNS += ["labeled", "unlabeled"]
 
@@ -69,14 +69,14 @@ class Network:
     Attributes:
         dataset: the dataset whose network it is.
         scans: what it segments.
-        labeled: number of labeled training cases that have the modality.
-        unlabeled: number of unlabeled training cases that have it, used or not.
+        num_labeled: labeled training cases that have the modality.
+        num_unlabeled: unlabeled training cases that have it, used or not.
     """
 
     dataset: str
     scans: Scans
-    labeled: int
-    unlabeled: int
+    num_labeled: int
+    num_unlabeled: int
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Method:
 
     Attributes:
         name: for tables.
-        trainer: class name.
+        stages: class names of the trainers that run one after the other; the networks are those of the last.
         scope: "group": trained once on the multi-modal dataset, writes a network for every modality; "each": trained on
             the dataset of every modality by itself; "all": trained on the multi-modal dataset by stock nnU-Net, all
             channels at once. A dataset that is one modality has "group", however it was asked for.
@@ -94,21 +94,52 @@ class Method:
     """
 
     name: str
-    trainer: str
+    stages: tuple[str, ...]
     scope: str
-    trained: dict[str, tuple[str, ...]]
-    networks: dict[str, Network]
+    trained: Mapping[str, tuple[str, ...]]
+    networks: Mapping[str, Network]
+
+    @property
+    def trainer(self) -> str:
+        """The trainer whose networks are compared."""
+        return self.stages[-1]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The jobs that lead to the metrics of one method, modality and seed, each after those that it needs.
+
+    Attributes:
+        before: trainings and prediction; none for predictions that were made elsewhere.
+        evaluate: the last job.
+    """
+
+    before: tuple[Job, ...]
+    evaluate: Evaluate
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """All of them."""
+        return *self.before, self.evaluate
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One method on one modality: the evaluations of all seeds, and the jobs that these rest on."""
+    """One method on one modality.
+
+    Attributes:
+        method: its name.
+        modality: the modality.
+        chains: seed -> jobs.
+        num_labeled: as in `Network`; None where it is not known.
+        num_unlabeled: the same.
+    """
 
     method: str
     modality: str
-    chains: dict[int | None, list[Job]]
-    labeled: int | None = None
-    unlabeled: int | None = None
+    chains: dict[int | None, Chain]
+    num_labeled: int | None = None
+    num_unlabeled: int | None = None
 
 
 def find_scans(raw: RawDataset, group: ModalityGroup) -> dict[str, Scans]:
@@ -135,8 +166,9 @@ def parse_method(text: str, raw: RawDataset, group: ModalityGroup) -> Method:
     """Read one of --methods.
 
     Args:
-        text: NAME=SCOPE:TRAINER@DATASET; all but TRAINER can be left out. The name is then the rest of the text, the
-            scope the whole group, the dataset that of the test scans.
+        text: NAME=SCOPE:FIRST+TRAINER@DATASET; all but TRAINER can be left out. The name is then the rest of the text,
+            the scope the whole group, the dataset that of the test scans. FIRST is the trainer whose networks TRAINER
+            goes on from; before it there may be others, in the same way.
         raw: the dataset of the test scans.
         group: its modalities.
 
@@ -145,60 +177,34 @@ def parse_method(text: str, raw: RawDataset, group: ModalityGroup) -> Method:
             lack channels, or the other dataset is not there, has other modalities, channels or labels, or was made for
             training on some of the test cases.
     """
-    match = re.fullmatch(r"(?:([^=]+)=)?((?:(each|all):)?(\w+)(?:@([\w.+-]+))?)", text)
+    match = re.fullmatch(r"(?:([^=]+)=)?((?:(each|all):)?(\w+(?:\+\w+)*)(?:@([\w.+-]+))?)", text)
     if not match:
-        raise UserError("--methods", repr(text), NOTATION, "Write e.g. nnUNetTrainerSemiCML or each:nnUNetTrainer.")
-    name, spec, scope, trainer, other = match.groups()
-    dataset = raw.name if other is None else _find_dataset(other)
-    trained_group = group
-    if dataset != raw.name:
-        # stock nnU-Net on all channels needs no modality datasets
-        grouped = scope != "all" or (preprocessed_folder(dataset) / MODALITIES_FILE).is_file()
-        trained_group = ModalityGroup.load(dataset) if grouped else None
-    if trained_group:
-        labeled, unlabeled = trained_group.labeled, trained_group.unlabeled
-    else:
-        references = preprocessed_folder(dataset) / "gt_segmentations"
-        labeled, unlabeled = [f.name.removesuffix(raw.file_ending) for f in references.glob(f"*{raw.file_ending}")], []
-    if shared := sorted(raw.test.keys() & {*labeled, *unlabeled}):
+        example = "Write e.g. each:nnUNetTrainer or nnUNetTrainerSemiCML+nnUNetTrainerSemiCMLPReL."
+        raise UserError("--methods", repr(text), NOTATION, example)
+    name, spec, scope, trainers, other = match.groups()
+    stages = tuple(trainers.split("+"))
+    if twice := [trainer for trainer in stages if stages.count(trainer) > 1]:
         raise UserError(
             f"--methods {text}",
-            f"test cases of {raw.name} among the training cases of {dataset}: {some_of(shared)}",
-            "test cases that no method is trained on",
-            "Name another dataset, or make one that leaves these cases out.",
+            f"{twice[0]} twice",
+            "a trainer after + that goes on from the networks of another one before it",
+            "Correct the trainers' names.",
         )
+    dataset = raw.name if other is None else _find_dataset(other)
+    # stock nnU-Net on all channels needs no modality datasets
+    grouped = scope != "all" or dataset == raw.name or (preprocessed_folder(dataset) / MODALITIES_FILE).is_file()
+    trained_group = (group if dataset == raw.name else ModalityGroup.load(dataset)) if grouped else None
+    _require_unseen(text, raw, dataset, trained_group)
     single = trained_group is not None and trained_group.is_single
-    if scope == "all":
+    if scope == "all" or trained_group is None:
         # of a dataset that is one modality only the complete cases were preprocessed
-        if not single and (incomplete := _incomplete_cases(dataset, raw, trained_group)):
-            raise UserError(
-                f"--methods {text}",
-                f"{len(incomplete)} labeled cases of {dataset} that lack a channel: {some_of(incomplete)}",
-                "all channels of every labeled case, since stock nnU-Net takes the files of a case for its first "
-                "channels",
-                "Plan a copy of the dataset with nnUNetv2_semicml_plan_and_preprocess --one_modality, which leaves "
-                f"these cases out, and write all:{trainer}@ with its id.",
-            )
-        every_channel = _scans(raw, range(len(raw.channels_of_files)))
-        if trained_group:
-            every_modality = [modality.name for modality in trained_group.modalities]
-            labeled, unlabeled = (trained_group.common_cases(every_modality, labeled=kind) for kind in (True, False))
-        networks = {_name_of_all(raw, group): Network(dataset, every_channel, len(labeled), len(unlabeled))}
+        if not single:
+            _require_all_channels(text, dataset, raw, trained_group)
+        networks = {_name_of_all(raw, group): _network_of_all(dataset, raw, trained_group)}
+        written: tuple[str, ...] = (dataset,)
     else:
-        others = {modality.name: modality for modality in trained_group.modalities}
-        if lacking := [modality.name for modality in group.modalities if modality.name not in others]:
-            raise UserError(
-                trained_group.file, f"the modalities {some_of(others)}", some_of(lacking), "Name another dataset."
-            )
-        networks = {
-            modality.name: Network(
-                others[modality.name].dataset_name,
-                _scans(raw, modality.files),
-                len(others[modality.name].labeled),
-                len(others[modality.name].unlabeled),
-            )
-            for modality in group.modalities
-        }
+        networks = _networks_of_modalities(trained_group, raw, group)
+        written = tuple(modality.dataset_name for modality in trained_group.modalities)
     for network in networks.values():
         _require_same_channels(network, raw)
     tested = {modality: network for modality, network in networks.items() if network.scans.cases}
@@ -209,23 +215,16 @@ def parse_method(text: str, raw: RawDataset, group: ModalityGroup) -> Method:
             f"at least one, for --methods {text}",
             "Add such a case, or leave the method out.",
         )
+    trained = {dataset: written}
     if scope == "each":
         trained = {network.dataset: (network.dataset,) for network in tested.values()}
-    else:
-        written = [dataset] if scope == "all" else [modality.dataset_name for modality in trained_group.modalities]
-        trained = {dataset: tuple(written)}
-    return Method(name or spec, trainer, "group" if single else scope or "group", trained, tested)
+    return Method(name or spec, stages, "group" if single else scope or "group", trained, tested)
 
 
 def plan_method(
-    method: Method,
-    raw: RawDataset,
-    references: Mapping[str, str],
-    out: Path,
-    args: argparse.Namespace,
-    first_stages: dict[tuple, list[str]],
+    method: Method, raw: RawDataset, references: Mapping[str, str], out: Path, args: argparse.Namespace
 ) -> list[Entry]:
-    """Jobs of one method.
+    """Jobs of one method, of which only a second stage waits for a training: that of its first one.
 
     Args:
         method: what to compare.
@@ -233,15 +232,13 @@ def plan_method(
         references: test case -> reference segmentation.
         out: folder of the leaderboard.
         args: the command line.
-        first_stages: (dataset, fold, seed) -> names of the jobs that train earlier methods there, which a method that
-            goes on from their networks needs; this adds to it.
 
     Returns:
-        One entry per modality.
+        One entry per modality. Methods that have a training in common have equal jobs for it.
     """
     folds = tuple(args.f)
     entries = {
-        modality: Entry(method.name, modality, {}, network.labeled, network.unlabeled)
+        modality: Entry(method.name, modality, {}, network.num_labeled, network.num_unlabeled)
         for modality, network in method.networks.items()
     }
     for seed in args.seeds or [None]:
@@ -257,25 +254,12 @@ def plan_method(
             seed=seed,
         )
         of_seed = "" if seed is None else f", seed {seed}"
-        train: dict[str, list[Train]] = {}
-        for dataset, written in method.trained.items():
-            for fold in folds:
-                earlier = first_stages.setdefault((dataset, fold, seed), [])
-                job = Train(
-                    name=f"train {method.trainer} on {dataset}, fold {fold}{of_seed}",
-                    needs=tuple(earlier) if method.scope == "group" else (),
-                    model=model,
-                    dataset=dataset,
-                    fold=fold,
-                    validated=written,
-                    options=tuple(shlex.split(args.train_options)),
-                )
-                if method.scope == "group":
-                    earlier.append(job.name)
-                train.setdefault(dataset, []).append(job)
+        stages = {
+            dataset: [_plan_stages(method, model, dataset, fold, args) for fold in folds] for dataset in method.trained
+        }
         for modality, network in method.networks.items():
             dataset, cases = network.dataset, network.scans.cases
-            before = train[dataset if method.scope == "each" else next(iter(method.trained))]
+            before = stages[dataset if method.scope == "each" else next(iter(method.trained))]
             place = Path(
                 f"{method.scope}_{method.trainer}",
                 "unseeded" if seed is None else f"seed_{seed}",
@@ -284,7 +268,7 @@ def plan_method(
             )
             predict = Predict(
                 name=f"predict {modality} with {method.trainer} of {dataset}{of_seed}",
-                needs=tuple(job.name for job in before),
+                needs=tuple(of_fold[-1].name for of_fold in before),
                 model=model,
                 dataset=dataset,
                 folds=folds,
@@ -301,8 +285,28 @@ def plan_method(
                 dataset_json=raw.dataset_json,
                 out=out / "metrics" / place.with_name(f"{dataset}.json"),
             )
-            entries[modality].chains[seed] = [*before, predict, evaluate]
+            train = [job for of_fold in before for job in of_fold]
+            entries[modality].chains[seed] = Chain((*train, predict), evaluate)
     return list(entries.values())
+
+
+def _plan_stages(method: Method, model: Model, dataset: str, fold: str, args: argparse.Namespace) -> list[Train]:
+    """The trainings of a method on one dataset and fold, each of which needs the one before it, if it is not done."""
+    jobs: list[Train] = []
+    for trainer in method.stages:
+        of_seed = "" if model.seed is None else f", seed {model.seed}"
+        job = Train(
+            name=f"train {trainer} on {dataset}, fold {fold}{of_seed}",
+            model=replace(model, trainer=trainer),
+            dataset=dataset,
+            fold=fold,
+            validated=method.trained[dataset],
+            options=tuple(shlex.split(args.train_options)),
+        )
+        # what a finished training went on from is needed no more
+        before = jobs if job.missing() else []
+        jobs = [*before, replace(job, needs=tuple(earlier.name for earlier in before[-1:]))]
+    return jobs
 
 
 def plan_external(
@@ -333,10 +337,12 @@ def plan_external(
         dataset_json=raw.dataset_json,
         out=out / "metrics" / "external" / f"{file_name}.json",
     )
-    return Entry(name, modality, {None: [evaluate]})
+    return Entry(name, modality, {None: Chain((), evaluate)})
 
 
-def collect(entries: Sequence[Entry], failures: dict[str, str], dataset: str) -> tuple[pd.DataFrame, list[Incomplete]]:
+def collect(
+    entries: Sequence[Entry], failures: Mapping[str, str], dataset: str
+) -> tuple[pd.DataFrame, list[Incomplete]]:
     """Read the metrics of what is complete, and say what the rest lacks.
 
     Args:
@@ -349,18 +355,17 @@ def collect(entries: Sequence[Entry], failures: dict[str, str], dataset: str) ->
     """
     rows, incomplete = [], []
     for entry in entries:
-        lacking = {}
-        for chain in entry.chains.values():
-            lacking |= {job.name: failures.get(job.name) or missing for job in chain if (missing := job.missing())}
+        jobs = [job for chain in entry.chains.values() for job in chain.jobs]
+        lacking = {job.name: failures.get(job.name) or missing for job in jobs if (missing := job.missing())}
         if lacking:
             incomplete.append(Incomplete(entry.method, entry.modality, lacking))
             continue
         about = {"dataset": dataset, "method": entry.method, "modality": entry.modality}
         for seed, chain in entry.chains.items():
-            for case, classes in chain[-1].results().items():
+            for case, classes in chain.evaluate.results().items():
                 for name, metrics in classes.items():
                     row = {**about, "seed": seed, "case": case, "class": name, **metrics}
-                    rows.append(row | {"labeled": entry.labeled, "unlabeled": entry.unlabeled})
+                    rows.append(row | {"labeled": entry.num_labeled, "unlabeled": entry.num_unlabeled})
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.astype(dict.fromkeys(("seed", "labeled", "unlabeled"), "Int64")), incomplete
 
@@ -383,12 +388,12 @@ def read_table(file: Path, scans: Mapping[str, Scans]) -> pd.DataFrame:
             ", ".join(COLUMNS),
             "Name a leaderboard.csv of this version.",
         )
-    for modality, cases in table.groupby("modality")["case"]:
+    for modality in table["modality"].unique():
         if modality not in scans:
             raise UserError(
                 file, f"the modality {modality}", f"only {some_of(scans)}", "Name a table of the same modalities."
             )
-        if different := {*cases} ^ {*scans[modality].cases}:
+        if different := {*table.loc[table["modality"] == modality, "case"]} ^ {*scans[modality].cases}:
             raise UserError(
                 file,
                 f"other test cases of {modality} than this leaderboard: {some_of(sorted(different))}",
@@ -443,6 +448,64 @@ def _incomplete_cases(dataset: str, raw: RawDataset, group: ModalityGroup | None
     return sorted({*group.labeled} - {*complete})
 
 
+def _require_unseen(text: str, raw: RawDataset, dataset: str, group: ModalityGroup | None) -> None:
+    """Refuse a dataset that was made for training on test cases."""
+    trained = {*group.labeled, *group.unlabeled} if group else {*_preprocessed_cases(dataset, raw)}
+    if shared := sorted(raw.test.keys() & trained):
+        raise UserError(
+            f"--methods {text}",
+            f"test cases of {raw.name} among the training cases of {dataset}: {some_of(shared)}",
+            "test cases that no method is trained on",
+            "Name another dataset, or make one that leaves these cases out.",
+        )
+
+
+def _preprocessed_cases(dataset: str, raw: RawDataset) -> list[str]:
+    """The labeled cases of a dataset that stock nnU-Net has preprocessed."""
+    references = preprocessed_folder(dataset) / "gt_segmentations"
+    return [file.name.removesuffix(raw.file_ending) for file in references.glob(f"*{raw.file_ending}")]
+
+
+def _require_all_channels(text: str, dataset: str, raw: RawDataset, group: ModalityGroup | None) -> None:
+    if incomplete := _incomplete_cases(dataset, raw, group):
+        raise UserError(
+            f"--methods {text}",
+            f"{len(incomplete)} labeled cases of {dataset} that lack a channel: {some_of(incomplete)}",
+            "all channels of every labeled case, since stock nnU-Net takes the files of a case for its first channels",
+            "Plan a copy of the dataset with nnUNetv2_semicml_plan_and_preprocess --one_modality, which leaves these "
+            "cases out, and write @ and its id behind the trainer.",
+        )
+
+
+def _network_of_all(dataset: str, raw: RawDataset, group: ModalityGroup | None) -> Network:
+    """The network of all channels at once."""
+    scans = _scans(raw, range(len(raw.channels_of_files)))
+    if group is None:
+        return Network(dataset, scans, len(_preprocessed_cases(dataset, raw)), 0)
+    modalities = [modality.name for modality in group.modalities]
+    return Network(dataset, scans, *(len(group.common_cases(modalities, labeled=kind)) for kind in (True, False)))
+
+
+def _networks_of_modalities(trained: ModalityGroup, raw: RawDataset, group: ModalityGroup) -> dict[str, Network]:
+    """The networks of a group for the modalities of the test scans.
+
+    Raises:
+        UserError: it lacks a modality.
+    """
+    found = {modality.name: modality for modality in trained.modalities}
+    if lacking := [modality.name for modality in group.modalities if modality.name not in found]:
+        raise UserError(trained.file, f"the modalities {some_of(found)}", some_of(lacking), "Name another dataset.")
+    return {
+        modality.name: Network(
+            found[modality.name].dataset_name,
+            _scans(raw, modality.files),
+            len(found[modality.name].labeled),
+            len(found[modality.name].unlabeled),
+        )
+        for modality in group.modalities
+    }
+
+
 def _require_same_channels(network: Network, raw: RawDataset) -> None:
     """Refuse a network that was made for other channels, labels or files than those of the test scans."""
     expected = {
@@ -450,7 +513,7 @@ def _require_same_channels(network: Network, raw: RawDataset) -> None:
         **{key: raw.dataset_json[key] for key in ("labels", "file_ending")},
     }
     file = preprocessed_folder(network.dataset) / "dataset.json"
-    described = read_json(file)
+    described = try_read_json(file)
     found = described and {key: described.get(key) for key in expected}
     if found != expected:
         raise UserError(
@@ -463,18 +526,20 @@ def _require_same_channels(network: Network, raw: RawDataset) -> None:
 
 def _require_own_networks(methods: Sequence[Method]) -> None:
     """Refuse two trainings that write into the same folder of nnUNet_results, where one would pass for the other."""
-    writers: dict[tuple[str, str], tuple[str, str]] = {}
+    writers: dict[tuple[str, str], tuple[tuple[str, tuple[str, ...]], str]] = {}
     for method in methods:
-        for dataset, written in method.trained.items():
-            for network in written:
-                trained, first = writers.setdefault((method.trainer, network), (dataset, method.name))
-                if trained != dataset:
-                    raise UserError(
-                        "--methods",
-                        f"{first} and {method.name}, which both write the networks of {method.trainer} on {network}",
-                        "one of them",
-                        "Leave one out, or give it a subclass of the trainer, under another name.",
-                    )
+        for i, trainer in enumerate(method.stages):
+            for dataset, written in method.trained.items():
+                training = dataset, method.stages[:i]
+                for network in written:
+                    other, first = writers.setdefault((trainer, network), (training, method.name))
+                    if other != training:
+                        raise UserError(
+                            "--methods",
+                            f"{first} and {method.name}, which both write the networks of {trainer} on {network}",
+                            "one way to train these",
+                            "Leave one out, name the same first stage in both, or give one a subclass of the trainer.",
+                        )
 
 
 def _references(raw: RawDataset) -> dict[str, str]:
@@ -493,7 +558,7 @@ def _references(raw: RawDataset) -> dict[str, str]:
 def _require_preprocessed(job: Train) -> None:
     for dataset in job.validated:
         file = preprocessed_folder(dataset) / f"{job.model.plans}.json"
-        plans = read_json(file) or {"configurations": {}}
+        plans = try_read_json(file) or {"configurations": {}}
         configuration = job.model.configuration
         if configuration not in plans["configurations"]:
             raise UserError(
@@ -567,8 +632,7 @@ def leaderboard(args: argparse.Namespace, command: str) -> Path:
     scans = find_scans(raw, group)
     methods = [parse_method(text, raw, group) for text in args.methods]
     _require_own_networks(methods)
-    first_stages: dict[tuple, list[str]] = {}
-    entries = [e for method in methods for e in plan_method(method, raw, references, out, args, first_stages)]
+    entries = [entry for method in methods for entry in plan_method(method, raw, references, out, args)]
     entries += [plan_external(text, scans, raw, references, out) for text in args.external]
     rows = [(entry.method, entry.modality) for entry in entries]
     if twice := [f"{method} on {modality}" for method, modality in rows if rows.count((method, modality)) > 1]:
@@ -580,9 +644,9 @@ def leaderboard(args: argparse.Namespace, command: str) -> Path:
 
     others = [read_table(file, scans) for file in args.compare]
 
-    # methods may share jobs, e.g. when they differ in the name alone; the first comes before all that need it
+    # methods may share jobs, e.g. a first stage; each comes before all that need it
     jobs: dict[str, Job] = {}
-    for job in (job for entry in entries for chain in entry.chains.values() for job in chain):
+    for job in (job for entry in entries for chain in entry.chains.values() for job in chain.jobs):
         jobs.setdefault(job.name, job)
     for job in jobs.values():
         if isinstance(job, Train) and job.missing():
@@ -611,10 +675,10 @@ def leaderboard(args: argparse.Namespace, command: str) -> Path:
         write(temporary)
         temporary.replace(out / f"leaderboard.{name}")
     if incomplete:
-        job, problem = next(iter(incomplete[0].missing.items()))
+        lacking, problem = next(iter(incomplete[0].missing.items()))
         raise UserError(
             out / "leaderboard.html",
-            f'{len(incomplete)} incomplete results, the first of which lacks "{job}": {problem}',
+            f'{len(incomplete)} incomplete results, the first of which lacks "{lacking}": {problem}',
             "all jobs done",
             "Put this right and repeat the command: it goes on from here.",
         )
@@ -673,7 +737,7 @@ def _files(
     for entry in entries:
         if (entry.method, entry.modality) not in gaps:
             chain = next(iter(entry.chains.values()))
-            predictions.setdefault(entry.modality, {})[entry.method] = chain[-1].predictions
+            predictions.setdefault(entry.modality, {})[entry.method] = chain.evaluate.predictions
     return [
         Overlaid(modality, volumes_of(scans[modality], of_methods), _describe_shown(raw, scans[modality]))
         for modality, of_methods in predictions.items()
@@ -701,8 +765,11 @@ def main() -> None:
   all:nnUNetTrainer           stock nnU-Net on all channels of dataset -d at once; no labeled case may lack one
   each:nnUNetTrainer@600      trained on the modality datasets of dataset 600, e.g. the same patients, all labeled
   "Upper bound=each:nnUNetTrainer@600"     the same with a name for the tables
-A method that goes on from another's networks stands after it. If -d is one modality, all of these train on it.
-Test cases that lack a modality are left out of its results.""",
+  PReL=nnUNetTrainerSemiCML+nnUNetTrainerSemiCMLPReL
+                              a second stage after the first one that it goes on from, which is trained if need be,
+                              and compared if it is listed by itself, too
+Methods are independent of each other, but for the first stages that they have in common. If -d is one modality, all of
+these train on it. Test cases that lack a modality are left out of its results.""",
     )
     add = parser.add_argument
     add(
