@@ -8,14 +8,16 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from numpy.typing import DTypeLike, NDArray
 
 Properties = Mapping[str, Any]  # what nnU-Net's preprocessor stores with a case
-Locations = dict[Any, NDArray[Any] | list[Any]]  # class or region -> foreground voxels (K, 1 + axes), or an empty list
+# class or region -> foreground voxels (K, 1 + axes), or an empty list
+Locations = dict[int | tuple[int, ...], NDArray[np.int64] | list[int]]
 
 
 class SlicedArray(Protocol):
     """An array (channels, *spatial) of which a slice can be read, in memory or in a file."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+    def shape(self) -> tuple[int, ...]:
+        """Channels first."""
 
     def __getitem__(self, index: tuple[slice, ...], /) -> NDArray[Any]: ...
 
