@@ -19,6 +19,7 @@ from nnunetv2_semicml.data.modality_group import ModalityGroup
 from nnunetv2_semicml.data.phantom import write_phantom_dataset
 from nnunetv2_semicml.planning.plan_and_preprocess import plan_and_preprocess
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
+from nnunetv2_semicml.training.conductor import LabeledPatches
 
 torch.set_num_threads(1)  # the networks here are so small that threads would only wait for each other
 
@@ -37,6 +38,8 @@ LACKING_PATTERNS = {
 SPREAD = (
     "test_failing_inputs",
     "test_methods",
+    "test_terms",
+    "test_views",
     "test_modality_group",
     "test_planning",
     "test_raw_dataset",
@@ -248,6 +251,18 @@ def initialized(dataset, configuration, *args, **attributes):
     return trainer
 
 
+def with_something_seen(trainer):
+    """Let the networks of a trainer segment something, so that there are classes to contrast and to agree on."""
+    torch.manual_seed(7)
+    for t in trainer.trainers:
+        with torch.no_grad():
+            t.network.decoder.seg_layers[-1].weight.mul_(20)
+    for name, teacher in trainer.teachers.items():
+        (t,) = (t for t in trainer.trainers if t.name == name)
+        teacher.average(trainer.student(t), 0.0)
+    return trainer
+
+
 def gradients(trainer):
     # nnU-Net gives the lowest deep-supervision head the weight 0, and it no gradient
     return [
@@ -304,22 +319,24 @@ def change_tensors(batch, change):
 
 def unsupervised_terms(trainer, batch):
     """The terms of a step, with a graph: each is the mean over the draws that have it."""
-    found = {}
-    for images in trainer.unlabeled_images(batch):
-        targets = trainer.unsupervised_targets(images)
-        terms = trainer.unsupervised_terms(unlabeled_outputs(trainer, images), targets)
-        for name, term in terms.items():
+    found, labeled = {}, trainer.labeled_patches(batch)
+    for draw in trainer.unlabeled_draws(batch):
+        views, targets = trainer.views_and_targets(draw, labeled)
+        for name, term in trainer.unsupervised_terms(unlabeled_outputs(trainer, views), targets).items():
             found.setdefault(name, []).append(term)
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def unlabeled_outputs(trainer, images):
-    """What the unsupervised terms see of every learner in a draw, with a graph; of a network's outputs the first."""
-    outputs = {}
-    for t in (t for t in trainer.learners() if t.name in images):
-        with trainer._autocast():
-            output = trainer.unlabeled_output(t, images[t.name])
-        outputs[t.name] = (output[0] if isinstance(output, list) else output).float()
+def unlabeled_outputs(trainer, views):
+    """What the unsupervised terms see of every learner, view by view, with a graph; of several outputs the first."""
+    outputs = []
+    for number, view in enumerate(views):
+        of_view = {}
+        for t in (t for t in trainer.learners() if t.name in view):
+            with trainer._autocast():
+                output = trainer.unlabeled_output(t, view[t.name], number)
+            of_view[t.name] = (output[0] if isinstance(output, list) else output).float()
+        outputs.append(of_view)
     return outputs
 
 
@@ -331,10 +348,11 @@ def reference_gradients(trainer, batch):
     total = sum(trainer.unsupervised_weights()[name] * term for name, term in terms.items())
     supervised = {}
     if trainer.supervised_weight:
-        labeled = labeled_of(batch)
+        labeled = {t.name: LabeledPatches(*labeled_of(batch)[t.modality.name]) for t in trainer.trainers}
+        taught = trainer.labeled_views(labeled, trainer.unlabeled_draws(batch))
         with trainer._autocast():
             for t in trainer.learners():
-                image, target = labeled[t.modality.name]
+                image, target = taught[t.name]
                 supervised[t.name] = t.loss(t.network(image), target)
     (total + trainer.supervised_weight * sum(supervised.values())).backward()
     return {**terms, **supervised}, gradients(trainer)
@@ -344,11 +362,12 @@ def step_gradients(trainer, batch):
     """The same of a step of the trainer, before clipping."""
     for t in trainer.trainers:
         t.optimizer.zero_grad()
-    losses, _ = trainer._unsupervised_step(trainer.learners(), trainer.unlabeled_images(batch))
+    draws, labeled = trainer.unlabeled_draws(batch), trainer.labeled_patches(batch)
+    losses, _ = trainer._unsupervised_step(trainer.learners(), draws, labeled)
     if trainer.supervised_weight:
-        labeled = labeled_of(batch)
+        taught = trainer.labeled_views(labeled, draws)
         for t in trainer.learners():
-            losses[t.name] = trainer._supervised_step(t, *labeled[t.modality.name])
+            losses[t.name] = trainer._supervised_step(t, taught[t.name])
     return losses, gradients(trainer)
 
 
@@ -362,10 +381,10 @@ def assert_close_gradients(expected, found, tolerance=1e-5):
 
 
 def assert_step_equals_reference(trainer, batch, tolerance=1e-5):
-    """Proof 8, in one pass and in two."""
+    """Proof 8, with activations held and recomputed."""
     torch.manual_seed(1)
     expected_losses, expected = reference_gradients(trainer, batch)
-    for trainer.two_pass in (False, True):
+    for trainer.recompute in (False, True):
         torch.manual_seed(1)
         losses, found = step_gradients(trainer, batch)
         torch.testing.assert_close(losses, {name: loss.detach() for name, loss in expected_losses.items()})
@@ -422,12 +441,37 @@ class nnUNetTrainerWithDropout(ArchitectureMixin, nnUNetTrainer):
         return {"dropout_op": f"torch.nn.Dropout{dimensions}d", "dropout_op_kwargs": {"p": 0.5}}
 
 
+class nnUNetTrainerCompiled(nnUNetTrainer):
+    """nnU-Net does not compile on the CPU."""
+
+    def _do_i_compile(self):
+        return True
+
+
 class nnUNetTrainerWide(ArchitectureMixin, nnUNetTrainer):
     """Stands for real plans: features enough for activations to outweigh predictions."""
 
     @staticmethod
     def changes(kwargs, dimensions):
         return {"features_per_stage": [32] * kwargs["n_stages"]}
+
+
+def slow_contrast(anchors, keys, positive, negative, temperature):
+    """The contrast of feature vectors, written from the formula, one pair at a time."""
+    losses = []
+    for i in range(len(anchors)):
+
+        def s(k, anchor=anchors[i]):
+            return anchor @ keys[k] / (anchor.norm() * keys[k].norm() * temperature)
+
+        of_anchor = []
+        negatives = [torch.exp(s(k)) for k in range(len(keys)) if negative[i, k]]
+        for p in (k for k in range(len(keys)) if positive[i, k]):
+            if negatives:
+                of_anchor.append(-torch.log(torch.exp(s(p)) / (torch.exp(s(p)) + sum(negatives))))
+        if of_anchor:
+            losses.append(sum(of_anchor) / len(of_anchor))
+    return sum(losses) / len(losses)
 
 
 def peak_memory(function):

@@ -271,7 +271,7 @@ def test_full_disk_leaves_the_previous_checkpoint(two_folds, tmp_path):
     """A limit on the size of files stands for the full disk; the write fails in the middle."""
     code = (
         "import resource, sys, torch\n"
-        "from nnunetv2_semicml.trainers.checkpoint import save_atomically\n"
+        "from nnunetv2_semicml.training.checkpoint import save_atomically\n"
         "save_atomically({'epoch': 1, 'w': torch.zeros(10)}, sys.argv[1])\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "save_atomically({'epoch': 2, 'w': torch.zeros(10**6)}, sys.argv[1])\n"

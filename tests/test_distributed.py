@@ -45,7 +45,7 @@ EXAMPLES = {
     "3d_fullres": (LABELS, "3d_fullres", FIXED),
     "incomplete": (PATTERNS, "2d", {"rampup_fraction": 0.0, "unlabeled_batch_size": 2}),  # a draw for every pair
 }
-SECOND_STAGE = {"noise_std": 0.0, "teacher_passes": 1, "confidence_weighting": True, "join_fraction": 1.0, **FIXED}
+SECOND_STAGE = {"noise_std": 0.0, "teacher_passes": 1, "join_fraction": 1.0, **FIXED}
 
 
 class OnCPU:
@@ -105,15 +105,15 @@ def example_losses(slices, distributed):
 
 
 def averaged_gradients(trainer, batch):
-    """Of one step in one and in two passes, on this process's share of a batch."""
+    """Of one step with activations held and recomputed, on this process's share of a batch."""
     rank, found = dist.get_rank(), {}
     share = change_tensors(batch, lambda tensor: tensor.chunk(RANKS)[rank])
-    for trainer.two_pass in (False, True):
+    for trainer.recompute in (False, True):
         step_gradients(trainer, share)
         for t in trainer.trainers:
             for work in trainer._average_gradients(t):
                 work.wait()
-        found[trainer.two_pass] = gradients(trainer)
+        found[trainer.recompute] = gradients(trainer)
     return found
 
 
@@ -228,9 +228,9 @@ def reordered(batch):
     return {**batch, "unlabeled": change_tensors(batch["unlabeled"], reorder)}
 
 
-@pytest.mark.parametrize("two_pass", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("example", ["2d", "3d_fullres", "incomplete"])
-def test_gradients_are_those_of_one_process_with_the_joint_batch(ranks, batches, results, example, two_pass):
+def test_gradients_are_those_of_one_process_with_the_joint_batch(ranks, batches, results, example, recompute):
     dataset, configuration, attributes = EXAMPLES[example]
     trainer = initialized(dataset, configuration, **attributes)
     first_weights, _ = ranks[1][0][example]
@@ -240,18 +240,18 @@ def test_gradients_are_those_of_one_process_with_the_joint_batch(ranks, batches,
     for found in ranks[1]:
         own_weights, found_gradients = found[example]
         assert_identical(own_weights, first_weights)
-        assert_close_gradients(expected, found_gradients[two_pass])
+        assert_close_gradients(expected, found_gradients[recompute])
 
 
-@pytest.mark.parametrize("two_pass", [False, True])
-def test_second_stage_has_the_gradients_of_one_process(ranks, batches, results, two_pass):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_second_stage_has_the_gradients_of_one_process(ranks, batches, results, recompute):
     folder, found = ranks
     shutil.copytree(folder / "whole" / LABELS, results / LABELS)
     trainer = second_stage(**SECOND_STAGE)
     _, expected = step_gradients(trainer, reordered(batches["2d"]))
     for of_rank in found:
         # the bias of a convolution before a normalization has no gradient but rounding errors
-        assert_close_gradients(expected, of_rank["second stage"][two_pass], tolerance=2e-4)
+        assert_close_gradients(expected, of_rank["second stage"][recompute], tolerance=2e-4)
 
 
 @pytest.mark.parametrize("what", ["trained", "second stage trained", "resumed", "SECL trained"])

@@ -141,9 +141,10 @@ def test_terms_are_means_over_the_pairs(groups):
     alone = initialized(PATTERNS, "2d", nnUNetTrainerUAMT)
     (batch,) = draw_batches(alone, 1)
     terms = []
-    for images in alone.unlabeled_images(batch):
+    for draw in alone.unlabeled_draws(batch):
+        images = draw.images
         targets = {name: (torch.zeros(len(i), 3, *i.shape[2:]), i[:, :1] == i[:, :1]) for name, i in images.items()}
-        terms.append(alone.unsupervised_terms(unlabeled_outputs(alone, images), targets)["mse"])
+        terms.append(alone.unsupervised_terms(unlabeled_outputs(alone, [images]), targets)["mse"])
     squares = []
     for t, patches in zip(alone.trainers, batch["unlabeled"], strict=True):
         with torch.no_grad():
@@ -188,7 +189,7 @@ def test_prel_learns_from_the_cases_that_show_the_better_modality(groups):
     nnUNetTrainer_first.run_training()
     trainer = initialized(PATTERNS, "2d", nnUNetTrainerSemiCMLPReL, num_epochs=1)
     trainer._start_from_first_stage()
-    trainer._set_teacher("T2", trainer.trainers[2].network.state_dict())
+    trainer._set_labeler("T2", trainer.trainers[2].network.state_dict())
     found = loaders(trainer)["unlabeled"]
     assert found == [
         (["FLAIR", "T2"], cases_with(PATTERNS, "unlabeled", "FLAIR", "T2")),

@@ -1,4 +1,4 @@
-"""What a step computes, in which passes, at which precision and in how much memory; in this process."""
+"""What a step computes, when and at which precision, and in how much memory; in this process."""
 
 from functools import partial
 from itertools import combinations
@@ -16,6 +16,7 @@ from conftest import (
     gradients,
     initialized,
     labeled_of,
+    nnUNetTrainerCompiled,
     nnUNetTrainerWide,
     peak_memory,
     reference_gradients,
@@ -28,18 +29,19 @@ from torch._dynamo import OptimizedModule
 from torch.profiler import profile
 
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
+from nnunetv2_semicml.training.conductor import LabeledPatches
 
-# passes
+# micro-batches, held and recomputed activations
 
 
-@pytest.mark.parametrize("cases_per_pass", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
 @pytest.mark.parametrize(("dataset", "configuration"), SETTINGS)
-def test_chunks_give_the_gradients_of_the_formula(groups, dataset, configuration, cases_per_pass):
+def test_micro_batches_give_the_gradients_of_the_formula(groups, dataset, configuration, micro_batch_size):
     """Labeled and unlabeled cases, batch Dice (2d) or not, and a last pass that is not full."""
     pairs = combinations([m.unlabeled.keys() for m in groups[dataset].modalities], 2)
     unlabeled = min(len(a & b) for a, b in pairs)  # those that every pair of modalities has
     trainer = initialized(dataset, configuration, rampup_fraction=0.0, asc_cases=unlabeled, unlabeled_batch_size=2)
-    trainer.cases_per_pass = cases_per_pass
+    trainer.micro_batch_size = micro_batch_size
     (batch,) = draw_batches(trainer, 1)
     assert {len(patches["cases"]) for patches in batch["unlabeled"]} == {unlabeled}
     assert_step_equals_reference(trainer, batch)
@@ -57,9 +59,9 @@ def test_contrasted_cases_are_independent_of_the_batch(groups):
         terms = {}
         for name, cases in (("asc", attributes["asc_cases"]), ("mse", attributes["unlabeled_batch_size"])):
             terms[name] = initialized(LABELS, "2d", unlabeled_batch_size=cases).unsupervised_terms(
-                {m: z[:cases] for m, z in logits.items()}, None
+                [{m: z[:cases] for m, z in logits.items()}], None
             )[name]
-        torch.testing.assert_close(trainer.unsupervised_terms(logits, None), terms)
+        torch.testing.assert_close(trainer.unsupervised_terms([logits], None), terms)
 
 
 @pytest.mark.parametrize("cases", [1, 5])
@@ -69,17 +71,17 @@ def test_impossible_number_of_contrasted_cases_is_refused(groups, cases):
 
 
 @pytest.mark.parametrize(
-    ("attributes", "passes", "reason"),
+    ("attributes", "how", "reason"),
     [
-        ({}, "one pass", "4 unlabeled cases, 4 cases per pass"),
-        ({"unlabeled_batch_size": 5}, "two passes", "5 unlabeled cases, 4 cases per pass"),
-        ({"two_pass": True}, "two passes", "as set"),
-        ({"two_pass": False, "cases_per_pass": 1}, "one pass", "as set"),
+        ({}, "held until", "4 unlabeled cases, 4 at a time"),
+        ({"unlabeled_batch_size": 5}, "recomputed in", "5 unlabeled cases, 4 at a time"),
+        ({"recompute": True}, "recomputed in", "as set"),
+        ({"recompute": False, "micro_batch_size": 1}, "held until", "as set"),
     ],
 )
-def test_number_of_passes_is_chosen_and_the_reason_logged(groups, attributes, passes, reason):
+def test_what_happens_to_activations_is_chosen_and_the_reason_logged(groups, attributes, how, reason):
     trainer = initialized(LABELS, "2d", **attributes)
-    assert f"Steps take {passes}: {reason}." in Path(trainer.log_file).read_text()
+    assert f"Activations are {how} the backward pass: {reason}." in Path(trainer.log_file).read_text()
 
 
 class nnUNetTrainerBatchNorm(ArchitectureMixin, nnUNetTrainer):
@@ -92,11 +94,11 @@ class nnUNetTrainerSemiCMLBatchNorm(nnUNetTrainerSemiCML):
     network_trainer = nnUNetTrainerBatchNorm
 
 
-def test_batch_normalization_takes_one_pass(groups):
+def test_batch_normalization_holds_activations(groups):
     trainer = initialized(LABELS, "2d", nnUNetTrainerSemiCMLBatchNorm, unlabeled_batch_size=6)
-    assert not trainer.two_pass
-    with pytest.raises(NotImplementedError, match="Batch normalization does not work with two_pass"):
-        initialized(LABELS, "2d", nnUNetTrainerSemiCMLBatchNorm, two_pass=True)
+    assert not trainer.recompute
+    with pytest.raises(NotImplementedError, match="Batch normalization does not work with recompute"):
+        initialized(LABELS, "2d", nnUNetTrainerSemiCMLBatchNorm, recompute=True)
 
 
 def count_forwards(module, counter, name):
@@ -109,15 +111,15 @@ def count_forwards(module, counter, name):
 
 
 @pytest.mark.parametrize(
-    ("two_pass", "unlabeled", "forwards"),
+    ("recompute", "unlabeled", "forwards", "outputs"),
     [
-        (False, 4, [2, 2]),  # one labeled, one unlabeled pass
-        (True, 4, [3, 2]),  # the last network keeps its activations
-        (True, 8, [5, 5]),  # two passes each, and their replays
+        (False, 4, [2, 2], 2),  # one of labeled, one of unlabeled cases
+        (True, 4, [3, 2], 2),  # the last network keeps its activations; recomputing stops before the output
+        (True, 8, [5, 5], 3),  # two micro-batches each, and both again
     ],
 )
-def test_no_forward_pass_and_no_output_is_computed_in_vain(groups, two_pass, unlabeled, forwards):
-    trainer = initialized(LABELS, "2d", two_pass=two_pass, unlabeled_batch_size=unlabeled)
+def test_no_forward_pass_and_no_output_is_computed_in_vain(groups, recompute, unlabeled, forwards, outputs):
+    trainer = initialized(LABELS, "2d", recompute=recompute, unlabeled_batch_size=unlabeled)
     (batch,) = draw_batches(trainer, 1)
     counter = {}
     for t in trainer.trainers:
@@ -128,14 +130,14 @@ def test_no_forward_pass_and_no_output_is_computed_in_vain(groups, two_pass, unl
     for t, number in zip(trainer.trainers, forwards, strict=True):
         assert counter[t.name] == number
         assert counter[f"{t.name} coarse output"] == 1  # of the labeled cases
-        assert counter[f"{t.name} output"] == number
+        assert counter[f"{t.name} output"] == outputs
         assert t.network.decoder.deep_supervision
 
 
-@pytest.mark.parametrize("two_pass", [False, True])
-def test_step_never_waits_for_a_value(groups, two_pass):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_step_never_waits_for_a_value(groups, recompute):
     """On a GPU each of these operations would stop the host until all work is done."""
-    trainer = initialized(LABELS, "3d_fullres", two_pass=two_pass)
+    trainer = initialized(LABELS, "3d_fullres", recompute=recompute)
     (batch,) = draw_batches(trainer, 1)
     with profile() as profiler:
         trainer.train_step(batch)
@@ -149,21 +151,21 @@ class nnUNetTrainerSemiCMLWide(nnUNetTrainerSemiCML):
 
 
 @pytest.mark.parametrize("cases", [2, 4])
-def test_two_passes_hold_the_activations_of_one_stock_step(groups, cases):
-    trainer = initialized(LABELS, "3d_fullres", nnUNetTrainerSemiCMLWide, two_pass=True, asc_cases=cases)
+def test_recomputing_holds_the_activations_of_one_stock_step(groups, cases):
+    trainer = initialized(LABELS, "3d_fullres", nnUNetTrainerSemiCMLWide, recompute=True, asc_cases=cases)
     (batch,) = draw_batches(trainer, 1)
     data, target = labeled_of(batch)["FLAIR"]
 
     def stock():
-        trainer._supervised_step(trainer.trainers[0], data, target)
+        trainer._supervised_step(trainer.trainers[0], LabeledPatches(data, target))
 
-    def two_pass():
+    def coupled():
         step_gradients(trainer, batch)
 
-    two_pass()  # from here on the gradients are there
-    assert peak_memory(two_pass) < 1.1 * peak_memory(stock)
-    trainer.two_pass = False
-    assert peak_memory(two_pass) > 1.5 * peak_memory(stock)
+    coupled()  # from here on the gradients are there
+    assert peak_memory(coupled) < 1.1 * peak_memory(stock)
+    trainer.recompute = False
+    assert peak_memory(coupled) > 1.5 * peak_memory(stock)
 
 
 # precision
@@ -195,7 +197,7 @@ def test_autocast_step_equals_its_reference(groups, dataset, configuration):
 
 def test_autocast_gradient_is_that_of_float32_to_its_precision(groups):
     (half, full) = (
-        initialized(LABELS, "3d_fullres", trainer_class, rampup_fraction=0.0, two_pass=True)
+        initialized(LABELS, "3d_fullres", trainer_class, rampup_fraction=0.0, recompute=True)
         for trainer_class in (nnUNetTrainerSemiCMLBFloat16, nnUNetTrainerSemiCML)
     )
     (batch,) = draw_batches(full, 1)
@@ -205,25 +207,18 @@ def test_autocast_gradient_is_that_of_float32_to_its_precision(groups):
 # compilation
 
 
-class nnUNetTrainerCompiled(nnUNetTrainer):
-    """nnU-Net does not compile on the CPU."""
-
-    def _do_i_compile(self):
-        return True
-
-
 class nnUNetTrainerSemiCMLCompiled(nnUNetTrainerSemiCML):
     network_trainer = nnUNetTrainerCompiled
 
 
-@pytest.mark.parametrize("two_pass", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
-def test_compiled_networks_learn_the_same(groups, monkeypatch, configuration, two_pass):
+def test_compiled_networks_learn_the_same(groups, monkeypatch, configuration, recompute):
     """Traced and differentiated by torch.compile; without its code generation, which takes minutes."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     eager, compiled = (
-        initialized(LABELS, configuration, trainer_class, rampup_fraction=0.0, two_pass=two_pass)
+        initialized(LABELS, configuration, trainer_class, rampup_fraction=0.0, recompute=recompute)
         for trainer_class in (nnUNetTrainerSemiCML, nnUNetTrainerSemiCMLCompiled)
     )
     assert all(isinstance(t.network, OptimizedModule) for t in compiled.trainers)

@@ -10,7 +10,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
-from nnunetv2_semicml.trainers.teacher import BestModelPool, Teacher, add_noise
+from nnunetv2_semicml.training.teacher import BestModelPool, Teacher, add_noise
 
 NAN = float("nan")
 SCRIPT = {"FLAIR": [0.9, 0.2, 0.4, 0.3, 0.8, 0.5], "T1": [0.1, 0.3, 0.2, 0.1, 0.25, 0.4]}

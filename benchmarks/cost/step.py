@@ -42,8 +42,8 @@ class Steps:
     """Steps of one trainer on one batch, and what they are compared with."""
 
     def __init__(self, trainer_class: type[nnUNetTrainer], configuration: str, **attributes: object):
-        # two_pass: replay; the attribute is switched between measurements
-        self.trainer = make_trainer(trainer_class, configuration, two_pass=True, **attributes)
+        # recompute: replay; the attribute is switched between measurements
+        self.trainer = make_trainer(trainer_class, configuration, recompute=True, **attributes)
         self.trainer.current_epoch = self.trainer.num_epochs // 2  # ramps are over, PReL's better network rests
         with quiet():
             loader, _ = self.trainer.get_dataloaders()
@@ -53,16 +53,16 @@ class Steps:
         for t in self.trainer.learners():
             t.network.train()
 
-    def coupled(self, two_pass: bool) -> None:
+    def coupled(self, recompute: bool) -> None:
         """One step of the trainer."""
-        self.trainer.two_pass = two_pass
+        self.trainer.recompute = recompute
         self.trainer.train_step(self.batch)
 
     def one_pass(self) -> None:
         """One step that holds all activations."""
         self.coupled(False)
 
-    def two_pass(self) -> None:
+    def recompute(self) -> None:
         """One step that replays them."""
         self.coupled(True)
 
@@ -98,7 +98,7 @@ class Steps:
         for trainer in self.trainer.trainers:  # their gradients are set to zero and stay where they are
             sgd = trainer.optimizer
             sgd.zero_grad = lambda set_to_none, own=sgd: type(own).zero_grad(own, set_to_none=False)
-        self.two_pass()
+        self.recompute()
         return peak_memory(getattr(self, name))
 
     def parts(self) -> None:
@@ -125,9 +125,9 @@ def times(rounds: int) -> str:
     for configuration, dimensions in CONFIGURATIONS.items():
         for method, trainer_class in METHODS.items():
             steps = Steps(trainer_class, configuration)
-            names = ("one_pass", "two_pass", "bare", "parts", "stock")
+            names = ("one_pass", "recompute", "bare", "parts", "stock")
             seconds = alternate({name: getattr(steps, name) for name in names}, rounds)
-            for name in ("one_pass", "two_pass"):
+            for name in ("one_pass", "recompute"):
                 against = [ratio(seconds, name, reference) for reference in ("bare", "parts", "stock")]
                 rows.append((method, dimensions, name.replace("_", " "), *against))
             print(rows[-2:], flush=True)
@@ -142,8 +142,8 @@ def memory() -> str:
             # with more modalities in 3D: see growth
             for modalities in (2, 4, 6) if (method, dimensions) == ("Semi-CML", "2D") else (2,):
                 steps = Steps(trainer_class, configuration, modalities=modalities)
-                held = {name: steps.peak(name) for name in ("one_stock", "one_pass", "two_pass")}
-                row = [f"{held[name] / held['one_stock']:.2f}" for name in ("one_pass", "two_pass")]
+                held = {name: steps.peak(name) for name in ("one_stock", "one_pass", "recompute")}
+                row = [f"{held[name] / held['one_stock']:.2f}" for name in ("one_pass", "recompute")]
                 rows.append((method, dimensions, modalities, f"{held['one_stock'] / 2**20:.0f} MiB", *row))
                 print(rows[-1], flush=True)
     return table(("method", "", "modalities", "one stock step", "one pass / it", "two passes / it"), rows)
@@ -153,7 +153,7 @@ def growth(rounds: int) -> list[str]:
     """(e) Over the number of modalities, of unlabeled cases, and of cases in a batch."""
     modalities = {n: Steps(nnUNetTrainerSemiCML, "3d_fullres", modalities=n) for n in (2, 4, 6)}
     unlabeled = {n: Steps(nnUNetTrainerSemiCML, "3d_fullres", asc_cases=n) for n in (2, 4, 8)}
-    batch = {n: Steps(nnUNetTrainerSemiCML, "2d", unlabeled_batch_size=n, cases_per_pass=n) for n in (2, 4, 8)}
+    batch = {n: Steps(nnUNetTrainerSemiCML, "2d", unlabeled_batch_size=n, micro_batch_size=n) for n in (2, 4, 8)}
     for n, steps in batch.items():
         for patches in steps.batch["labeled"]:
             patches["images"] = {name: image[:n] for name, image in patches["images"].items()}
@@ -170,8 +170,8 @@ def growth(rounds: int) -> list[str]:
 
 def _growth_table(name: str, steps: dict[int, Steps], rounds: int) -> str:
     """Time and memory of a step in two passes over some size, and the time if it grew as at first."""
-    peaks = {n: s.peak("two_pass") for n, s in steps.items()}
-    seconds = alternate({n: s.two_pass for n, s in steps.items()}, rounds)
+    peaks = {n: s.peak("recompute") for n, s in steps.items()}
+    seconds = alternate({n: s.recompute for n, s in steps.items()}, rounds)
     median = {n: statistics.median(values) for n, values in seconds.items()}
     first, second, *_ = steps
     slope = (median[second] - median[first]) / (second - first)
@@ -206,9 +206,9 @@ def profiles() -> list[str]:
     """Where the time of a step goes."""
     parts = []
     for configuration, dimensions in CONFIGURATIONS.items():
-        for name in ("one_pass", "two_pass"):
+        for name in ("one_pass", "recompute"):
             steps = Steps(nnUNetTrainerSemiCML, configuration)
-            steps.two_pass()
+            steps.recompute()
             parts += [f"\n### Semi-CML, {dimensions}, {name.replace('_', ' ')}\n", operations(getattr(steps, name))]
     return parts
 

@@ -1,72 +1,35 @@
-"""Mean Teacher: predictions agree with those of an averaged network, and its schedules.
+"""Mean Teacher: predictions agree with those of an averaged network.
 
 Source: Tarvainen & Valpola, Mean teachers are better role models, NeurIPS 2017.
 """
 
-import torch
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from nnunetv2_semicml.trainers.nnUNetTrainerSelfEnsembling import nnUNetTrainerSelfEnsembling
+from nnunetv2_semicml.training.conductor import LabeledPatches, UnlabeledDraw, View
+from nnunetv2_semicml.training.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
+from nnunetv2_semicml.training.schedules import with_schedules
 
 
-class nnUNetTrainerMeanTeacher(nnUNetTrainerSelfEnsembling):
-    """Mean squared difference between a network's probabilities and its teacher's.
+@with_schedules
+class nnUNetTrainerMeanTeacher(nnUNetTrainerSemiSupervised):
+    """Mean squared difference between a network's probabilities and those of its teacher, which is deployed."""
 
-    Attributes:
-        deploys_teacher: whether the teacher is validated and deployed, as published, or the network.
-    """
+    teacher_averaging = "ema"
+    deploy_average = True
+    term_weights = {"mse": "consistency_weight"}
+    consistency_weight = 1.0  # none is published for segmentation; that of Semi-CML's mean squared error
 
-    deploys_teacher = True
+    def views_and_targets(
+        self, unlabeled: UnlabeledDraw, labeled: Mapping[str, LabeledPatches]
+    ) -> tuple[Sequence[View], dict[str, Tensor]]:
+        """Compare with the probabilities (B, heads, *patch) of every network's teacher."""
+        images = unlabeled.images
+        return [images], {name: self.mean_prediction(self.teachers[name], image) for name, image in images.items()}
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.consistency_weight = 1.0  # none is published for segmentation; that of Semi-CML's mean squared error
-
-    def initialize(self) -> None:
-        """Build the networks and teachers, and say which of them are deployed."""
-        super().initialize()
-        if self.deploys_teacher:
-            for trainer in self.trainers:
-                trainer.averaged_network = self.teachers[trainer.name].network
-
-    def unsupervised_targets(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Probabilities (B, heads, *patch) of every teacher, on noisy images."""
-        return {
-            name: self.mean_prediction(self.teachers[name], image, 1, self.noise_std, self.noise_bounds)
-            for name, image in images.items()
-        }
-
-    def unsupervised_terms(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+    def unsupervised_terms(self, outputs: Sequence[View], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """The sum over the networks, which learn independently of each other."""
-        terms = [mse_loss(self.probabilities(logits), targets[name]) for name, logits in outputs.items()]
-        return {"mse": self.over_networks(terms)}
-
-    def unsupervised_weights(self) -> dict[str, float]:
-        """The ramped weight."""
-        return {"mse": self.ramp() * self.consistency_weight}
-
-
-class nnUNetTrainerMeanTeacher_5epochs(nnUNetTrainerMeanTeacher):
-    """For trying things out."""
-
-    epochs = 5
-
-
-class nnUNetTrainerMeanTeacher_50epochs(nnUNetTrainerMeanTeacher):
-    """A twentieth of nnU-Net's schedule."""
-
-    epochs = 50
-
-
-class nnUNetTrainerMeanTeacher_250epochs(nnUNetTrainerMeanTeacher):
-    """A quarter of nnU-Net's schedule."""
-
-    epochs = 250
+        (logits,) = outputs
+        return {"mse": self.over_networks(mse_loss(self.probabilities(z), targets[name]) for name, z in logits.items())}

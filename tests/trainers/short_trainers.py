@@ -1,18 +1,15 @@
 """Found through nnUNet_extTrainer by the command-line tests: trainers whose epochs take a second."""
 
-import torch
-
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLAnatomical import nnUNetTrainerSECLAnatomical
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
 
 
 class ShortMixin:
-    def shorten(self):
-        self.num_epochs = 2
-        self.num_iterations_per_epoch = 3
-        self.num_val_iterations_per_epoch = 1
-        self.save_every = 1
+    num_epochs = 2
+    num_iterations_per_epoch = 3
+    num_val_iterations_per_epoch = 1
+    save_every = 1
 
     def on_epoch_end(self):
         if self.current_epoch < self.num_epochs - 1:  # progress.png takes seconds: the last one will do
@@ -25,20 +22,12 @@ class ShortMixin:
 
 
 class nnUNetTrainerSemiCML_test(ShortMixin, nnUNetTrainerSemiCML):
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.shorten()
+    pass
 
 
 class nnUNetTrainerSemiCMLPReL_test(ShortMixin, nnUNetTrainerSemiCMLPReL):
     first_stage = nnUNetTrainerSemiCML_test
 
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.shorten()
-
 
 class nnUNetTrainerSECLAnatomical_test(ShortMixin, nnUNetTrainerSECLAnatomical):
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.shorten()
+    pass

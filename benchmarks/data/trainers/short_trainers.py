@@ -12,22 +12,28 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semicml.ext_trainers import semicml_trainers
 
+NNUNET_LEARNING_RATE = 0.01
+SCHEDULE = {
+    "num_epochs": int(os.environ.get("SEMICML_EPOCHS", "5")),
+    "num_iterations_per_epoch": int(os.environ.get("SEMICML_STEPS", "10")),
+    "num_val_iterations_per_epoch": 3,
+    "save_every": 1000,
+}
 
-class Short_(nnUNetTrainer):
-    """Supervised-only nnU-Net."""
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        shorten(self)
+class WithoutPictures:
+    """Without progress.png: half a second per epoch and network."""
 
-    def configure_optimizers(self) -> tuple:
+    def on_train_start(self) -> None:
+        """Start the training."""
+        self.logger.plot_progress_png = lambda folder: None
+        super().on_train_start()
+
+
+class NetworkTrainer(WithoutPictures, nnUNetTrainer):
+    """What every network is trained with."""
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         """nnU-Net's, with less momentum."""
         optimizer, schedule = super().configure_optimizers()
         for group in optimizer.param_groups:
@@ -40,42 +46,31 @@ class Short_(nnUNetTrainer):
             super().perform_actual_validation(save_probabilities)
 
 
-class _OfNetworks(Short_):
-    """The same under the name by which stock nnU-Net predicts: networks and weights are those of nnU-Net's trainer."""
-
-
-_OfNetworks.__name__ = nnUNetTrainer.__name__
-
-
-def shorten(trainer: nnUNetTrainer) -> None:
-    """Set the schedule."""
-    trainer.num_epochs = int(os.environ.get("SEMICML_EPOCHS", "5"))
-    trainer.num_iterations_per_epoch = int(os.environ.get("SEMICML_STEPS", "10"))
-    trainer.num_val_iterations_per_epoch = 3
-    trainer.initial_lr *= 10
-    trainer.save_every = 1000
-    trainer.logger.plot_progress_png = lambda folder: None  # half a second per epoch and network
-
-
-def make(name: str) -> type[nnUNetTrainer]:
-    """A trainer of the package in short, and its first stage if it has one."""
-    method = getattr(semicml_trainers, f"nnUNetTrainer{name}")
+class Short_(NetworkTrainer):
+    """Supervised-only nnU-Net."""
 
     def __init__(
-        self: nnUNetTrainer,
+        self,
         plans: dict,
         configuration: str,
         fold: int,
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),
-    ) -> None:
-        method.__init__(self, plans, configuration, fold, dataset_json, device)
-        shorten(self)
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.initial_lr *= 10
+        for name, value in SCHEDULE.items():
+            setattr(self, name, value)
 
-    members = {"__init__": __init__, "__module__": __name__, "network_trainer": _OfNetworks}
+
+def make(name: str) -> type[nnUNetTrainer]:
+    """A trainer of the package in short, and its first stage if it has one."""
+    method = getattr(semicml_trainers, f"nnUNetTrainer{name}")
+    rate = 10 * getattr(method, "initial_lr", NNUNET_LEARNING_RATE)
+    members = {**SCHEDULE, "initial_lr": rate, "__module__": __name__, "network_trainer": NetworkTrainer}
     if hasattr(method, "first_stage"):
         members["first_stage"] = globals()[method.first_stage.__name__.replace("nnUNetTrainer", "Short_")]
-    return type(f"Short_{name}", (method,), members)
+    return type(f"Short_{name}", (WithoutPictures, method), members)
 
 
 METHODS = [name.removeprefix("nnUNetTrainer") for name in semicml_trainers.__all__ if not name.endswith("epochs")]

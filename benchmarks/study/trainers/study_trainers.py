@@ -20,26 +20,25 @@ from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPlus import nnUNetTrainerSemi
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
 from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
 
-STEPS_PER_EPOCH = 15
 EPOCHS = {"single": 60, "first": 40, "second": 20}
 LEARNING_RATE_FACTOR, MOMENTUM = 10, 0.9
+NNUNET_LEARNING_RATE = 0.01
+SCHEDULE = {"num_iterations_per_epoch": 15, "num_val_iterations_per_epoch": 3, "save_every": 1000}
 
 
-class StudyNetworkTrainer(nnUNetTrainer):
-    """Supervised-only nnU-Net on the study's schedule, and what the other methods train each network with."""
+class WithoutPictures:
+    """Without progress.png: half a second per epoch and network."""
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        shorten(self, EPOCHS["single"])
+    def on_train_start(self) -> None:
+        """Start the training."""
+        self.logger.plot_progress_png = lambda folder: None
+        super().on_train_start()
 
-    def configure_optimizers(self) -> tuple:
+
+class NetworkTrainer(WithoutPictures, nnUNetTrainer):
+    """What every network is trained with: nnU-Net's, with less momentum, and no validation after training."""
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         """nnU-Net's, with less momentum."""
         optimizer, schedule = super().configure_optimizers()
         for group in optimizer.param_groups:
@@ -50,18 +49,25 @@ class StudyNetworkTrainer(nnUNetTrainer):
         """Skip it: with fold "all" the cases are those of the training."""
 
 
+class StudyNetworkTrainer(NetworkTrainer):
+    """Supervised-only nnU-Net on the study's schedule."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.initial_lr *= LEARNING_RATE_FACTOR
+        for name, value in {**SCHEDULE, "num_epochs": EPOCHS["single"]}.items():
+            setattr(self, name, value)
+
+
 class StudyMultiChannelTrainer(StudyNetworkTrainer):
     """The same with all modalities as channels of one network, which needs all of them for every prediction."""
-
-
-def shorten(trainer: nnUNetTrainer, epochs: int) -> None:
-    """Set the study's schedule."""
-    trainer.num_epochs = epochs
-    trainer.num_iterations_per_epoch = STEPS_PER_EPOCH
-    trainer.num_val_iterations_per_epoch = 3
-    trainer.initial_lr *= LEARNING_RATE_FACTOR
-    trainer.save_every = 1000
-    trainer.logger.plot_progress_png = lambda folder: None  # half a second per epoch and network
 
 
 class TeachersDeployed(nnUNetTrainerSemiCML):
@@ -70,7 +76,7 @@ class TeachersDeployed(nnUNetTrainerSemiCML):
     def on_train_end(self) -> None:
         """Put the averaged weights into the networks before these are written."""
         for trainer in self.trainers:
-            trainer.unwrapped_network().load_state_dict(self.teachers[trainer.name].network.state_dict())
+            trainer.unwrapped_network().load_state_dict(self.averaged_network(trainer.name).state_dict())
         super().on_train_end()
 
 
@@ -137,24 +143,14 @@ TRAINERS = {
 
 
 def _define(name: str, base: type[nnUNetTrainer], part: str, first_stage: str | None, changes: dict) -> None:
-    def __init__(
-        self: nnUNetTrainer,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ) -> None:
-        base.__init__(self, plans, configuration, fold, dataset_json, device)
-        shorten(self, EPOCHS[part])
-        for attribute, value in changes.items():
-            getattr(self, attribute)  # a misspelled one would change nothing
-            setattr(self, attribute, value)
-
-    members = {"__init__": __init__, "network_trainer": StudyNetworkTrainer, "__doc__": f"{base.__name__}, {changes}"}
+    for attribute in changes:
+        getattr(base, attribute)  # a misspelled one would change nothing
+    rate = getattr(base, "initial_lr", NNUNET_LEARNING_RATE) * LEARNING_RATE_FACTOR
+    members = {**SCHEDULE, "num_epochs": EPOCHS[part], "initial_lr": rate, "network_trainer": NetworkTrainer, **changes}
+    members |= {"__module__": __name__, "__doc__": f"{base.__name__}, {changes}"}
     if first_stage:
         members["first_stage"] = globals()[f"Study_{first_stage}"]
-    globals()[f"Study_{name}"] = type(f"Study_{name}", (base,), members)
+    globals()[f"Study_{name}"] = type(f"Study_{name}", (WithoutPictures, base), members)
 
 
 for _name, _row in TRAINERS.items():

@@ -1,140 +1,33 @@
-"""The proofs of DESIGN 8 for Semi-CML, in this process."""
+"""The conductor beside the proofs of its methods: checkpoints, hooks, schedules, refusals; in this process."""
 
 import copy
 import json
 import os
+import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import (
     LABELS,
-    SETTINGS,
     Killed,
     KilledMixin,
-    assert_identical,
-    assert_labels_of_unlabeled_cases_change_nothing,
-    assert_same_weights,
-    assert_step_equals_reference,
     draw_batches,
-    final_checkpoint,
     initialized,
-    labeled_of,
     load_plans,
     make_trainer,
-    nnUNetTrainerWithDropout,
-    unsupervised_terms,
-    weights,
 )
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch import nn
 
-from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import (
-    nnUNetTrainerSemiCML,
-    nnUNetTrainerSemiCML_5epochs,
-    nnUNetTrainerSemiCML_50epochs,
-    nnUNetTrainerSemiCML_250epochs,
-)
+from nnunetv2_semicml.ext_trainers import semicml_trainers
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
+from nnunetv2_semicml.training.conductor import HOOKS_OF_CONDUCTOR, HOOKS_OF_NETWORKS, Conductor
 
-
-class nnUNetTrainerSemiCMLWithDropout(nnUNetTrainerSemiCML):
-    network_trainer = nnUNetTrainerWithDropout
-
-
-# proof 1
-
-
-@pytest.mark.parametrize("term", ["asc", "mse"])
-@pytest.mark.parametrize(("dataset", "configuration"), SETTINGS)
-def test_unsupervised_gradient_reaches_every_weight_of_every_network(groups, dataset, configuration, term):
-    trainer = initialized(dataset, configuration)
-    (batch,) = draw_batches(trainer, 1)
-    unsupervised_terms(trainer, batch)[term].backward()
-    for t in trainer.trainers:
-        # the lower deep-supervision heads do not see unlabeled cases
-        untouched = [n for n, p in t.network.named_parameters() if p.grad is None or not p.grad.any()]
-        heads = len(t.network.decoder.seg_layers) - 1
-        assert all(".seg_layers." in name for name in untouched)
-        assert len(untouched) == 2 * heads
-
-
-# proof 3
-
-
-@pytest.mark.parametrize("two_pass", [False, True])
-@pytest.mark.parametrize(("dataset", "configuration"), SETTINGS)
-def test_without_unsupervised_weight_every_step_is_that_of_the_stock_trainer(groups, dataset, configuration, two_pass):
-    trainer = initialized(dataset, configuration, asc_weight=0.0, mse_weight=0.0, two_pass=two_pass)
-    stock = []
-    for modality, own in zip(groups[dataset].modalities, trainer.trainers, strict=True):
-        plans, dataset_json = load_plans(modality.dataset_name)
-        reference = nnUNetTrainer(plans, configuration, 0, dataset_json, torch.device("cpu"))
-        reference.initialize()
-        reference.network.load_state_dict(own.network.state_dict())
-        stock.append(reference)
-    for batch in draw_batches(trainer, 3):
-        separate = labeled_of(batch)
-        losses = trainer.train_step(batch)["supervised"]
-        assert list(separate) == list(losses) == [modality.name for modality in groups[dataset].modalities]
-        for reference, (data, target), loss in zip(stock, separate.values(), losses.values(), strict=True):
-            assert reference.train_step({"data": data, "target": target})["loss"] == loss
-    assert_same_weights(weights(trainer), [t.network.state_dict() for t in stock])
-
-
-def test_unsupervised_weight_changes_the_step(groups):
-    """The counterpart: the equality above is not that of a dead term."""
-    with_terms, without = (
-        initialized(LABELS, "2d", asc_weight=w, mse_weight=w, rampup_fraction=0.0) for w in (1.0, 0.0)
-    )
-    (batch,) = draw_batches(with_terms, 1)
-    for trainer in (with_terms, without):
-        trainer.train_step(batch)
-    for a, b in zip(weights(with_terms), weights(without), strict=True):
-        assert not all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_weights_are_ramped(groups):
-    trainer = initialized(LABELS, "2d", num_epochs=10)
-    ramp = []
-    for trainer.current_epoch in range(10):
-        values = trainer.unsupervised_weights()
-        ramp.append(values["asc"])
-        assert values["mse"] / values["asc"] == pytest.approx(1.0 / 0.35)
-    assert ramp[0] == pytest.approx(0.35 * np.exp(-5))
-    assert ramp == sorted(ramp)
-    assert ramp[4:] == [0.35] * 6
-
-
-# proof 4
+# checkpoints
 
 
 class nnUNetTrainerSemiCMLKilled(KilledMixin, nnUNetTrainerSemiCML):
     pass
-
-
-def test_resumed_training_equals_uninterrupted_training(groups, tmp_path, monkeypatch):
-    schedule = {"num_epochs": 4, "save_every": 2}
-    monkeypatch.setenv("nnUNet_semicml_seed", "3")
-
-    monkeypatch.setenv("nnUNet_results", str(tmp_path / "whole"))
-    whole = make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLKilled, **schedule, kill_at=-1)
-    whole.run_training()
-
-    monkeypatch.setenv("nnUNet_results", str(tmp_path / "parts"))
-    killed = make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLKilled, **schedule)
-    with pytest.raises(Killed):
-        killed.run_training()
-    monkeypatch.setenv("nnUNet_semicml_seed", "4")  # must not matter any more
-    resumed = make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLKilled, **schedule, kill_at=-1)
-    resumed.load_checkpoint(str(Path(killed.output_folder) / "checkpoint_latest.pth"))
-    assert resumed.current_epoch == 2
-    resumed.run_training()
-
-    assert_same_weights(weights(whole), weights(resumed))
-    final = [final_checkpoint(trainer) for trainer in (whole, resumed)]
-    assert len(final[0]["logging"]["unsupervised/asc"]) == 4
-    assert_identical(*final)
 
 
 def test_latest_checkpoint_knows_that_its_epoch_is_the_best(groups):
@@ -147,30 +40,6 @@ def test_latest_checkpoint_knows_that_its_epoch_is_the_best(groups):
     assert [state["_best_ema"] for state in states] == [state["logging"]["ema_fg_dice"][0] for state in states]
 
 
-# proof 5
-
-
-@pytest.mark.parametrize("two_pass", [False, True])
-@pytest.mark.parametrize(("dataset", "configuration"), SETTINGS)
-def test_whole_training_runs_and_learns(groups, dataset, configuration, two_pass):
-    trainer = initialized(dataset, configuration, two_pass=two_pass)
-    before = weights(trainer)
-    trainer.run_training()
-    log = trainer.logger.get_checkpoint()
-    for term in ("asc", "mse"):
-        assert len(log[f"unsupervised/{term}"]) == len(log[f"weight/{term}"]) == 2
-        assert np.isfinite(log[f"unsupervised/{term}"]).all()
-        assert np.min(log[f"unsupervised/{term}"]) > 0
-    for old, new in zip(before, weights(trainer), strict=True):
-        assert not all(torch.equal(old[k], new[k]) for k in old)
-    for t in trainer.trainers:
-        assert {"checkpoint_final.pth", "checkpoint_best.pth"} <= {f.name for f in Path(t.output_folder).iterdir()}
-        assert {"plans.json", "dataset.json", "dataset_fingerprint.json"} <= {
-            f.name for f in Path(t.output_folder_base).iterdir()
-        }
-    assert {"checkpoint_final.pth", "unsupervised_terms.png"} <= {f.name for f in Path(trainer.output_folder).iterdir()}
-
-
 def test_deployed_checkpoint_is_a_stock_one(groups):
     trainer = initialized(LABELS, "2d")
     trainer.run_training()
@@ -181,42 +50,6 @@ def test_deployed_checkpoint_is_a_stock_one(groups):
         assert checkpoint["provenance"]["modality"] == t.name
         assert os.environ["nnUNet_raw"] not in str(checkpoint["init_args"])
         assert "dataset" not in json.loads((Path(t.output_folder_base) / "dataset.json").read_text())
-
-
-@pytest.mark.parametrize(
-    ("trainer_class", "epochs"),
-    [
-        (nnUNetTrainerSemiCML_5epochs, 5),
-        (nnUNetTrainerSemiCML_50epochs, 50),
-        (nnUNetTrainerSemiCML_250epochs, 250),
-    ],
-)
-def test_schedules_reach_the_modality_trainers(groups, trainer_class, epochs):
-    plans, dataset_json = load_plans(LABELS)
-    trainer = trainer_class(plans, "2d", 0, dataset_json, torch.device("cpu"))
-    trainer.initialize()
-    assert [t.num_epochs for t in trainer.trainers] == [epochs] * 2
-    assert [t.lr_scheduler.max_steps for t in trainer.trainers] == [epochs] * 2
-
-
-# proof 6
-
-
-def test_labels_of_unlabeled_cases_change_nothing(groups, copy_of_labels):
-    assert_labels_of_unlabeled_cases_change_nothing(lambda: initialized(LABELS, "2d", rampup_fraction=0.0))
-
-
-# proof 8
-
-
-@pytest.mark.parametrize("trainer_class", [nnUNetTrainerSemiCML, nnUNetTrainerSemiCMLWithDropout])
-@pytest.mark.parametrize(("dataset", "configuration"), SETTINGS)
-def test_step_gives_the_gradients_of_the_formula(groups, dataset, configuration, trainer_class):
-    trainer = initialized(dataset, configuration, trainer_class, rampup_fraction=0.0)
-    (batch,) = draw_batches(trainer, 1)
-    dropout = [m for t in trainer.trainers for m in t.network.modules() if isinstance(m, nn.Dropout2d | nn.Dropout3d)]
-    assert bool(dropout) == (trainer_class is nnUNetTrainerSemiCMLWithDropout)
-    assert_step_equals_reference(trainer, batch)
 
 
 # what is refused
@@ -359,3 +192,138 @@ def test_checkpoint_of_a_stock_trainer_is_refused(finished, results, tmp_path):
     torch.save(stock, tmp_path / "checkpoint_final.pth")
     with pytest.raises(RuntimeError, match="cannot be read as a checkpoint"):
         make_trainer(LABELS, "2d").load_checkpoint(str(tmp_path / "checkpoint_final.pth"))
+
+
+def test_checkpoint_of_an_earlier_format_is_refused(finished, results, tmp_path):
+    checkpoint = torch.load(finished, weights_only=True)
+    del checkpoint["format"]  # there was none
+    torch.save(checkpoint, tmp_path / "checkpoint_latest.pth")
+    sentence = r"found a checkpoint of format 1, .*; expected format 2. Continue with that version, or train anew"
+    with pytest.raises(RuntimeError, match=sentence):
+        make_trainer(LABELS, "2d").load_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
+
+
+# hooks of nnU-Net
+
+
+def test_every_hook_of_nnunet_has_its_place():
+    """Whatever a user overrides is asked for by name: the conductor has it, or it is refused there."""
+    hooks = {name for name, member in vars(nnUNetTrainer).items() if callable(getattr(nnUNetTrainer, name))}
+    hooks -= {name for name in hooks if name.startswith("__")}
+    inherited = {"run_training", "print_to_log_file"}  # honoured as they are
+    assert hooks - inherited - vars(Conductor).keys() == HOOKS_OF_NETWORKS
+    assert hooks >= HOOKS_OF_CONDUCTOR
+    assert not HOOKS_OF_NETWORKS & vars(Conductor).keys()
+
+
+@pytest.mark.parametrize("hook", sorted(HOOKS_OF_NETWORKS))
+def test_hook_of_a_network_on_a_conductor_is_refused(groups, results, hook):
+    own = type("nnUNetTrainerOwn", (nnUNetTrainerSemiCML,), {hook: lambda self: None})
+    sentence = rf"nnUNetTrainerOwn overrides {hook}, .* in a subclass of nnUNetTrainer, .* network_trainer of nnUNetTr"
+    with pytest.raises(NotImplementedError, match=sentence):
+        make_trainer(LABELS, "2d", own)
+    assert not list(results.iterdir())
+
+
+@pytest.mark.parametrize("hook", sorted(HOOKS_OF_CONDUCTOR))
+def test_hook_of_the_conductor_on_a_network_trainer_is_refused(groups, results, hook):
+    network_trainer = type("nnUNetTrainerOfMine", (nnUNetTrainer,), {hook: lambda self: None})
+    own = type("nnUNetTrainerOwn", (nnUNetTrainerSemiCML,), {"network_trainer": network_trainer})
+    with pytest.raises(NotImplementedError, match=rf"nnUNetTrainerOfMine, the network_trainer of .* overrides {hook}"):
+        make_trainer(LABELS, "2d", own)
+
+
+class nnUNetTrainerOtherHooks(nnUNetTrainer):
+    """Hooks of a network, all of which are honoured."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.network.parameters(), 3e-4)
+        return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+    def _build_loss(self):
+        loss = super()._build_loss()
+        return lambda output, target: 3 * loss(output, target)
+
+    def get_training_transforms(self, *args, **kwargs):
+        return nnUNetTrainer.get_validation_transforms(kwargs.get("deep_supervision_scales", args[2]))
+
+    def do_split(self):
+        training, validation = super().do_split()
+        return training[:1], validation
+
+    def _set_batch_size_and_oversample(self):
+        self.batch_size = 3
+
+
+class nnUNetTrainerSemiCMLOtherHooks(nnUNetTrainerSemiCML):
+    network_trainer = nnUNetTrainerOtherHooks
+
+
+def test_hooks_of_the_network_trainer_are_honoured(groups):
+    trainer = initialized(LABELS, "2d", nnUNetTrainerSemiCMLOtherHooks)
+    reference = initialized(LABELS, "2d")
+    (batch,) = draw_batches(trainer, 1)
+    assert {len(p["cases"]) for p in batch["labeled"]} == {3}
+    assert {case for p in batch["labeled"] for case in p["cases"]} == set(trainer.trainers[0].do_split()[0])
+    assert all(isinstance(t.optimizer, torch.optim.AdamW) for t in trainer.trainers)
+    losses = [t.train_step(batch)["supervised"]["FLAIR"] for t in (trainer, reference)]
+    assert losses[0] == pytest.approx(3 * losses[1], rel=1e-5)
+    trainer.run_training()
+    # it builds nnU-Net's networks, so nnU-Net predicts with them
+    checkpoint = torch.load(Path(trainer.trainers[0].output_folder) / "checkpoint_final.pth", weights_only=True)
+    assert checkpoint["trainer_name"] == "nnUNetTrainer"
+
+
+def test_hyper_parameters_of_nnunet_are_class_attributes(groups):
+    members = {"num_epochs": 7, "initial_lr": 0.5, "weight_decay": 0.1, "save_every": 3, "asc_weight": 0.2}
+    members |= {"oversample_foreground_percent": 1.0, "enable_deep_supervision": False}
+    plans, dataset_json = load_plans(LABELS)
+    trainer = type("nnUNetTrainerOwn", (nnUNetTrainerSemiCML,), members)(
+        plans, "2d", 0, dataset_json, torch.device("cpu")
+    )
+    trainer.initialize()
+    for name, value in members.items():
+        assert all(getattr(t, name) == value for t in (trainer, *(trainer.trainers if name != "asc_weight" else ())))
+    assert trainer.trainers[0].optimizer.param_groups[0]["lr"] == 0.5
+    stock = nnUNetTrainer(*load_plans(LABELS)[:1], "2d", 0, dataset_json, torch.device("cpu"))
+    assert trainer.num_iterations_per_epoch == stock.num_iterations_per_epoch
+
+
+@pytest.mark.parametrize(
+    ("terms", "sentence"),
+    [
+        ({"mse": torch.ones((), requires_grad=True), "x": torch.ones((), requires_grad=True)}, "computes x, but term_"),
+        ({"mse": torch.ones(())}, "computes mse without a gradient: no network would learn from it"),
+    ],
+)
+def test_term_that_would_be_lost_is_refused(groups, monkeypatch, terms, sentence):
+    trainer = initialized(LABELS, "2d")
+    monkeypatch.setattr(trainer, "unsupervised_terms", lambda outputs, targets: terms)
+    (batch,) = draw_batches(trainer, 1)
+    with pytest.raises(ValueError, match=sentence):
+        trainer.train_step(batch)
+
+
+# schedules
+
+
+@pytest.mark.parametrize("name", sorted(semicml_trainers.__all__))
+def test_offered_trainer_can_be_found_and_pickled(name):
+    trainer_class = getattr(semicml_trainers, name)
+    assert trainer_class.__name__ == name
+    assert pickle.loads(pickle.dumps(trainer_class)) is trainer_class
+    base, _, epochs = name.partition("_")
+    default = 600 if base.endswith("PReL") else 1000
+    assert trainer_class.num_epochs == (int(epochs.removesuffix("epochs")) if epochs else default)
+    assert issubclass(trainer_class, getattr(semicml_trainers, base))
+    if hasattr(trainer_class, "first_stage"):
+        assert trainer_class.first_stage.__name__ == name.replace("PReL", "")
+    assert {f"{base}_{n}epochs" for n in (5, 50, 250)} | {base} <= set(semicml_trainers.__all__)
+
+
+def test_schedules_reach_the_modality_trainers(groups):
+    plans, dataset_json = load_plans(LABELS)
+    trainer = semicml_trainers.nnUNetTrainerSemiCML_50epochs(plans, "2d", 0, dataset_json, torch.device("cpu"))
+    trainer.initialize()
+    assert [t.num_epochs for t in trainer.trainers] == [50] * 2
+    assert [t.lr_scheduler.max_steps for t in trainer.trainers] == [50] * 2

@@ -4,6 +4,7 @@ import os
 import random
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,11 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from nnunetv2_semicml.errors import UserError
 
+CHECKPOINT_FORMAT = 2
+"""Of joint checkpoints. In format 1, which has no such number, every method kept its teachers in a way of its own."""
 
-def save_atomically(checkpoint: dict, filename: str) -> None:
+
+def save_atomically(checkpoint: dict[str, Any], filename: str) -> None:
     """Write a checkpoint beside its name and move it there, so that a crash or a full disk leaves the previous one.
 
     Raises:
@@ -38,10 +42,10 @@ def save_atomically(checkpoint: dict, filename: str) -> None:
 def load_checkpoint(
     filename: str,
     device: torch.device,
-    provenance: dict,
+    provenance: dict[str, Any],
     remedy: str = "Put the right one there, continue from another checkpoint of the folder, or train anew without --c.",
-) -> dict:
-    """Read a checkpoint and refuse one of another run.
+) -> dict[str, Any]:
+    """Read a joint checkpoint and refuse one of another run or format.
 
     Args:
         filename: the checkpoint.
@@ -50,10 +54,10 @@ def load_checkpoint(
         remedy: what to do about a damaged checkpoint or one of another run.
 
     Raises:
-        UserError: if the file is damaged or its provenance is another.
+        UserError: if the file is damaged, of another version of this package, or its provenance is another.
     """
     try:
-        checkpoint = torch.load(filename, map_location=device, weights_only=True)
+        checkpoint: dict[str, Any] = torch.load(filename, map_location=device, weights_only=True)
         found = checkpoint["provenance"]
     except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -62,6 +66,13 @@ def load_checkpoint(
             f"a checkpoint of {provenance['trainer']}",
             remedy,
         ) from error
+    if (version := checkpoint.get("format", 1)) != CHECKPOINT_FORMAT:
+        raise UserError(
+            filename,
+            f"a checkpoint of format {version}, which another version of this package wrote",
+            f"format {CHECKPOINT_FORMAT}",
+            "Continue with that version, or train anew without --c. The models of the modalities predict as before.",
+        )
     for key, expected in provenance.items():
         if found.get(key) != expected:
             of = f"{key} {found.get(key)}", f"{key} {expected}"
@@ -78,7 +89,7 @@ def use_builtin_numbers(logger: MetaLogger) -> None:
     values would otherwise go on in float64 after a resume.
     """
 
-    def builtin(value: object) -> object:
+    def builtin(value: Any) -> Any:
         if isinstance(value, list):
             return [builtin(item) for item in value]
         return value.item() if isinstance(value, np.generic) else value
@@ -86,9 +97,10 @@ def use_builtin_numbers(logger: MetaLogger) -> None:
     logger.load_checkpoint({key: builtin(values) for key, values in logger.get_checkpoint().items()})
 
 
-def get_random_state(device: torch.device) -> dict:
+def get_random_state(device: torch.device) -> dict[str, Any]:
     """State of the random generators of Python, NumPy and PyTorch, on the CPU and on a CUDA device."""
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)  # of the form that was asked for
     return {
         "python": random.getstate(),
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
@@ -97,7 +109,7 @@ def get_random_state(device: torch.device) -> dict:
     }
 
 
-def set_random_state(state: dict, device: torch.device) -> None:
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Restore what `get_random_state` returned."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]

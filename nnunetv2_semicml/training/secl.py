@@ -1,18 +1,22 @@
-"""The base of self-ensembling contrastive learning (SECL): contrast of encoder features of unlabeled images.
+"""A part of methods: self-ensembling contrastive learning (SECL), the contrast of features of unlabeled images.
 
 Source: Xiang et al., Self-ensembling contrastive learning for semi-supervised medical image segmentation, arXiv
 2105.12924, 2021. What the abstract leaves open was chosen here; benchmarks/study/validation.md has what was tried.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
 
 from nnunetv2_semicml.losses.contrastive import ContrastiveLoss, pool_features
-from nnunetv2_semicml.trainers.nnUNetTrainerSelfEnsembling import nnUNetTrainerSelfEnsembling
-from nnunetv2_semicml.trainers.teacher import Teacher, add_noise
+from nnunetv2_semicml.training.conductor import LabeledPatches, UnlabeledDraw, View
+from nnunetv2_semicml.training.modality_trainer import ModalityTrainer
+from nnunetv2_semicml.training.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
+from nnunetv2_semicml.training.teacher import Teacher, add_noise
 
 
 class ProjectedEncoder(nn.Module):
@@ -24,12 +28,15 @@ class ProjectedEncoder(nn.Module):
         dimension: of the projection.
     """
 
+    network: Any  # nnU-Net's networks have no types
+    head: nn.Sequential
+
     def __init__(self, network: nn.Module, stage: int, dimension: int):
         super().__init__()
         self.network = network
-        convolution = network.encoder.conv_op
-        self.stage = min(stage, len(network.encoder.stages) - 1)
-        channels = network.encoder.output_channels[self.stage]
+        convolution = self.network.encoder.conv_op
+        self.stage = min(stage, len(self.network.encoder.stages) - 1)
+        channels = self.network.encoder.output_channels[self.stage]
         self.head = nn.Sequential(
             convolution(channels, channels, 1), nn.LeakyReLU(), convolution(channels, dimension, 1)
         )
@@ -52,50 +59,48 @@ class ProjectedEncoder(nn.Module):
         features = images if stem is None else stem(images)
         for stage in encoder.stages[: self.stage + 1]:
             features = stage(features)
-        return self.head(features)
+        projected: Tensor = self.head(features)
+        return projected
 
 
-class nnUNetTrainerSECL(nnUNetTrainerSelfEnsembling):
+class SelfEnsemblingContrast(nnUNetTrainerSemiSupervised):
     """Features of the student encoder are contrasted with those of its teacher, part by part of the images.
 
     A part's features are averaged over the part (`pool_features`), in the student for the anchors and in the teacher,
     which sees a noisy image, for the keys. The same part is positive, other parts, in all images, are negative. A
-    subclass says which parts there are. The student is deployed, without its projection head, which lives in the
+    method says which parts there are. The student is deployed, without its projection head, which lives in the
     training state alone.
 
     Attributes:
         own_image: whether the teacher's key of the same part of the same image is positive, too.
+        contrast_weight: of the term.
+        contrast_temperature: see `ContrastiveLoss`.
+        feature_stage: of the encoder, see `ProjectedEncoder`.
+        projection_dimension: length of the features.
+        min_part: weight, in positions of the feature map, below which a part is neither anchor nor key.
         students: of every network, by name, with the projection head.
     """
 
+    teacher_averaging = "ema"
+    term_weights = {"contrast": "contrast_weight"}
     own_image = True
-
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.contrast_weight = 0.1
-        self.contrast_temperature = 0.1
-        # Of the encoder: a quarter of the resolution, where small structures still have features. On validation
-        # patients the last stage was no better.
-        self.feature_stage = 2
-        self.projection_dimension = 64  # not varied, nor were ema_decay and the noise
-        self.min_part = 1.0  # weight, in positions of the feature map, below which a part is neither anchor nor key
-        self.students: dict[str, ProjectedEncoder] = {}
-        self._projected: dict[str, nn.Module] = {}
+    contrast_weight = 0.1
+    contrast_temperature = 0.1
+    # A quarter of the resolution, where small structures still have features. On validation patients the last stage was
+    # no better.
+    feature_stage = 2
+    projection_dimension = 64  # not varied, nor were ema_decay and the noise
+    min_part = 1.0
 
     def initialize(self) -> None:
         """Build the networks, their projection heads and teachers."""
+        self.students: dict[str, ProjectedEncoder] = {}
         super().initialize()
-        for name, student in self.students.items():
-            self._projected[name] = torch.compile(student) if self._do_i_compile() else student
+        self._projected: dict[str, Callable[[Tensor], Tensor]] = {
+            t.name: torch.compile(self.student(t)) if t._do_i_compile() else self.student(t) for t in self.trainers
+        }
 
-    def student(self, trainer: nnUNetTrainer) -> ProjectedEncoder:
+    def student(self, trainer: ModalityTrainer) -> ProjectedEncoder:
         """The network with its projection head, which the network's optimizer updates as well."""
         if trainer.name not in self.students:
             network = trainer.unwrapped_network()
@@ -106,6 +111,16 @@ class nnUNetTrainerSECL(nnUNetTrainerSelfEnsembling):
             trainer.optimizer.add_param_group({"params": student.head.parameters()})
             self.students[trainer.name] = student
         return self.students[trainer.name]
+
+    def averaged_network(self, name: str) -> nn.Module:
+        """The teacher's network without its projection head."""
+        network: nn.Module = self._of_teacher(name).network
+        return network
+
+    def _of_teacher(self, name: str) -> ProjectedEncoder:
+        averaged = self.teachers[name].network
+        assert isinstance(averaged, ProjectedEncoder)  # of `student`
+        return averaged
 
     # the method
 
@@ -123,36 +138,37 @@ class nnUNetTrainerSECL(nnUNetTrainerSelfEnsembling):
         """
         raise NotImplementedError
 
-    def unsupervised_targets(self, images: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of every network the keys (B, R, D) of its teacher, and the parts (B, R, *size)."""
+    def views_and_targets(
+        self, unlabeled: UnlabeledDraw, labeled: Mapping[str, LabeledPatches]
+    ) -> tuple[Sequence[View], dict[str, tuple[Tensor, Tensor]]]:
+        """Compare with the keys (B, R, D) of every network's teacher; with them, the parts (B, R, *size)."""
         targets = {}
-        where_all = images.get("positions")
-        for name, teacher in ((name, self.teachers[name]) for name in images if name in self.teachers):
-            noisy = add_noise(images[name], self.noise_std, self.noise_bounds).split(self.cases_per_pass)
-            positions = [None] * len(noisy) if where_all is None else where_all.split(self.cases_per_pass)
+        for name, image in unlabeled.images.items():
+            noisy = add_noise(image, self.noise_std, self.noise_bounds).split(self.cases_at_a_time)
+            where_all = unlabeled.positions
+            positions = [None] * len(noisy) if where_all is None else where_all.split(self.cases_at_a_time)
             keys, parts = [], []
             with torch.inference_mode():
                 for cases, where in zip(noisy, positions, strict=True):
                     with self._autocast():
-                        features, of_cases = self.features_and_parts(teacher, cases, where)
+                        features, of_cases = self.features_and_parts(self.teachers[name], cases, where)
                     keys.append(pool_features(features, of_cases)[0])
                     parts.append(of_cases)
             # joined outside of inference mode, so that the loss can save them for its gradient
             targets[name] = torch.cat(keys), torch.cat(parts)
-        return targets
+        return [unlabeled.images], targets
 
-    def unlabeled_output(self, trainer: nnUNetTrainer, images: Tensor) -> Tensor:
+    def unlabeled_output(self, trainer: ModalityTrainer, images: Tensor, view: int) -> Tensor:
         """Projected features (B, D, *size)."""
         return self._projected[trainer.name](images)
 
-    def unsupervised_terms(
-        self, outputs: dict[str, Tensor], targets: dict[str, tuple[Tensor, Tensor]]
-    ) -> dict[str, Tensor]:
+    def unsupervised_terms(self, outputs: Sequence[View], targets: Any) -> dict[str, Tensor]:
         """The contrast of anchors and keys, summed over the networks, which learn independently of each other."""
         loss, terms = ContrastiveLoss(self.contrast_temperature), []
-        for name, features in outputs.items():
-            keys, parts = map(self.contrasted, targets[name])
-            anchors, weight = pool_features(self.contrasted(features), parts)
+        (features_of,) = outputs
+        for name, features in features_of.items():
+            keys, parts = map(self.different_cases, targets[name])
+            anchors, weight = pool_features(self.different_cases(features), parts)
             present = (weight >= self.min_part).flatten()
             image, part = torch.meshgrid(*(torch.arange(n, device=keys.device) for n in weight.shape), indexing="ij")
             same_image, same_part = (_pairs(i) for i in (image, part))
@@ -161,27 +177,29 @@ class nnUNetTrainerSECL(nnUNetTrainerSelfEnsembling):
             terms.append(loss(anchors.flatten(0, 1), keys.flatten(0, 1), positive, both & ~same_part))
         return {"contrast": self.over_networks(terms)}
 
-    def unsupervised_weights(self) -> dict[str, float]:
-        """The ramped weight."""
-        return {"contrast": self.ramp() * self.contrast_weight}
-
     # checkpoints
 
-    def get_method_state(self) -> dict:
-        """The projection heads, and what self-ensembling adds."""
-        heads = {name: student.head.state_dict() for name, student in self.students.items()}
+    def get_method_state(self) -> dict[str, Any]:
+        """The teachers, and the projection heads of students and teachers."""
+        heads = {
+            name: {"student": student.head.state_dict(), "teacher": self._of_teacher(name).head.state_dict()}
+            for name, student in self.students.items()
+        }
         return {**super().get_method_state(), "projection_heads": heads}
 
-    def set_method_state(self, state: dict) -> None:
+    def set_method_state(self, state: dict[str, Any]) -> None:
         """Restore what `get_method_state` returned."""
         super().set_method_state(state)
-        for name, weights in state["projection_heads"].items():
-            self.students[name].head.load_state_dict(weights)
+        for name, heads in state["projection_heads"].items():
+            self.students[name].head.load_state_dict(heads["student"])
+            self._of_teacher(name).head.load_state_dict(heads["teacher"])
 
 
-def shrink(voxels: Tensor, size: torch.Size) -> Tensor:
+def shrink(voxels: Tensor, size: Sequence[int]) -> Tensor:
     """Mean of the voxels (B, C, *patch) behind every position of a feature map, (B, C, *size)."""
-    return (adaptive_avg_pool3d if len(size) == 3 else adaptive_avg_pool2d)(voxels, size)
+    pool: Any = adaptive_avg_pool3d if len(size) == 3 else adaptive_avg_pool2d  # each wants a tuple of its length
+    means: Tensor = pool(voxels, size)
+    return means
 
 
 def _pairs(index: Tensor) -> Tensor:

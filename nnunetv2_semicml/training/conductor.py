@@ -1,61 +1,57 @@
-"""The base of all trainers here: stock trainers, one per modality, and a conductor that adds an unsupervised loss.
+"""The conductor: nnU-Net's training loop for several networks at once, coupled by their predictions of unlabeled cases.
 
-nnU-Net's command line instantiates the conductor for the multi-modal dataset, or for that of a single modality, and
-runs nnU-Net's own training loop on it. The conductor draws a labeled batch of every modality and unlabeled batches of
-modalities that are compared, computes
+nnU-Net's command line instantiates a trainer for the multi-modal dataset, or for that of a single modality, and runs
+nnU-Net's own loop on it. The trainer is a conductor of stock trainers, one for every network. It draws a labeled batch
+of every modality and unlabeled batches of modalities that are compared, computes
 
     supervised_weight * sum_m L_sup(m, labeled) + sum_terms weight_term(epoch) * mean_draws L_term(draw of unlabeled)
 
-and passes every other hook on to the modality trainers, which write complete stock model folders of their own.
+and passes every other hook on to the stock trainers, which write complete stock model folders of their own.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import combinations
 from math import ceil
 from os.path import basename, isfile, join
 from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, autocast
 from torch import distributed as dist
-from torch.nn.functional import one_hot
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
+from nnunetv2_semicml.data.environment import environment_folder
 from nnunetv2_semicml.data.folds import SPLITS_FILE, read_folds
-from nnunetv2_semicml.data.modality_group import (
-    Modality,
-    ModalityGroup,
-    environment_folder,
-    preprocessed_folder,
-    unlabeled_identifier,
-)
-from nnunetv2_semicml.data.paired_dataset import PairedDataset
-from nnunetv2_semicml.data.streams import PairedDataLoader, PairedTransform, SemiSupervisedDataLoader
+from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup
+from nnunetv2_semicml.data.result_folders import TRAINING_STATE
+from nnunetv2_semicml.data.streams import Patches, SemiSupervisedDataLoader
 from nnunetv2_semicml.errors import UserError
-from nnunetv2_semicml.losses.consistency import sigmoid_rampup
-from nnunetv2_semicml.trainers.checkpoint import (
+from nnunetv2_semicml.training.checkpoint import (
+    CHECKPOINT_FORMAT,
     get_random_state,
     load_checkpoint,
     save_atomically,
     set_random_state,
     use_builtin_numbers,
 )
-from nnunetv2_semicml.trainers.modality_trainer import make_modality_trainer_class
-from nnunetv2_semicml.trainers.passes import Passes
-from nnunetv2_semicml.trainers.plot_terms import plot_terms
-from nnunetv2_semicml.trainers.teacher import Teacher, add_noise
+from nnunetv2_semicml.training.loaders import make_loader, start_loading
+from nnunetv2_semicml.training.modality_trainer import ModalityTrainer, make_modality_trainer_class
+from nnunetv2_semicml.training.plot_terms import plot_terms
+from nnunetv2_semicml.training.schedules import sigmoid_rampup
 
-# hyper-parameters of nnU-Net that a subclass sets on the conductor and every modality trainer then has
-_PASSED_ON = (
+# hyper-parameters of nnU-Net, which a subclass may set as class attributes and every modality trainer then has
+HYPER_PARAMETERS = (
     "initial_lr",
     "weight_decay",
     "oversample_foreground_percent",
@@ -63,63 +59,147 @@ _PASSED_ON = (
     "num_iterations_per_epoch",
     "num_val_iterations_per_epoch",
     "num_epochs",
-    "current_epoch",
     "enable_deep_supervision",
     "save_every",
     "disable_checkpointing",
 )
+# hooks of nnU-Net that the trainers of the networks are asked for, and a conductor never is
+HOOKS_OF_NETWORKS = frozenset(
+    {
+        "_build_loss",
+        "_do_i_compile",
+        "_get_deep_supervision_scales",
+        "_save_debug_information",
+        "_set_batch_size_and_oversample",
+        "build_network_architecture",
+        "configure_optimizers",
+        "configure_rotation_dummyDA_mirroring_and_inital_patch_size",
+        "do_split",
+        "get_tr_and_val_datasets",
+        "get_training_transforms",
+        "get_validation_transforms",
+        "plot_network_architecture",
+        "print_plans",
+        "set_deep_supervision_enabled",
+    }
+)
+# hooks of nnU-Net that the conductor is asked for, and a trainer of a network never is
+HOOKS_OF_CONDUCTOR = frozenset(
+    {
+        "get_dataloaders",
+        "get_tr_and_val_datasets",
+        "load_checkpoint",
+        "run_training",
+        "save_checkpoint",
+        "train_step",
+    }
+)
 
 
-class nnUNetTrainerSemiSupervised(nnUNetTrainer):
-    """Conductor of one stock trainer per modality. A method derives from it and defines its unsupervised terms.
-
-    Hooks of networks, losses, optimizers and augmentation are those of `network_trainer`, nnU-Net's own class, and not
-    of the conductor.
+class LabeledPatches(NamedTuple):
+    """What a network is taught by labels: nnU-Net's batch.
 
     Attributes:
-        network_trainer: the nnU-Net trainer that every modality is trained and deployed with.
-        epochs: length of the schedule; nnU-Net's, unless a subclass says otherwise.
+        image: (B, C, *patch).
+        target: (B, 1 or regions, *patch) or, for deep supervision, a list with one for each scale.
+    """
+
+    image: Tensor
+    target: Tensor | list[Tensor]
+
+    @property
+    def full_target(self) -> Tensor:
+        """The target at full resolution."""
+        return self.target[0] if isinstance(self.target, list) else self.target
+
+
+@dataclass(frozen=True)
+class UnlabeledDraw:
+    """Patches of unlabeled cases, the same places of the same cases for every network.
+
+    Attributes:
+        images: network -> (B, C, *patch), augmented.
+        positions: (B, axes, *patch), see `PairedDataset`; only with `needs_positions`.
+    """
+
+    images: dict[str, Tensor]
+    positions: Tensor | None = None
+
+
+T = TypeVar("T")
+View = Mapping[str, Tensor]
+"""What networks see or make in one look at a draw: network -> images (B, C, *patch), or -> outputs (B, ...)."""
+
+
+class Conductor(nnUNetTrainer):
+    """Trains one network per modality, or several, by nnU-Net's loss on labeled cases and by what a method adds to it.
+
+    A method does not derive from this class but from `nnUNetTrainerSemiSupervised`. Hyper-parameters, nnU-Net's
+    included, are class attributes. Hooks of networks, losses, optimizers and augmentation are those of
+    `network_trainer`, nnU-Net's own class; a conductor that overrides one of them is refused.
+
+    Attributes:
+        network_trainer: the nnU-Net trainer that every network is trained and deployed with.
         min_modalities: fewer are refused.
         compares_modalities: whether the unsupervised terms compare the modalities of a case. A step then draws
             unlabeled cases that have all modalities or, if cases lack some, a batch for every pair from those that have
             both. Otherwise it draws a batch of every modality from all of its cases.
         min_unlabeled: unlabeled cases to draw from, fewer of which are refused.
         networks_per_modality: differently initialized networks of every modality, of which the first is deployed.
-        needs_positions: whether `unsupervised_targets` asks where in its case a patch lies.
-        trainers: the modality trainers in channel order, from `initialize` on.
+        needs_positions: whether draws tell where in its case a patch lies.
+        mixes_labeled: whether `views_and_targets` looks at labeled patches, which are drawn then even if
+            `supervised_weight` is 0.
+        term_weights: every term that `unsupervised_terms` may return -> the attribute that is its weight, which the
+            base ramps and logs.
         unlabeled_batch_size: unlabeled cases per draw; None takes the plans' batch size, but at least the two cases
             that a contrast needs.
-        asc_cases: unlabeled cases per draw that an ASC loss contrasts; None takes those of the unlabeled batch, as far
-            as they are different cases. If there are more, the step draws as many, and the other terms see the batch
-            alone.
         supervised_weight: weight of nnU-Net's loss on labeled cases; 0 leaves these out.
-        rampup_fraction: share of the schedule over which `ramp` rises, for methods that call it.
-        two_pass: how a step is computed, see `train_step`; None chooses, and says why in the log.
-        cases_per_pass: in two passes, the cases that a network sees at a time; None takes the batch size, for which the
-            plans were made. Fewer need less memory and more time.
+        warmup_fraction: share of the schedule in which networks learn from labeled cases alone.
+        rampup_fraction: share of the schedule after that over which `ramp` rises.
+        recompute: whether activations are recomputed in the backward pass instead of held, see `train_step`; None
+            chooses, and says why in the log.
+        micro_batch_size: when recomputing, the cases that go through a network at a time; None takes the batch size,
+            for which the plans were made. Fewer need less memory and more time.
+        trainers: the trainers of the networks, in the order of the modalities, from `initialize` on.
 
     With several processes (-num_gpus), the unlabeled cases of a step are shared out among them, as the batch is.
     """
 
+    # of nnU-Net's trainer, which has no types
+    output_folder: str
+    log_file: str
+    was_initialized: bool
+    current_epoch: int
+    num_epochs: int = 1000
+
+    schedules: ClassVar[dict[int, type["Conductor"]]] = {}  # of a method, see `with_schedules`
     network_trainer: type[nnUNetTrainer] = nnUNetTrainer
-    epochs = 1000
     min_modalities = 1
     compares_modalities = False
     min_unlabeled = 1
     networks_per_modality = 1
     needs_positions = False
+    mixes_labeled = False
+    term_weights: ClassVar[Mapping[str, str]] = {}
+    unlabeled_batch_size: int | None = None
+    supervised_weight = 1.0
+    warmup_fraction = 0.0
+    rampup_fraction = 0.4
+    recompute: bool | None = None
+    micro_batch_size: int | None = None
 
     def __init__(
         self,
-        plans: dict,
+        plans: dict[str, Any],
         configuration: str,
-        fold: int,
-        dataset_json: dict,
+        fold: int | str,
+        dataset_json: dict[str, Any],
         device: torch.device = torch.device("cuda"),
     ):
         name = type(self).__name__
         if os.environ.get("nnUNet_wandb_enabled", "0") not in ("0", "False", "false"):
             raise NotImplementedError(f"{name} does not log to Weights & Biases: unset nnUNet_wandb_enabled.")
+        self._require_hooks_in_their_place()
         environment_folder("nnUNet_results")
         self.group = ModalityGroup.load(plans["dataset_name"])
         if len(self.group.modalities) < self.min_modalities:
@@ -138,52 +218,82 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
                 f"-num_gpus {dist.get_world_size()}. Choose a divisor, or another batch_size in the plans of all "
                 f"datasets of {self.group.file}."
             )
+        self.require_prerequisites(plans, configuration, fold)
         self.continue_training = plans["continue_training"]
         self._seed_everything()
 
         super().__init__(plans, configuration, fold, dataset_json, device)
+        for attribute in HYPER_PARAMETERS:  # nnU-Net has just set its own on the instance
+            if hasattr(type(self), attribute):
+                setattr(self, attribute, getattr(type(self), attribute))
         if self.group.is_single:  # the model folder is the modality trainer's
-            self.output_folder = join(self.output_folder, "training_state")
+            self.output_folder = join(self.output_folder, TRAINING_STATE)
             Path(self.output_folder).mkdir(exist_ok=True)
             self.log_file = join(self.output_folder, basename(self.log_file))
         self.network = _NoSingleNetwork(name)
-        self.num_epochs = self.epochs
-        self.trainers: list = []
-        self.unlabeled_batch_size: int | None = None
-        self.asc_cases: int | None = None
-        self.supervised_weight = 1.0
-        self.rampup_fraction = 0.4
-        self.two_pass: bool | None = None
-        self.cases_per_pass: int | None = None
-        self._distinct_cases = 0  # that every unlabeled draw can have, in all processes together
-        self._random_state: dict | None = None
+        self.trainers: list[ModalityTrainer] = []
+        self.distinct_cases = 0  # that every unlabeled draw can have, in all processes together
+        self._random_state: dict[str, Any] | None = None
         self._validate_best = False
+
+    def _require_hooks_in_their_place(self) -> None:
+        """Refuse overrides that nobody would call."""
+        name = type(self).__name__
+        own = {hook for c in type(self).__mro__[: type(self).__mro__.index(nnUNetTrainer)] for hook in vars(c)}
+        if misplaced := sorted(own & HOOKS_OF_NETWORKS):
+            raise NotImplementedError(
+                f"{name} overrides {', '.join(misplaced)}, of which its networks' trainers are asked. Define it in a "
+                f"subclass of {self.network_trainer.__name__}, and name that as network_trainer of {name}."
+            )
+        classes = self.network_trainer.__mro__
+        of_network = {hook for c in classes[: classes.index(nnUNetTrainer)] for hook in vars(c)}
+        if misplaced := sorted(of_network & HOOKS_OF_CONDUCTOR):
+            raise NotImplementedError(
+                f"{self.network_trainer.__name__}, the network_trainer of {name}, overrides {', '.join(misplaced)}, of "
+                f"which {name} is asked. Define it there, or name another network_trainer."
+            )
 
     # what a method defines
 
-    def unsupervised_targets(self, images: dict[str, Tensor]) -> object:
-        """What the learners' predictions are compared with, if not with each other, e.g. a teacher's predictions.
+    def require_prerequisites(self, plans: dict[str, Any], configuration: str, fold: int | str) -> None:
+        """Refuse what cannot be trained, before nnU-Net makes any folder."""
+
+    def views_and_targets(
+        self, unlabeled: UnlabeledDraw, labeled: Mapping[str, LabeledPatches]
+    ) -> tuple[Sequence[View], Any]:
+        """Say what the learners see of a draw, and what their outputs are compared with, if not with each other.
+
+        The draw itself, unless a method says otherwise: strong or several views of it, mixtures with labeled patches of
+        the same network. A view may have any number of cases, and leave networks out.
 
         Args:
-            images: for every network of a draw by name, the augmented patches (B, C, *patch) of unlabeled cases that it
-                sees afterwards if it is a learner; with `needs_positions` also "positions", see `PairedDataset`.
+            unlabeled: the draw.
+            labeled: network -> the labeled patches of the step; nothing without `supervised_weight` and
+                `mixes_labeled`.
 
         Returns:
-            Anything without gradient, passed on to `unsupervised_terms`.
+            The views, and anything without gradient that `unsupervised_terms` needs.
         """
+        return [unlabeled.images], None
 
-    def unlabeled_output(self, trainer: nnUNetTrainer, images: Tensor) -> Tensor:
-        """What the unsupervised terms see of a network: its logits (B, heads, *patch) of images (B, C, *patch)."""
-        return trainer.local_network()(images)
+    def unlabeled_output(self, trainer: ModalityTrainer, images: Tensor, view: int) -> Tensor:
+        """What the unsupervised terms see of a network: its logits (B, heads, *patch) of images (B, C, *patch).
 
-    def unsupervised_terms(self, outputs: dict[str, Tensor], targets: object) -> dict[str, Tensor]:
+        Args:
+            trainer: that of the network.
+            images: some cases of a view.
+            view: its number.
+        """
+        logits: Tensor = trainer.local_network()(images)
+        return logits
+
+    def unsupervised_terms(self, outputs: Sequence[View], targets: Any) -> dict[str, Tensor]:
         """Compute the unsupervised loss terms on a draw of unlabeled cases.
 
         Args:
-            outputs: `unlabeled_output` of every network of the draw that is one of `learners`, by name, in float32. For
-                logits see
-                `probabilities`, `foreground` and `segment`; for the cases see `in_batch` and `contrasted`.
-            targets: what `unsupervised_targets` returned.
+            outputs: for every view, `unlabeled_output` of every network that it shows and that is one of `learners`, in
+                float32.
+            targets: what `views_and_targets` returned beside the views.
 
         Returns:
             Scalar terms by name, unweighted; a term is averaged over the draws of the step that have it (see
@@ -194,22 +304,48 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
 
     def unsupervised_weights(self) -> dict[str, float]:
         """Weight in the current epoch of every term that `unsupervised_terms` may return; the names never change."""
-        raise NotImplementedError
+        ramp = self.ramp()
+        return {term: ramp * getattr(self, attribute) for term, attribute in self.term_weights.items()}
 
-    def learners(self) -> list[nnUNetTrainer]:
-        """The modality trainers whose networks learn in the current epoch; the others rest."""
+    def labeled_views(
+        self, labeled: Mapping[str, LabeledPatches], draws: Sequence[UnlabeledDraw]
+    ) -> Mapping[str, LabeledPatches]:
+        """Say what nnU-Net's loss sees: the labeled patches, unless a method mixes them or adds pseudo-labeled ones.
+
+        Args:
+            labeled: network -> its labeled patches.
+            draws: the unlabeled patches of the step.
+        """
+        return labeled
+
+    def learners(self) -> list[ModalityTrainer]:
+        """The trainers whose networks learn in the current epoch; the others rest."""
         return self.trainers
 
-    def ramp(self) -> float:
-        """Share of the full unsupervised weight in this epoch: 1 from `rampup_fraction` of the schedule on."""
-        return sigmoid_rampup(self.current_epoch, self.rampup_fraction * self.num_epochs)
-
-    def get_method_state(self) -> dict:
-        """What the method adds to the joint checkpoint, e.g. teachers; readable with weights_only."""
+    def get_method_state(self) -> dict[str, Any]:
+        """What the method adds to the joint checkpoint; readable with weights_only."""
         return {}
 
-    def set_method_state(self, state: dict) -> None:
+    def set_method_state(self, state: dict[str, Any]) -> None:
         """Restore what `get_method_state` returned."""
+
+    # the course of a training
+
+    @property
+    def warmup_epochs(self) -> int:
+        """How many epochs the networks learn from labeled cases alone."""
+        return round(self.warmup_fraction * self.num_epochs)
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the current epoch is one of these."""
+        return self.current_epoch < self.warmup_epochs
+
+    def ramp(self) -> float:
+        """Share of the full unsupervised weight in this epoch: 0 while warming up, 1 after `rampup_fraction` more."""
+        if self.warming_up:
+            return 0.0
+        return sigmoid_rampup(self.current_epoch - self.warmup_epochs, self.rampup_fraction * self.num_epochs)
 
     # the draws of unlabeled cases
 
@@ -218,11 +354,25 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         names = [modality.name for modality in self.group.modalities]
         if not self.compares_modalities:
             return [(name,) for name in names]
-        pairs = list(combinations(names, 2))
+        pairs: list[tuple[str, ...]] = list(combinations(names, 2))
         common = [self.group.common_cases(pair, labeled=False) for pair in pairs]
         return [tuple(names)] if all(cases == common[0] for cases in common) else pairs
 
-    def over_networks(self, terms: Sequence[Tensor]) -> Tensor:
+    @property
+    def cases_per_draw(self) -> int:
+        """Unlabeled cases of a draw, in all processes together."""
+        planned: int = self.configuration_manager.batch_size
+        return self.unlabeled_batch_size or max(2, planned)
+
+    def cases_here(self, cases: int) -> int:
+        """How many of a draw's cases fall to this process: to all equally many, rounded up."""
+        return ceil(cases / self._world_size)
+
+    def different_cases(self, unlabeled: Tensor) -> Tensor:
+        """The patches of a draw that are surely of different cases, since none is to be contrasted with itself."""
+        return unlabeled[: self.cases_here(min(self.cases_per_draw, self.distinct_cases))]
+
+    def over_networks(self, terms: Iterable[Tensor]) -> Tensor:
         """Sum over all networks, of which a draw may show some: the mean of theirs, times the number of all."""
         return len(self.trainers) * torch.stack(list(terms)).mean()
 
@@ -251,21 +401,24 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
     # setting up
 
     def initialize(self) -> None:
-        """Build the modality trainers and let them build their networks."""
+        """Build the trainers of the networks and let them build these."""
         if self.was_initialized:
             raise RuntimeError("initialize was called twice.")
+        if self.warmup_epochs and not self.supervised_weight:
+            raise ValueError("Networks warm up on labeled cases: warmup_fraction needs a supervised_weight.")
         for line in self.group.describe():
             self.print_to_log_file(line)
         for modality, modality_plans in zip(self.group.modalities, self.modality_plans, strict=True):
             for number in range(1, self.networks_per_modality + 1):
                 self.trainers.append(self._make_trainer(modality, modality_plans, number))
-        self._set_batch_size_and_oversample()
-        self._choose_passes()
+        self._choose_micro_batches()
         for key in self._term_keys():
             self.logger.local_logger.my_fantastic_logging.setdefault(key, [])
         self.was_initialized = True
 
-    def _make_trainer(self, modality: Modality, modality_plans: tuple[dict, dict], number: int) -> nnUNetTrainer:
+    def _make_trainer(
+        self, modality: Modality, modality_plans: tuple[dict[str, Any], dict[str, Any]], number: int
+    ) -> ModalityTrainer:
         """The trainer of a modality's network number 1, which is deployed, or 2, …"""
         plans, dataset_json = modality_plans
         channels = [dataset_json["channel_names"][str(i)] for i in range(len(modality.channels))]
@@ -285,41 +438,41 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             trainer.output_folder = join(self.output_folder, trainer.name.replace(" ", "_"))
             Path(trainer.output_folder).mkdir(exist_ok=True)
             trainer.log_file = join(trainer.output_folder, basename(trainer.log_file))
-        for attribute in _PASSED_ON:
+        for attribute in (*HYPER_PARAMETERS, "current_epoch"):
             setattr(trainer, attribute, getattr(self, attribute))
         trainer.initialize()
         return trainer
 
-    def _choose_passes(self) -> None:
-        fewest = min(len(self.group.common_cases(draw, labeled=False)) for draw in self.draws())
-        self._distinct_cases = distinct = fewest // self._world_size * self._world_size
-        if self.asc_cases is not None and not 2 <= self.asc_cases <= distinct:
-            raise ValueError(
-                f"asc_cases must lie between 2 and {distinct}, since there are no more unlabeled cases and none is to "
-                f"be contrasted with itself; got {self.asc_cases}."
-            )
-        if self.unlabeled_cases > distinct:
+    def _choose_micro_batches(self) -> None:
+        cases = [len(self.group.common_cases(draw, labeled=False)) for draw in self.draws()]
+        self.distinct_cases = min(cases, default=0) // self._world_size * self._world_size
+        if cases and self.cases_per_draw > self.distinct_cases:
             self.print_to_log_file(
-                f"A draw of {self.unlabeled_cases} unlabeled patches has several of a case, since there may be only "
-                f"{distinct} cases to draw from; only patches of different cases are contrasted."
+                f"A draw of {self.cases_per_draw} unlabeled patches has several of a case, since there may be only "
+                f"{self.distinct_cases} cases to draw from; only patches of different cases are contrasted."
             )
-        self.cases_per_pass = self.cases_per_pass or self.batch_size
         batch_norm = any(isinstance(m, _BatchNorm) for t in self.trainers for m in t.network.modules())
-        if self.two_pass and batch_norm:
-            raise NotImplementedError("Batch normalization does not work with two_pass: set it to False.")
-        if self.two_pass is not None:
+        if self.recompute and batch_norm:
+            raise NotImplementedError("Batch normalization does not work with recompute: set it to False.")
+        if self.recompute is not None:
             reason = "as set"
         elif batch_norm:
-            self.two_pass, reason = False, "batch normalization would count the cases twice"
+            self.recompute, reason = False, "batch normalization would count the cases twice"
         elif self.device.type == "cuda":
-            self.two_pass, reason = True, "the plans fit the GPU with one network at a time"
+            self.recompute, reason = True, "the plans fit the GPU with one network at a time"
         else:
-            self.two_pass = self.cases_here(self.unlabeled_cases) > self.cases_per_pass
-            reason = f"{self.cases_here(self.unlabeled_cases)} unlabeled cases, {self.cases_per_pass} cases per pass"
-        self.print_to_log_file(f"Steps take {'two passes' if self.two_pass else 'one pass'}: {reason}.")
+            self.recompute = self.cases_here(self.cases_per_draw) > self.cases_at_a_time
+            reason = f"{self.cases_here(self.cases_per_draw)} unlabeled cases, {self.cases_at_a_time} at a time"
+        how = "recomputed in the backward pass" if self.recompute else "held until the backward pass"
+        self.print_to_log_file(f"Activations are {how}: {reason}.")
 
     @property
-    def provenance(self) -> dict:
+    def cases_at_a_time(self) -> int:
+        """The micro-batch size, as set or as the plans were made for."""
+        return self.micro_batch_size or int(self.trainers[0].batch_size)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
         """What a checkpoint belongs to."""
         return {
             "dataset": self.plans_manager.dataset_name,
@@ -345,13 +498,14 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
 
     # data
 
-    def get_dataloaders(self) -> tuple:
+    def get_dataloaders(self) -> tuple[SingleThreadedAugmenter | NonDetMultiThreadedAugmenter, ...]:
         """Streams of patches: labeled and unlabeled ones for training, labeled ones for validation.
 
         Every modality has labeled patches of its own, of all of its cases. It is validated on patches that all
         modalities show together, so that their Dice can be compared, unless no validation case has all modalities.
         """
         deployed = self._deployed_trainers()
+        batch_size, unlabeled = deployed[0].batch_size, self.cases_here(self.cases_per_draw)
         split = {trainer: trainer.do_split() for trainer in deployed}
         together = set.intersection(*(set(validation) for _, validation in split.values()))
         if not together:
@@ -360,133 +514,75 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
                 "different modalities cannot be compared."
             )
         train = SemiSupervisedDataLoader(
-            [self._loader([t], cases, True, True) for t, (cases, _) in split.items() if self.supervised_weight],
             [
-                # each process draws from cases of its own, so that no two contrast a case with itself
-                self._loader(
+                make_loader([t], cases, batch_size, labeled=True, augment=True)
+                for t, (cases, _) in split.items()
+                if self._draws_labeled
+            ],
+            [
+                make_loader(
                     [t for t in deployed if t.name in draw],
+                    # each process draws from cases of its own, so that no two contrast a case with itself
                     self.group.common_cases(draw, labeled=False)[self.local_rank :: self._world_size],
-                    False,
-                    True,
+                    unlabeled,
+                    labeled=False,
+                    augment=True,
+                    positions=self.needs_positions,
                 )
                 for draw in self.draws()
             ],
         )
-        validation = SemiSupervisedDataLoader(
-            [self._loader(deployed, sorted(together), True, False)]
-            if together
-            else [self._loader([t], cases, True, False) for t, (_, cases) in split.items()]
+        of_validation = (
+            [(deployed, sorted(together))] if together else [([t], cases) for t, (_, cases) in split.items()]
         )
-        workers = get_allowed_n_proc_DA()
+        validation = SemiSupervisedDataLoader(
+            [make_loader(who, cases, batch_size, labeled=True, augment=False) for who, cases in of_validation]
+        )
+        workers, pin = get_allowed_n_proc_DA(), self.device.type == "cuda"
         augmenters = (
-            self._augmenter(train, workers),
-            self._augmenter(validation, workers // 2 if workers > 1 else workers),
+            start_loading(train, workers, pin),
+            start_loading(validation, workers // 2 if workers > 1 else workers, pin),
         )
         for augmenter in augmenters:
             next(augmenter)  # as nnU-Net does: the workers start here, and what is wrong with the data shows now
         return augmenters
 
-    def _loader(
-        self, trainers: Sequence[nnUNetTrainer], cases: Sequence[str], labeled: bool, augment: bool
-    ) -> PairedDataLoader:
-        """Patches that the modalities of some trainers show together."""
-        first = trainers[0]
-        rotation, dummy_2d, patch_size, mirror_axes = first.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        final_patch_size = self.configuration_manager.patch_size
-        scales = self._get_deep_supervision_scales() if labeled else None
-        labels = {
-            "foreground_labels": self.label_manager.foreground_labels,
-            "regions": self.label_manager.foreground_regions if self.label_manager.has_regions else None,
-            "ignore_label": self.label_manager.ignore_label,
-        }
-        pipelines = [
-            t.get_training_transforms(
-                final_patch_size,
-                rotation,
-                scales,
-                mirror_axes,
-                dummy_2d,
-                use_mask_for_norm=t.configuration_manager.use_mask_for_norm,
-                **(labels if labeled else {}),
-            )
-            if augment
-            else t.get_validation_transforms(scales, **labels)
-            for t in trainers
-        ]
-        channels = {t.name: t.num_input_channels for t in trainers}
-        identifier = self.configuration_manager.data_identifier
-        folders = {
-            t.name: str(
-                preprocessed_folder(t.modality.dataset_name)
-                / (identifier if labeled else unlabeled_identifier(identifier))
-            )
-            for t in trainers
-        }
-        dataset = PairedDataset(
-            {name: infer_dataset_class(folder)(folder, list(cases)) for name, folder in folders.items()},
-            cases,
-            self.plans_manager.transpose_forward,
-            self.configuration_manager.spacing,
-            labeled,
-            positions=self.needs_positions and not labeled,
-        )
-        return PairedDataLoader(
-            dataset,
-            self.batch_size if labeled else self.cases_here(self.unlabeled_cases),
-            patch_size if augment else final_patch_size,
-            final_patch_size,
-            self.label_manager,
-            oversample_foreground_percent=self.oversample_foreground_percent if labeled else 0.0,
-            probabilistic_oversampling=self.probabilistic_oversampling and labeled,
-            transforms=PairedTransform(pipelines, list(channels.values())),
-            channels=channels,
-        )
+    @property
+    def _draws_labeled(self) -> bool:
+        return bool(self.supervised_weight) or self.mixes_labeled
 
-    def _augmenter(self, loader: SemiSupervisedDataLoader, workers: int) -> object:
-        if workers == 0:
-            return SingleThreadedAugmenter(loader, None)
-        return NonDetMultiThreadedAugmenter(
-            loader,
-            None,
-            num_processes=workers,
-            num_cached=max(3, workers // 2),
-            pin_memory=self.device.type == "cuda",
-            wait_time=0.002,
-        )
-
-    def labeled_batches(self, batch: dict) -> dict[str, tuple[Tensor, Tensor | list[Tensor]]]:
-        """The labeled part of a batch on the device: (image (B, C, *patch), target or targets) of each network."""
-        images, targets = {}, {}
+    def labeled_patches(self, batch: Mapping[str, Sequence[Patches]]) -> dict[str, LabeledPatches]:
+        """The labeled part of a batch, on the device, by network."""
+        of_modality = {}
         for patches in batch["labeled"]:
             for modality, image in patches["images"].items():
-                images[modality] = image.to(self.device, non_blocking=True)
                 target = patches["targets"][modality]
-                targets[modality] = (
-                    [scale.to(self.device, non_blocking=True) for scale in target]
-                    if isinstance(target, list)
-                    else target.to(self.device, non_blocking=True)
-                )
-        return {t.name: (images[t.modality.name], targets[t.modality.name]) for t in self.trainers}
+                scales = [self._on_device(scale) for scale in (target if isinstance(target, list) else [target])]
+                moved = scales if isinstance(target, list) else scales[0]
+                of_modality[modality] = LabeledPatches(self._on_device(image), moved)
+        return {t.name: of_modality[t.modality.name] for t in self.trainers if t.modality.name in of_modality}
 
-    def unlabeled_images(self, batch: dict) -> list[dict[str, Tensor]]:
-        """The unlabeled part of a batch on the device: of each draw what `unsupervised_targets` takes."""
+    def unlabeled_draws(self, batch: Mapping[str, Sequence[Patches]]) -> list[UnlabeledDraw]:
+        """The unlabeled part of a batch, on the device."""
         draws = []
         for patches in batch["unlabeled"]:
-            own = {name: image.to(self.device, non_blocking=True) for name, image in patches["images"].items()}
+            own = {name: self._on_device(image) for name, image in patches["images"].items()}
             images = {t.name: own[t.modality.name] for t in self.trainers if t.modality.name in own}
-            if self.needs_positions:
-                images["positions"] = patches["positions"].to(self.device, non_blocking=True)
-            draws.append(images)
+            positions = patches["positions"]
+            draws.append(UnlabeledDraw(images, None if positions is None else self._on_device(positions)))
         return draws
 
-    def _deployed_trainers(self) -> list[nnUNetTrainer]:
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _deployed_trainers(self) -> list[ModalityTrainer]:
         """One of each modality."""
         return [trainer for trainer in self.trainers if trainer.deployed]
 
     # training
 
     def on_train_start(self) -> None:
-        """Let every modality trainer write its model folder, and open the streams."""
+        """Let every trainer of a network write its model folder, and open the streams."""
         if not self.was_initialized:
             self.initialize()
         self._validate_best = False
@@ -512,55 +608,28 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         self.logger.log("lrs", self.trainers[0].optimizer.param_groups[0]["lr"], self.current_epoch)
 
     @property
-    def unlabeled_cases(self) -> int:
-        """Unlabeled cases of a draw."""
-        return max(self._unlabeled_batch, self.asc_cases or 0)
-
-    @property
-    def _unlabeled_batch(self) -> int:
-        return self.unlabeled_batch_size or max(2, self.configuration_manager.batch_size)
-
-    @property
     def _world_size(self) -> int:
         return dist.get_world_size() if self.is_ddp else 1
 
-    def cases_here(self, cases: int) -> int:
-        """How many of a draw's cases fall to this process: to all equally many, rounded up."""
-        return ceil(cases / self._world_size)
-
-    def in_batch(self, unlabeled: Tensor) -> Tensor:
-        """The cases of the unlabeled batch among those of the draw; (B, ...)."""
-        return unlabeled[: self.cases_here(self._unlabeled_batch)]
-
-    def contrasted(self, unlabeled: Tensor) -> Tensor:
-        """The cases that a loss contrasts among those of the draw, all different; (B, ...)."""
-        return unlabeled[: self.contrasted_cases]
-
-    @property
-    def contrasted_cases(self) -> int:
-        """How many these are in this process."""
-        return self.cases_here(min(self.asc_cases or self._unlabeled_batch, self._distinct_cases))
-
-    def train_step(self, batch: dict) -> dict:
+    def train_step(self, batch: Mapping[str, Sequence[Patches]]) -> dict[str, Any]:
         """Make one coupled step of all networks.
 
-        The networks are coupled by their predictions of unlabeled cases alone. In one pass, the activations behind all
-        of these are held until the gradient of the unsupervised loss has gone through. In two passes they are not: when
-        that gradient arrives, each network computes them once more, one network and `cases_per_pass` cases at a time.
-        The result is the same, for the activation memory of one network at the planned batch size. The labeled cases
-        follow, network by network.
+        The networks are coupled by their predictions of unlabeled cases alone. The activations behind all of these are
+        either held until the gradient of the unsupervised loss has gone through, or recomputed when that gradient
+        arrives, one network and `micro_batch_size` cases at a time: the same result for the activation memory of one
+        network at the planned batch size. The labeled cases follow, network by network.
         """
-        draws = self.unlabeled_images(batch)
+        draws, labeled = self.unlabeled_draws(batch), self.labeled_patches(batch)
         learners = self.learners()
         for trainer in learners:
             trainer.optimizer.zero_grad(set_to_none=True)
-        terms, total = self._unsupervised_step(learners, draws)
+        terms, total = self._unsupervised_step(learners, draws, labeled)
+        taught = self.labeled_views(labeled, draws) if self.supervised_weight else {}
         supervised = {}
-        labeled = self.labeled_batches(batch) if self.supervised_weight else {}
         exchanges = []
         for trainer in learners:
             if self.supervised_weight:
-                loss = self._supervised_step(trainer, *labeled[trainer.name])
+                loss = self._supervised_step(trainer, taught[trainer.name])
                 supervised[trainer.name] = loss
                 total = total + self.supervised_weight * loss
             if self.is_ddp:
@@ -586,54 +655,90 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         }
 
     def _unsupervised_step(
-        self, learners: Sequence[nnUNetTrainer], draws: Sequence[dict[str, Tensor]]
+        self,
+        learners: Sequence[ModalityTrainer],
+        draws: Sequence[UnlabeledDraw],
+        labeled: Mapping[str, LabeledPatches],
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Add the gradient of the unsupervised loss; return its terms and their weighted sum, detached."""
-        passes: list[Passes] = []
-        of_draws: dict[str, list[Tensor]] = {}
-        for draw in draws:
-            targets = self.unsupervised_targets(draw)
-            present = [t for t in learners if t.name in draw]
-            # the last network of all may hold its activations, since its gradient is sent back first
-            own = [self._passes(t, draw[t.name], False, hold=draw is draws[-1] and t is present[-1]) for t in present]
-            outputs = {t.name: p.outputs[0].float() for t, p in zip(present, own, strict=True)}
-            for name, term in self.unsupervised_terms(outputs, targets).items():
-                of_draws.setdefault(name, []).append(term)
-            passes += own
-            del outputs, targets
-        terms = {name: torch.stack(values).mean() for name, values in of_draws.items()}
+        terms = {} if self.warming_up else self._unsupervised_loss(learners, draws, labeled)
         weights = self.unsupervised_weights()
-        total = sum(weights[name] * term for name, term in terms.items())
-        del of_draws
-        self._scale(total).backward()
-        while passes:
-            passes.pop().backward()
+        total = sum((weights[name] * term for name, term in terms.items()), start=torch.zeros((), device=self.device))
+        if terms:
+            self._scale(total).backward()
         return {name: term.detach() for name, term in terms.items()}, total.detach()
 
-    def _supervised_step(self, trainer: nnUNetTrainer, image: Tensor, target: Tensor | list[Tensor]) -> Tensor:
+    def _unsupervised_loss(
+        self,
+        learners: Sequence[ModalityTrainer],
+        draws: Sequence[UnlabeledDraw],
+        labeled: Mapping[str, LabeledPatches],
+    ) -> dict[str, Tensor]:
+        """The terms of a step, with their graph."""
+        of_draws: dict[str, list[Tensor]] = {}
+        for draw in draws:
+            views, targets = self.views_and_targets(draw, labeled)
+            outputs = []
+            for number, view in enumerate(views):
+                present = [t for t in learners if t.name in view]
+                # the last network of all may hold its activations, since the gradient reaches it first
+                last = present[-1] if draw is draws[-1] and number == len(views) - 1 else None
+                outputs.append({t.name: self._unlabeled_forward(t, view[t.name], number, t is last) for t in present})
+            for name, term in self.unsupervised_terms(outputs, targets).items():
+                of_draws.setdefault(name, []).append(term)
+        terms = {name: torch.stack(values).mean() for name, values in of_draws.items()}
+        self._require_live(terms)
+        return terms
+
+    def _require_live(self, terms: Mapping[str, Tensor]) -> None:
+        """Refuse what would be left out of the loss, or would teach nothing, without a word."""
+        name, declared = type(self).__name__, self.unsupervised_weights()
+        if undeclared := sorted(terms.keys() - declared.keys()):
+            raise ValueError(f"{name} computes {', '.join(undeclared)}, but term_weights has {', '.join(declared)}.")
+        if dead := [term for term, value in terms.items() if not value.requires_grad]:
+            raise ValueError(f"{name} computes {', '.join(dead)} without a gradient: no network would learn from it.")
+
+    def _unlabeled_forward(self, trainer: ModalityTrainer, images: Tensor, view: int, hold: bool) -> Tensor:
+        """What the unsupervised terms see of a network, in float32."""
+
+        def compute(cases: Tensor) -> list[Tensor]:
+            with self._full_resolution(trainer), self._autocast():
+                return [self.unlabeled_output(trainer, cases, view)]
+
+        (output,) = self._in_micro_batches(compute, images, hold)
+        return output.float()
+
+    @contextmanager
+    def _full_resolution(self, trainer: ModalityTrainer) -> Iterator[None]:
+        """A network makes one output, that of full resolution."""
+        trainer.set_deep_supervision_enabled(False)
+        try:
+            yield
+        finally:
+            trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
+
+    def _supervised_step(self, trainer: ModalityTrainer, patches: LabeledPatches) -> Tensor:
         """Add the gradient of nnU-Net's loss on labeled cases; return it, detached."""
-        passes = self._passes(trainer, image, True, hold=True)
+
+        def compute(cases: Tensor) -> list[Tensor]:
+            with self._autocast():
+                outputs = trainer.local_network()(cases)
+            return outputs if isinstance(outputs, list) else [outputs]
+
+        outputs = self._in_micro_batches(compute, patches.image, hold=True)
         with self._autocast():
-            loss = trainer.loss(passes.outputs if isinstance(target, list) else passes.outputs[0], target)
+            loss: Tensor = trainer.loss(outputs if isinstance(patches.target, list) else outputs[0], patches.target)
         self._scale(self.supervised_weight * loss).backward()
-        passes.backward()
         return loss.detach()
 
-    def _passes(self, trainer: nnUNetTrainer, image: Tensor, labeled: bool, hold: bool) -> Passes:
-        """Send cases through a network; activations that fit into one pass are held if they may."""
+    def _in_micro_batches(self, compute: Callable[[Tensor], list[Tensor]], images: Tensor, hold: bool) -> list[Tensor]:
+        """Send cases through a network; activations that fit into one micro-batch are held if they may be."""
+        if not self.recompute or (hold and len(images) <= self.cases_at_a_time):
+            return compute(images)
+        parts = [checkpoint(compute, cases, use_reentrant=False) for cases in images.split(self.cases_at_a_time)]
+        return [of_parts[0] if len(parts) == 1 else torch.cat(of_parts) for of_parts in zip(*parts, strict=True)]
 
-        def forward(cases: Tensor) -> Tensor | list[Tensor]:
-            trainer.set_deep_supervision_enabled(labeled and trainer.enable_deep_supervision)
-            try:
-                with self._autocast():
-                    return trainer.local_network()(cases) if labeled else self.unlabeled_output(trainer, cases)
-            finally:
-                trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
-
-        size = self.cases_per_pass if self.two_pass else len(image)
-        return Passes(forward, image, size, replay=self.two_pass and not (hold and len(image) <= size))
-
-    def _average_gradients(self, trainer: nnUNetTrainer) -> list:
+    def _average_gradients(self, trainer: ModalityTrainer) -> list[dist.Work]:
         """Start to average a network's gradients over the processes; return what to wait for.
 
         Not by the wrapper of nnU-Net's DDP, whose forward pass is not used in training: it wants one forward and one
@@ -643,68 +748,14 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         torch._foreach_div_(gradients, self._world_size)
         return [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Sigmoid of every region, or softmax with the background as class 0; (B, heads, *patch) as the logits."""
-        return logits.sigmoid() if self.label_manager.has_regions else logits.softmax(1)
-
-    def foreground(self, probabilities: Tensor) -> Tensor:
-        """Probabilities (B, C, *patch) of the C foreground classes or regions."""
-        return probabilities if self.label_manager.has_regions else probabilities[:, 1:]
-
-    def segment(self, logits: Tensor) -> Tensor:
-        """Label map (B, *patch) of logits (B, heads, *patch), as nnU-Net makes it of classes or regions."""
-        if not self.label_manager.has_regions:
-            return logits.argmax(1)
-        labels = torch.zeros_like(logits[:, 0], dtype=torch.long)
-        for region, label in enumerate(self.label_manager.regions_class_order):
-            labels[logits[:, region] > 0] = label
-        return labels
-
-    def hard_pseudo_labels(self, probabilities: Tensor) -> Tensor:
-        """The most probable class, or all regions above one half, as zeros and ones (B, heads, *patch)."""
-        if self.label_manager.has_regions:
-            return (probabilities > 0.5).float()
-        return one_hot(probabilities.argmax(1), probabilities.shape[1]).movedim(-1, 1).float()
-
-    def mean_prediction(
-        self,
-        teacher: Teacher,
-        image: Tensor,
-        passes: int,
-        noise_std: float,
-        noise_bounds: tuple[float, float],
-    ) -> Tensor:
-        """Mean probabilities of several passes of a teacher over noisy copies of an image.
-
-        Args:
-            teacher: predicts logits.
-            image: augmented patches (B, C, *patch).
-            passes: number of passes, each with noise, and dropout where there is any, of its own.
-            noise_std: see `add_noise`.
-            noise_bounds: see `add_noise`.
-
-        Returns:
-            Probabilities (B, heads, *patch) without gradient: softmax with the background, or sigmoid for regions.
-        """
-        # made outside of inference mode, so that the losses can save it for their gradients
-        mean = image.new_zeros(len(image), self.label_manager.num_segmentation_heads, *image.shape[2:])
-        parts = mean.split(self.cases_per_pass)
-        with torch.inference_mode():
-            for _ in range(passes):
-                noisy = add_noise(image, noise_std, noise_bounds).split(self.cases_per_pass)
-                for cases, of_cases in zip(noisy, parts, strict=True):
-                    with self._autocast():
-                        logits = teacher.predict(cases)
-                    of_cases.add_(self.probabilities(logits.float()), alpha=1 / passes)
-        return mean
-
-    def _autocast(self) -> object:
-        return autocast("cuda") if self.device.type == "cuda" else dummy_context()
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return autocast("cuda") if self.device.type == "cuda" else nullcontext()
 
     def _scale(self, loss: Tensor) -> Tensor:
-        return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
+        scaled: Tensor = loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
+        return scaled
 
-    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+    def on_train_epoch_end(self, train_outputs: Sequence[dict[str, Any]]) -> None:
         """Log the total here, each supervised loss with its modality, and the mean of every unsupervised term.
 
         What was not computed in this epoch, e.g. of a network that rests, is NaN.
@@ -729,15 +780,15 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         for trainer in self.trainers:
             trainer.on_validation_epoch_start()
 
-    def validation_step(self, batch: dict) -> list[dict]:
+    def validation_step(self, batch: Mapping[str, Sequence[Patches]]) -> list[dict[str, Any]]:
         """Validate every network on its modality's part of the batch."""
-        batches = self.labeled_batches(batch)
+        patches = self.labeled_patches(batch)
         return [
-            trainer.validation_step(dict(zip(("data", "target"), batches[trainer.name], strict=True)))
+            trainer.validation_step(dict(zip(("data", "target"), patches[trainer.name], strict=True)))
             for trainer in self.trainers
         ]
 
-    def on_validation_epoch_end(self, val_outputs: list[list[dict]]) -> None:
+    def on_validation_epoch_end(self, val_outputs: Sequence[Sequence[dict[str, Any]]]) -> None:
         """Log each network's pseudo Dice with its trainer, and the mean over the modalities here."""
         for m, trainer in enumerate(self.trainers):
             trainer.on_validation_epoch_end([outputs[m] for outputs in val_outputs])
@@ -760,9 +811,10 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             for name, weight in self.unsupervised_weights().items()
             if weight or not np.isnan(means[name])  # not those of a network that rests
         ]
-        self.print_to_log_file("unsupervised:", ", ".join(terms))
+        if means:
+            self.print_to_log_file("unsupervised:", ", ".join(terms))
         super().on_epoch_end()
-        if self.local_rank == 0:
+        if means and self.local_rank == 0:
             plot_terms(self.logger.get_checkpoint(), join(self.output_folder, "unsupervised_terms.png"))
 
     def on_train_end(self) -> None:
@@ -775,11 +827,11 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
 
     # checkpoints
 
-    def _everywhere(self, value: object) -> list:
+    def _everywhere(self, value: T) -> list[T]:
         """The value that every process has, by rank."""
         if not self.is_ddp:
             return [value]
-        values = [None] * self._world_size
+        values = [value] * self._world_size
         dist.all_gather_object(values, value)
         return values
 
@@ -794,7 +846,8 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         # nnU-Net saves checkpoint_latest before it compares the epoch with the best one so far
         ema = self.logger.get_value("ema_fg_dice", step=-1)
         best_ema = ema if self._best_ema is None or ema > self._best_ema else self._best_ema
-        checkpoint = {
+        state = {
+            "format": CHECKPOINT_FORMAT,
             "provenance": self.provenance,
             "trainer_name": type(self).__name__,
             "modalities": {trainer.name: trainer.get_state() for trainer in self.trainers},
@@ -805,7 +858,7 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
             "current_epoch": self.current_epoch + 1,
             "random_states": random_states,
         }
-        save_atomically(checkpoint, filename)
+        save_atomically(state, filename)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Continue from a joint checkpoint, or validate with it.
@@ -820,16 +873,16 @@ class nnUNetTrainerSemiSupervised(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         required = {k: v for k, v in self.provenance.items() if self.continue_training or k != "digest of cases"}
-        checkpoint = load_checkpoint(filename_or_checkpoint, self.device, required)
-        self.current_epoch = checkpoint["current_epoch"]
-        self._best_ema = checkpoint["_best_ema"]
-        self.logger.load_checkpoint(checkpoint["logging"])
+        state = load_checkpoint(filename_or_checkpoint, self.device, required)
+        self.current_epoch = state["current_epoch"]
+        self._best_ema = state["_best_ema"]
+        self.logger.load_checkpoint(state["logging"])
         for trainer in self.trainers:
-            trainer.set_state(checkpoint["modalities"][trainer.name], self.current_epoch)
-        self.set_method_state(checkpoint["method"])
-        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
-            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
-        states = checkpoint["random_states"]
+            trainer.set_state(state["modalities"][trainer.name], self.current_epoch)
+        self.set_method_state(state["method"])
+        if self.grad_scaler is not None and state["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(state["grad_scaler_state"])
+        states = state["random_states"]
         self._random_state = states[self.local_rank] if len(states) == self._world_size else None
         self._validate_best = basename(filename_or_checkpoint) == "checkpoint_best.pth"
 
@@ -854,7 +907,7 @@ class _NoSingleNetwork:
     def __init__(self, trainer_name: str):
         self.trainer_name = trainer_name
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Tensor]:
         """Refuse nnU-Net's -pretrained_weights, the one caller."""
         raise NotImplementedError(
             f"{self.trainer_name} trains one network per modality: leave out -pretrained_weights."

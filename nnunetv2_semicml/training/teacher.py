@@ -1,6 +1,7 @@
 """Teachers: networks that follow a student by averaging its weights and are never trained by gradients."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Teacher:
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
         for module in self.network.modules():
             if hasattr(module, "deep_supervision"):
-                module.deep_supervision = False
+                setattr(module, "deep_supervision", False)  # noqa: B010  (a module's attributes have types of their own)
             if isinstance(module, _DropoutNd):
                 module.train()
         self.predict = torch.compile(self.network) if compiled else self.network
@@ -78,7 +79,7 @@ class BestModelPool:
         values: the values with which an earlier pool ended.
     """
 
-    def __init__(self, size: int, values: list[float] = ()):
+    def __init__(self, size: int, values: Sequence[float] = ()):
         if size < 1 or len(values) > size:
             raise ValueError(f"a pool needs room for its {len(values)} values and for at least one, got {size=}.")
         self.size = size

@@ -1,5 +1,8 @@
 """A stock nnU-Net trainer as one member of a group: it keeps its network and records, and is given its batches."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -7,21 +10,21 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 
 from nnunetv2_semicml.data.modality_group import Modality
-from nnunetv2_semicml.trainers.checkpoint import save_atomically, use_builtin_numbers
+from nnunetv2_semicml.training.checkpoint import save_atomically, use_builtin_numbers
 
 
-class ModalityTrainerMixin:
+class ModalityTrainer(nnUNetTrainer):
     """What a group changes in a stock trainer: no batches of its own, and checkpoints made for deployment.
 
     Everything else (network, loss, optimizer, schedule, log, progress.png, validation, model folder) is inherited from
-    the stock trainer that the mixin is combined with by `make_modality_trainer_class`.
+    the stock trainer that this class is combined with by `make_modality_trainer_class`.
     """
 
     name: str  # of the network: that of the modality, with a number if it is not the modality's first
     modality: Modality
     deployed: bool  # whether the network gets a model folder
-    stock_trainer: type[nnUNetTrainer]
-    provenance: dict
+    predicts_as: str  # the nnU-Net trainer that stands in the checkpoints
+    provenance: dict[str, Any]
     print_to_console = False  # the conductor reports the epochs of all networks together
     averaged_network: nn.Module | None = None  # is validated and deployed instead of the one that is trained
 
@@ -30,7 +33,7 @@ class ModalityTrainerMixin:
         self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         return None, None
 
-    def print_to_log_file(self, *args: object, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+    def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
         """Write to this modality's log file and, warnings always and all during validation, to the console."""
         if args[:1] == ("train_loss",) and np.isnan(args[1]):
             args = ("train_loss: none, since the network rests in this epoch",)
@@ -45,7 +48,7 @@ class ModalityTrainerMixin:
         super().on_validation_epoch_start()
         self._exchange_weights()
 
-    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+    def on_validation_epoch_end(self, val_outputs: Sequence[dict[str, Any]]) -> None:
         """Log as nnU-Net does, in numbers that a checkpoint can hold."""
         self._exchange_weights()
         super().on_validation_epoch_end(val_outputs)
@@ -74,7 +77,8 @@ class ModalityTrainerMixin:
 
     def local_network(self) -> nn.Module:
         """The network without the wrapper of distributed training: the conductor averages the gradients."""
-        return self.network.module if self.is_ddp else self.network
+        network: nn.Module = self.network.module if self.is_ddp else self.network
+        return network
 
     def unwrapped_network(self) -> nn.Module:
         """That without torch.compile's wrapper, whose weight names are those of nnU-Net's checkpoints."""
@@ -89,7 +93,7 @@ class ModalityTrainerMixin:
         """What the optimizer updates: the network's weights, and what a method has added to them."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def get_state(self) -> dict:
+    def get_state(self) -> dict[str, Any]:
         """What continues this modality's training, as part of the joint checkpoint."""
         return {
             "network_weights": self.unwrapped_network().state_dict(),
@@ -99,7 +103,7 @@ class ModalityTrainerMixin:
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
         }
 
-    def set_state(self, state: dict, current_epoch: int) -> None:
+    def set_state(self, state: dict[str, Any], current_epoch: int) -> None:
         """Restore what `get_state` returned."""
         self.unwrapped_network().load_state_dict(state["network_weights"])
         self.optimizer.load_state_dict(state["optimizer_state"])
@@ -124,7 +128,7 @@ class ModalityTrainerMixin:
             "_best_ema": self._best_ema,
             "current_epoch": self.current_epoch + 1,
             "init_args": self.my_init_kwargs,
-            "trainer_name": self.stock_trainer.__name__,
+            "trainer_name": self.predicts_as,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             "provenance": self.provenance,
         }
@@ -137,12 +141,17 @@ class ModalityTrainerMixin:
 
 
 def make_modality_trainer_class(
-    stock_trainer: type[nnUNetTrainer], class_name: str, name: str, modality: Modality, deployed: bool, provenance: dict
-) -> type[nnUNetTrainer]:
-    """Combine the mixin with a stock trainer.
+    stock_trainer: type[nnUNetTrainer],
+    class_name: str,
+    name: str,
+    modality: Modality,
+    deployed: bool,
+    provenance: dict[str, Any],
+) -> type[ModalityTrainer]:
+    """Make the trainer of a network as a member of a group.
 
     Args:
-        stock_trainer: the nnU-Net trainer of the networks; it must be part of nnU-Net, so that any nnU-Net can predict.
+        stock_trainer: the nnU-Net trainer of the network.
         class_name: that of the conductor; nnU-Net derives the result folder from it.
         name: of the network, for logs and as a key; the modality's first network has its name.
         modality: what the network sees.
@@ -153,7 +162,15 @@ def make_modality_trainer_class(
         "name": name,
         "modality": modality,
         "deployed": deployed,
-        "stock_trainer": stock_trainer,
+        "predicts_as": _predicts_as(stock_trainer).__name__,
         "provenance": provenance,
     }
-    return type(class_name, (ModalityTrainerMixin, stock_trainer), members)
+    return type(class_name, (ModalityTrainer, stock_trainer), members)
+
+
+def _predicts_as(trainer: type[nnUNetTrainer]) -> type[nnUNetTrainer]:
+    """The trainer of nnU-Net that builds the same networks, so that any nnU-Net can predict; or else this one."""
+    build = trainer.build_network_architecture
+    of_nnunet = (c for c in trainer.__mro__ if c.__module__.startswith("nnunetv2."))
+    same = [c for c in of_nnunet if getattr(c, "build_network_architecture", None) is build]
+    return same[0] if same else trainer

@@ -1,0 +1,214 @@
+"""The base of all methods: the conductor, and teachers that follow its networks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from nnunetv2_semicml.training.conductor import Conductor
+from nnunetv2_semicml.training.modality_trainer import ModalityTrainer
+from nnunetv2_semicml.training.teacher import BestModelPool, Teacher, add_noise
+
+
+class TeacherState(TypedDict):
+    """What a joint checkpoint keeps of a teacher, in every method.
+
+    Attributes:
+        weights: of its network, named as nnU-Net names those of the student.
+        steps: how often it followed the student.
+        best_dice: the highest validation Dice values of the student, see `BestModelPool`.
+    """
+
+    weights: dict[str, Tensor]
+    steps: int
+    best_dice: list[float]
+
+
+class nnUNetTrainerSemiSupervised(Conductor):
+    """A method derives from this class and says what it adds to the loss; docs/extending.md shows how.
+
+    It declares its terms in `term_weights` and computes them in `unsupervised_terms`. If its networks see something
+    else than the patches that were drawn, or are compared with something else than each other, it overrides
+    `views_and_targets`. Teachers follow the networks if `teacher_averaging` says so.
+
+    Attributes:
+        teacher_averaging: "ema" for exponential moving averages over the steps, "bma" for best-model averages over the
+            epochs, None for no teachers.
+        deploy_average: whether the averaged networks are validated and deployed instead of those that are trained; if
+            there are no teachers, EMA ones are made for it.
+        ema_decay: of EMA teachers, see `Teacher.follow`.
+        bma_pool_size: see `BestModelPool`.
+        bma_start_epoch: first epoch after the warm-up that the pool takes part in, at most a fifth of the schedule.
+        noise_std: of the images of a teacher, in their standard deviations, see `add_noise`.
+        noise_bounds: likewise.
+        teachers: of every network, by name, from `initialize` on; empty if there are none.
+        pools: of every network that has a teacher, its best validation Dice values.
+    """
+
+    teacher_averaging: Literal["ema", "bma"] | None = None
+    deploy_average = False
+    ema_decay = 0.99
+    # Published with BMA: the 6 best validation epochs from epoch 10 on, of 50. A shorter schedule starts after the same
+    # fifth of its epochs.
+    bma_pool_size = 6
+    bma_start_epoch = 10
+    noise_std = 0.1
+    noise_bounds = (-0.2, 0.2)
+
+    def initialize(self) -> None:
+        """Build the networks and a teacher of each."""
+        averaging = self.averaging
+        if averaging not in ("ema", "bma", None):
+            raise ValueError(f'teacher_averaging must be "bma" or "ema", got {averaging!r}.')
+        if averaging == "bma" and self.deploy_average:
+            raise ValueError(
+                "Best-model averages follow the validation Dice of the network itself: for deploy_average set "
+                'teacher_averaging to "ema".'
+            )
+        super().initialize()
+        self.teachers: dict[str, Teacher] = {}
+        self.pools: dict[str, BestModelPool] = {}
+        for trainer in self.trainers if averaging else ():
+            self.teachers[trainer.name] = Teacher(self.student(trainer), trainer._do_i_compile())
+            self.pools[trainer.name] = BestModelPool(self.bma_pool_size)
+            if self.deploy_average:
+                trainer.averaged_network = self.averaged_network(trainer.name)
+
+    # teachers
+
+    @property
+    def averaging(self) -> Literal["ema", "bma"] | None:
+        """How teachers follow the networks, if there are any."""
+        return self.teacher_averaging or ("ema" if self.deploy_average else None)
+
+    def student(self, trainer: ModalityTrainer) -> nn.Module:
+        """What the teacher of a network follows."""
+        return trainer.unwrapped_network()
+
+    def averaged_network(self, name: str) -> nn.Module:
+        """What corresponds to the network in its teacher."""
+        return self.teachers[name].network
+
+    def train_step(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """Make a step; EMA teachers follow, unless the networks are warming up."""
+        losses = super().train_step(batch)
+        if self.averaging == "ema" and not self.warming_up:
+            for trainer in self.trainers:
+                self.teachers[trainer.name].follow(self.student(trainer), self.ema_decay)
+        return losses
+
+    def on_train_epoch_end(self, train_outputs: Sequence[dict[str, Any]]) -> None:
+        """Log; teachers start from the networks that have warmed up."""
+        super().on_train_epoch_end(train_outputs)
+        if self.warming_up:
+            for trainer in self.trainers if self.teachers else ():
+                self.teachers[trainer.name].average(self.student(trainer), 0.0)
+
+    def on_validation_epoch_end(self, val_outputs: Sequence[Sequence[dict[str, Any]]]) -> None:
+        """Log, and offer every network with its validation Dice to its pool of best models."""
+        super().on_validation_epoch_end(val_outputs)
+        epoch = self.current_epoch - self.warmup_epochs
+        started = epoch >= min(self.bma_start_epoch, (self.num_epochs - self.warmup_epochs) // 5)
+        for trainer in self.trainers if self.teachers else ():
+            dice = trainer.logger.get_value("mean_fg_dice", step=-1)
+            keep = self.pools[trainer.name].update(dice) if started else 0.0
+            if self.averaging == "bma":
+                self.teachers[trainer.name].average(self.student(trainer), keep)
+
+    def get_method_state(self) -> dict[str, Any]:
+        """The teachers."""
+        teachers: dict[str, TeacherState] = {
+            name: {
+                "weights": self.averaged_network(name).state_dict(),
+                "steps": teacher.steps,
+                "best_dice": self.pools[name].values,
+            }
+            for name, teacher in self.teachers.items()
+        }
+        return {"teachers": teachers}
+
+    def set_method_state(self, state: dict[str, Any]) -> None:
+        """Restore the teachers."""
+        for name, teacher in self.teachers.items():
+            of_teacher: TeacherState = state["teachers"][name]
+            self.averaged_network(name).load_state_dict(of_teacher["weights"])
+            teacher.steps = of_teacher["steps"]
+            self.pools[name] = BestModelPool(self.bma_pool_size, of_teacher["best_dice"])
+
+    def mean_prediction(self, teacher: Teacher, image: Tensor, passes: int = 1) -> Tensor:
+        """Mean probabilities of several forward passes of a teacher over noisy copies of an image.
+
+        Args:
+            teacher: predicts logits.
+            image: augmented patches (B, C, *patch).
+            passes: number of forward passes, each with noise, and dropout where there is any, of its own.
+
+        Returns:
+            Probabilities (B, heads, *patch) without gradient: softmax with the background, or sigmoid for regions.
+        """
+        # made outside of inference mode, so that the losses can save it for their gradients
+        mean = image.new_zeros(len(image), self.label_manager.num_segmentation_heads, *image.shape[2:])
+        parts = mean.split(self.cases_at_a_time)
+        with torch.inference_mode():
+            for _ in range(passes):
+                noisy = add_noise(image, self.noise_std, self.noise_bounds).split(self.cases_at_a_time)
+                for cases, of_cases in zip(noisy, parts, strict=True):
+                    with self._autocast():
+                        logits = teacher.predict(cases)
+                    of_cases.add_(self.probabilities(logits.float()), alpha=1 / passes)
+        return mean
+
+    # predictions
+
+    @torch.no_grad()
+    def own_prediction(self, trainer: ModalityTrainer, images: Tensor) -> Tensor:
+        """Probabilities of a network by itself, as it is being trained, without gradient.
+
+        Args:
+            trainer: that of the network.
+            images: (B, C, *patch).
+
+        Returns:
+            (B, heads, *patch): softmax with the background, or sigmoid for regions.
+        """
+        network = trainer.local_network()
+        with self._full_resolution(trainer), self._autocast():
+            logits = torch.cat([network(cases) for cases in images.split(self.cases_at_a_time)])
+        return self.probabilities(logits.float())
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Sigmoid of every region, or softmax with the background as class 0; (B, heads, *patch) as the logits."""
+        return logits.sigmoid() if self.label_manager.has_regions else logits.softmax(1)
+
+    def foreground(self, probabilities: Tensor) -> Tensor:
+        """Probabilities (B, C, *patch) of the C foreground classes or regions."""
+        return probabilities if self.label_manager.has_regions else probabilities[:, 1:]
+
+    def segment(self, logits: Tensor) -> Tensor:
+        """Label map (B, *patch) of logits (B, heads, *patch), as nnU-Net makes it of classes or regions."""
+        if not self.label_manager.has_regions:
+            return logits.argmax(1)
+        labels = torch.zeros_like(logits[:, 0], dtype=torch.long)
+        for region, label in enumerate(self.label_manager.regions_class_order):
+            labels[logits[:, region] > 0] = label
+        return labels
+
+    def one_hot_labels(self, target: Tensor) -> Tensor:
+        """Labels as zeros and ones (B, heads, *patch), as pseudo-labels are; ignored voxels are zero everywhere.
+
+        Args:
+            target: nnU-Net's at full resolution, (B, 1, *patch) or one channel for each region.
+        """
+        heads = self.label_manager.num_segmentation_heads
+        if self.label_manager.has_regions:  # nnU-Net appends where to ignore
+            return target[:, :heads].float()
+        classes = torch.arange(heads, device=target.device).view(1, -1, *[1] * (target.ndim - 2))
+        return (target == classes).float()
+
+    def hard_pseudo_labels(self, probabilities: Tensor) -> Tensor:
+        """The most probable class, or all regions above one half, as zeros and ones (B, heads, *patch)."""
+        if self.label_manager.has_regions:
+            return (probabilities > 0.5).float()
+        return one_hot(probabilities.argmax(1), probabilities.shape[1]).movedim(-1, 1).float()

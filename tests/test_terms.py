@@ -1,0 +1,317 @@
+"""Proof 7 of DESIGN 8 for the terms of every method: what exactly is compared with what. Losses alone: test_losses."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    LABELS,
+    REGIONS,
+    assert_step_equals_reference,
+    draw_batches,
+    initialized,
+    slow_contrast,
+    unlabeled_outputs,
+    weights,
+    with_something_seen,
+)
+from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
+from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalCPS import nnUNetTrainerCrossModalCPS
+from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
+from nnunetv2_semicml.trainers.nnUNetTrainerSECLAnatomical import nnUNetTrainerSECLAnatomical
+from nnunetv2_semicml.trainers.nnUNetTrainerSECLRegion import nnUNetTrainerSECLRegion
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPlus import nnUNetTrainerSemiCMLPlus
+from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
+
+FLAIR, REGIONS_T1 = "Dataset501_Labels_FLAIR", "Dataset522_Regions_T1"
+SECL = [nnUNetTrainerSECLRegion, nnUNetTrainerSECLAnatomical]
+pytestmark = pytest.mark.usefixtures("groups")
+
+
+def test_mean_teacher_compares_with_probabilities_of_noisy_images(groups):
+    trainer = initialized(FLAIR, "2d", nnUNetTrainerMeanTeacher)
+    (batch,) = draw_batches(trainer, 1)
+    (draw,) = trainer.unlabeled_draws(batch)
+    torch.manual_seed(1)
+    (seen,), targets = trainer.views_and_targets(draw, {})
+    torch.manual_seed(1)
+    image = draw.images["FLAIR"]
+    assert torch.equal(seen["FLAIR"], image)
+    noise = (0.1 * torch.randn_like(image)).clamp(-0.2, 0.2) * image.std(dim=(1, 2, 3), keepdim=True)
+    with torch.no_grad():
+        expected = trainer.teachers["FLAIR"].network(image + noise).softmax(1)
+    torch.testing.assert_close(targets["FLAIR"], expected)
+    logits = torch.randn(*expected.shape)
+    term = trainer.unsupervised_terms([{"FLAIR": logits}], targets)["mse"]
+    torch.testing.assert_close(term, ((logits.softmax(1) - expected) ** 2).mean())
+
+
+@pytest.mark.parametrize(("dataset", "configuration"), [(FLAIR, "2d"), (REGIONS_T1, "3d_fullres")])
+def test_uamt_leaves_out_what_its_teacher_is_uncertain_about(dataset, configuration):
+    """By the formula: entropy of the mean of the passes below 3/4 … 1 of ln K, or of ln 2 for each region."""
+    trainer = with_something_seen(initialized(dataset, configuration, nnUNetTrainerUAMT, num_epochs=10))
+    (batch,) = draw_batches(trainer, 1)
+    (draw,) = trainer.unlabeled_draws(batch)
+    ((name, teacher),) = trainer.teachers.items()
+    shares = []
+    for trainer.current_epoch in (0, 10):
+        torch.manual_seed(1)
+        prediction, certain = trainer.views_and_targets(draw, {})[1][name]
+        torch.manual_seed(1)
+        passes = []
+        with torch.no_grad():
+            for _ in range(9):
+                image = draw.images[name]
+                std = image.flatten(1).std(1).reshape(-1, *[1] * (image.ndim - 1))
+                logits = teacher.network(image + std * (0.1 * torch.randn_like(image)).clamp(-0.2, 0.2))
+                passes.append(logits.sigmoid() if trainer.label_manager.has_regions else logits.softmax(1))
+        p = torch.stack(passes[1:]).mean(0)
+        if trainer.label_manager.has_regions:
+            share = -(p * p.log() + (1 - p) * (1 - p).log()) / np.log(2)
+        else:
+            share = -(p * p.log()).sum(1, keepdim=True) / np.log(p.shape[1])
+        threshold = 0.75 + 0.25 * np.exp(-5 * (1 - trainer.current_epoch / 10) ** 2)
+        clear = (share - threshold).abs() > 1e-4
+        torch.testing.assert_close(prediction, passes[0])
+        assert torch.equal(certain[clear], (share < threshold)[clear])
+        assert certain.shape == share.shape
+        shares.append(certain.float().mean())
+    assert shares[0] < shares[1]
+    assert shares[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "dataset", "labelers"),
+    [
+        (nnUNetTrainerCrossModalCPS, LABELS, {"FLAIR": ["T1"], "T1": ["FLAIR"]}),
+        (
+            nnUNetTrainerCrossModalCPS,
+            REGIONS,
+            {"FLAIR": ["T1", "T2"], "T1": ["FLAIR", "T2"], "T2": ["FLAIR", "T1"]},
+        ),
+        (nnUNetTrainerCPS, FLAIR, {"FLAIR": ["FLAIR network 2"], "FLAIR network 2": ["FLAIR"]}),
+        (
+            nnUNetTrainerCPS,
+            LABELS,
+            {
+                "FLAIR": ["FLAIR network 2"],
+                "FLAIR network 2": ["FLAIR"],
+                "T1": ["T1 network 2"],
+                "T1 network 2": ["T1"],
+            },
+        ),
+    ],
+)
+def test_cps_learns_from_the_segmentations_of_the_others(method, dataset, labelers):
+    """Proof 7 for the sum: cross-entropy and Dice (squared areas) with what the others segment."""
+    trainer = initialized(dataset, "3d_fullres", method)
+    torch.manual_seed(0)
+    heads, regions = trainer.label_manager.num_segmentation_heads, trainer.label_manager.has_regions
+    outputs = {name: torch.randn(2, heads, 4, 4, 4) for name in labelers}
+    assert [t.name for t in trainer.trainers] == list(labelers)
+    ce = dice = 0
+    for name, others in labelers.items():
+        z = outputs[name]
+        for other in others:
+            if regions:
+                label = (outputs[other] > 0).float()
+                p, q = z.sigmoid(), label
+                ce += -(label * p.log() + (1 - label) * (1 - p).log()).mean() / len(others)
+            else:
+                label = outputs[other].argmax(1)
+                p = z.softmax(1)
+                ce += -p.gather(1, label[:, None]).log().mean() / len(others)
+                p, q = p[:, 1:], torch.stack([label == c for c in range(1, heads)], 1).float()
+            axes = (0, 2, 3, 4) if trainer.configuration_manager.batch_dice else (2, 3, 4)
+            overlap, areas = (p * q).sum(axes), (p * p).sum(axes) + (q * q).sum(axes)
+            dice += (1 - ((2 * overlap + 1) / (areas + 1)).mean()) / len(others)
+    found = trainer.unsupervised_terms([outputs], None)
+    torch.testing.assert_close(found, {"ce": ce, "dice": dice})
+
+
+def area_contrast(predictions, temperature):
+    """The contrast of M predictions (B, C, *patch) by its formula, pair by pair of modalities, in loops."""
+
+    def s(u, v):
+        return float((2 * (u * v).sum() + 1e-6) / ((u * u).sum() + (v * v).sum() + 1e-6)) / temperature
+
+    cases, losses = len(predictions[0]), []
+    for a in range(len(predictions)):
+        for b in range(a + 1, len(predictions)):
+            both = [*predictions[a], *predictions[b]]
+            for i, anchor in enumerate(both):
+                others = [np.exp(s(anchor, other)) for k, other in enumerate(both) if k != i]
+                losses.append(-np.log(np.exp(s(anchor, both[(i + cases) % len(both)])) / sum(others)))
+    return torch.tensor(np.mean(losses), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("asc_cases", [None, 2, 3])
+@pytest.mark.parametrize(("dataset", "configuration"), [(LABELS, "2d"), (REGIONS, "3d_fullres")])
+def test_semicml_compares_and_contrasts_probabilities(dataset, configuration, asc_cases):
+    """Of 2 unlabeled cases in the batch; cases beyond it, which `asc_cases` adds, are contrasted and nothing else."""
+    options = {"asc_temperature": 0.5, "asc_cases": asc_cases, "unlabeled_batch_size": 2}
+    semicml, plus, cps = (
+        initialized(dataset, configuration, method, **options)
+        for method in (nnUNetTrainerSemiCML, nnUNetTrainerSemiCMLPlus, nnUNetTrainerCrossModalCPS)
+    )
+    (batch,) = draw_batches(semicml, 1)
+    (draw,) = semicml.unlabeled_draws(batch)
+    (outputs,) = unlabeled_outputs(semicml, semicml.views_and_targets(draw, {})[0])
+    assert {len(logits) for logits in outputs.values()} == {asc_cases or 2}
+    torch.manual_seed(0)
+    outputs = {name: torch.randn_like(logits) for name, logits in outputs.items()}
+    regions = semicml.label_manager.has_regions
+    p = [z.sigmoid() if regions else z.softmax(1)[:, 1:] for z in outputs.values()]
+    pairs = [(p[a][:2] - p[b][:2]).square().mean() for a in range(len(p)) for b in range(a + 1, len(p))]
+    expected = {"mse": torch.stack(pairs).mean(), "asc": area_contrast(p, 0.5)}
+    torch.testing.assert_close(semicml.unsupervised_terms([outputs], None), expected)
+    hard = cps.unsupervised_terms([{name: logits[:2] for name, logits in outputs.items()}], None)
+    torch.testing.assert_close(plus.unsupervised_terms([outputs], None), hard | {"asc": expected["asc"]})
+    assert not hasattr(plus, "mse_weight")
+
+
+def test_networks_of_one_modality_start_from_different_weights(groups):
+    a, b = weights(initialized(FLAIR, "2d", nnUNetTrainerCPS))
+    assert not all(torch.equal(a[k], b[k]) for k in a)
+
+
+# SECL
+
+
+@pytest.mark.parametrize("method", SECL)
+@pytest.mark.parametrize(("dataset", "configuration"), [(FLAIR, "2d"), (REGIONS_T1, "3d_fullres")])
+def test_contrast_equals_its_formula(method, dataset, configuration):
+    """Proof 7 for the term: parts, keys, anchors and masks together."""
+    trainer = with_something_seen(initialized(dataset, configuration, method, noise_std=0.0))
+    (batch,) = draw_batches(trainer, 1)
+    (draw,) = trainer.unlabeled_draws(batch)
+    ((name, teacher),) = trainer.teachers.items()
+    views, targets = trainer.views_and_targets(draw, {})
+    (features,) = unlabeled_outputs(trainer, views)
+    keys, parts = targets[name]
+    trainer.min_part = max(1.0, float(parts.flatten(2).sum(2).median()))  # some parts are too small
+    found = trainer.unsupervised_terms([features], {name: (keys, parts)})["contrast"].detach()
+    with torch.no_grad():
+        of_teacher = teacher.network(draw.images[name])
+
+    def pooled(of):
+        return torch.stack([
+            (of[b] * parts[b, r]).flatten(1).sum(1) / max(float(parts[b, r].sum()), 1e-6)
+            for b in range(len(of)) for r in range(parts.shape[1])
+        ])  # fmt: skip
+
+    image_of, part_of = np.divmod(np.arange(parts.shape[0] * parts.shape[1]), parts.shape[1])
+    present = (parts.flatten(2).sum(2).flatten() >= trainer.min_part).numpy()
+    assert 2 < sum(present) < len(present)
+    both = present[:, None] & present[None, :]
+    same_part = part_of[:, None] == part_of[None, :]
+    other_image = image_of[:, None] != image_of[None, :]
+    positive = both & same_part & (other_image | (method is nnUNetTrainerSECLAnatomical))  # there, its own image, too
+    temperature = {nnUNetTrainerSECLAnatomical: 0.5, nnUNetTrainerSECLRegion: 0.1}[method]
+    expected = slow_contrast(
+        pooled(features[name].detach()), pooled(of_teacher), positive, both & ~same_part, temperature
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+def test_regions_are_those_of_the_case_and_not_of_the_patch(groups):
+    """Without augmentation, the cell follows from where the loader has cropped."""
+    trainer = initialized(FLAIR, "3d_fullres", nnUNetTrainerSECLRegion, feature_stage=0)
+    loader, _ = trainer.get_dataloaders()
+    (unlabeled,) = loader.data_loader.loaders["unlabeled"]
+    dataset = unlabeled._data
+    image, *_ = dataset.load_case(dataset.identifiers[0])
+    assert image.shape[0] == 1 + 3
+    corner = torch.from_numpy(image[:, 2:8, 0:6, 3:9]).float()[None]
+    patch = torch.nn.functional.pad(corner, (1, 1, 1, 1, 1, 1))  # beyond the case
+    _, parts = trainer.features_and_parts(trainer.teachers["FLAIR"], patch[:, :1], patch[:, 1:])
+    assert parts.shape == (1, 4**3, 8, 8, 8)
+    assert (parts.sum(1)[0, 1:-1, 1:-1, 1:-1] == 1).all()
+    assert parts.sum() == 6**3
+    for z in range(6):
+        for y in range(6):
+            for x in range(6):
+                where = np.array([2 + z, y, 3 + x]) + 0.5
+                cell = np.floor(where / image.shape[1:] * 4).astype(int)
+                assert parts[0, cell @ [16, 4, 1], 1 + z, 1 + y, 1 + x] == 1
+
+
+def test_positions_are_augmented_with_the_image(groups):
+    """Where an image voxel comes from can be read off its position, after rotation, mirroring and cropping."""
+    trainer = initialized(FLAIR, "2d", nnUNetTrainerSECLRegion)
+    loader, _ = trainer.get_dataloaders()
+    (unlabeled,) = loader.data_loader.loaders["unlabeled"]
+    for stage, transforms in unlabeled.transforms.stages:  # intensities as they are
+        if not stage:
+            for own in transforms:
+                own.clear()
+    np.random.seed(0)
+    torch.manual_seed(0)
+    batch = unlabeled.generate_train_batch()
+    assert batch["images"]["FLAIR"].shape[1] == 1
+    assert batch["positions"].shape[1] == 3
+    compared = 0
+    samples = torch.cat([batch["images"]["FLAIR"], batch["positions"]], dim=1)
+    for key, sample in zip(batch["cases"], samples, strict=True):
+        image, *_ = unlabeled._data.load_case(key)
+        whole, shape = image[:, :, :, :][0], np.array(image.shape[1:])
+        found, position = sample[0].numpy(), sample[1:].numpy()
+        where = position * shape[:, None, None] - 0.5
+        inside = (position > 0).all(0)
+        index = np.rint(where).astype(int)
+        near = inside & (np.abs(where - index) < 0.1).all(0) & (index >= 1).all(0)
+        near &= (index < (shape - 1)[:, None, None]).all(0)
+        expected = whole[tuple(index.clip(0, (shape - 1)[:, None, None]))]
+        slope = np.max([np.abs(g) for g in np.gradient(whole)], 0)[tuple(index.clip(0, (shape - 1)[:, None, None]))]
+        assert (np.abs(found - expected)[near] <= 0.5 * slope[near] + 0.3).all()
+        compared += near.sum()
+    assert compared > 20
+
+
+def test_classes_of_region_labels_are_those_of_nnunet(groups):
+    trainer = initialized(REGIONS_T1, "3d_fullres", nnUNetTrainerSECLAnatomical)
+    torch.manual_seed(0)
+    logits = torch.randn(2, trainer.label_manager.num_segmentation_heads, 4, 4, 4)
+    expected = [trainer.label_manager.convert_probabilities_to_segmentation(z.sigmoid()) for z in logits]
+    assert torch.equal(trainer.segment(logits), torch.stack(expected).long())
+    assert len(trainer.label_manager.all_labels) == 3
+
+
+class nnUNetTrainerResidualEncoder(nnUNetTrainer):
+    """Stands for the plans of a ResEnc planner."""
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+    ):
+        kwargs = dict(configuration_manager.network_arch_init_kwargs)
+        kwargs["n_blocks_per_stage"] = kwargs.pop("n_conv_per_stage")
+        return get_network_from_plans(
+            "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
+            kwargs,
+            configuration_manager.network_arch_init_kwargs_req_import,
+            num_input_channels,
+            num_output_channels,
+            deep_supervision=enable_deep_supervision,
+        )
+
+
+@pytest.mark.parametrize("method", SECL)
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+@pytest.mark.parametrize("feature_stage", [0, 99])
+def test_secl_works_with_residual_encoders_and_at_any_stage(method, configuration, feature_stage):
+    trainer_class = type(method.__name__, (method,), {"network_trainer": nnUNetTrainerResidualEncoder})
+    trainer = initialized(FLAIR, configuration, trainer_class, rampup_fraction=0.0, feature_stage=feature_stage)
+    (t,) = trainer.trainers
+    assert isinstance(t.network, ResidualEncoderUNet)
+    student = with_something_seen(trainer).students["FLAIR"]
+    assert student.stage == min(feature_stage, len(t.network.encoder.stages) - 1)
+    (batch,) = draw_batches(trainer, 1)
+    image = trainer.unlabeled_draws(batch)[0].images["FLAIR"]
+    with torch.no_grad():
+        torch.testing.assert_close(student(image), student.head(t.network.encoder(image)[student.stage]))
+    assert_step_equals_reference(trainer, batch)
