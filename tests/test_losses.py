@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from conftest import peak_memory
+from conftest import peak_memory, slow_contrast
 
 from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
-from nnunetv2_semicml.losses.consistency import masked_consistency, prediction_consistency, sigmoid_rampup
+from nnunetv2_semicml.losses.consistency import masked_consistency, prediction_consistency
 from nnunetv2_semicml.losses.contrastive import ContrastiveLoss, pool_features
 from nnunetv2_semicml.losses.soft_pseudo_label import confidence, soft_cross_entropy, soft_dice_loss
 
@@ -135,12 +135,6 @@ def test_consistency_is_the_mean_squared_difference_over_pairs():
     assert prediction_consistency([a, a]).item() == 0
     with pytest.raises(ValueError, match="at least 2 tensors"):
         prediction_consistency([a])
-
-
-def test_rampup():
-    assert sigmoid_rampup(0, 10) == pytest.approx(math.exp(-5))
-    assert sigmoid_rampup(5, 10) == pytest.approx(math.exp(-5 * 0.25))
-    assert sigmoid_rampup(10, 10) == sigmoid_rampup(11, 10) == sigmoid_rampup(0, 0) == 1.0
 
 
 # soft pseudo-labels
@@ -287,24 +281,6 @@ def test_soft_label_losses_survive_extreme_logits(regions):
 
 
 # contrast of features
-
-
-def slow_contrast(anchors, keys, positive, negative, temperature):
-    """Written from the formula, one pair at a time."""
-    losses = []
-    for i in range(len(anchors)):
-
-        def s(k, anchor=anchors[i]):
-            return anchor @ keys[k] / (anchor.norm() * keys[k].norm() * temperature)
-
-        of_anchor = []
-        negatives = [torch.exp(s(k)) for k in range(len(keys)) if negative[i, k]]
-        for p in (k for k in range(len(keys)) if positive[i, k]):
-            if negatives:
-                of_anchor.append(-torch.log(torch.exp(s(p)) / (torch.exp(s(p)) + sum(negatives))))
-        if of_anchor:
-            losses.append(sum(of_anchor) / len(of_anchor))
-    return sum(losses) / len(losses)
 
 
 def random_masks(anchors, keys):

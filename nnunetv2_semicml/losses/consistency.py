@@ -1,6 +1,5 @@
-"""Consistency of predictions, between modalities or with a teacher, and the ramp of its weight. Pure PyTorch."""
+"""Consistency of predictions, between modalities or with a teacher. Pure PyTorch."""
 
-import math
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -50,15 +49,3 @@ def masked_consistency(prediction: Tensor, target: Tensor, mask: Tensor, distrib
     total, voxels = joint_sum([(weight * squared).sum(), weight.sum()], distributed)
     loss: Tensor = total / voxels.clamp(min=1)
     return loss
-
-
-def sigmoid_rampup(step: float, length: float) -> float:
-    """Weight exp(-5 (1 - t/T)^2) that rises from 0.0067 at t = 0 to 1 at t >= T (Laine & Aila, ICLR 2017).
-
-    Args:
-        step: t, in the unit of `length`.
-        length: T; 0 means no ramp.
-    """
-    if length <= 0:
-        return 1.0
-    return math.exp(-5.0 * (1.0 - min(max(step / length, 0.0), 1.0)) ** 2)
