@@ -26,6 +26,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semicml.data.paired_dataset import PairedArray, common_frame
 from nnunetv2_semicml.data.streams import PairedTransform
+from nnunetv2_semicml.training.loaders import make_loader
 
 SHAPE = (20, 30, 34)
 MARKERS = [(6, 9, 8), (10, 15, 17), (14, 21, 26)]
@@ -104,7 +105,7 @@ def test_markers_stay_together_under_augmentation(labels_group, results):
     """The full stock pipeline: label channels move exactly alike, image markers within the blur of the intensities."""
     trainer = make_trainer(LABELS, "3d_fullres")
     trainer.initialize()
-    loader = trainer._loader(trainer.trainers, labels_group.labeled, labeled=True, augment=True)
+    loader = make_loader(trainer.trainers, labels_group.labeled, 2, labeled=True, augment=True)
     transforms, patch = loader.transforms, loader.patch_size
     geometry_changed = 0
     for seed in range(40):
@@ -241,12 +242,12 @@ def test_batch_shapes(groups, dataset, configuration, channels, targets):
     trainer = make_trainer(dataset, configuration, unlabeled_batch_size=3)
     trainer.initialize()
     (batch,) = draw_batches(trainer, 1)
-    patch = tuple(trainer.configuration_manager.patch_size)
+    patch, batch_size = tuple(trainer.configuration_manager.patch_size), trainer.configuration_manager.batch_size
     labeled = labeled_of(batch)
     assert labeled.keys() == channels.keys()
     for modality, (image, target) in labeled.items():
-        assert image.shape == (trainer.batch_size, channels[modality], *patch)
-        assert target[0].shape == (trainer.batch_size, targets, *patch)
+        assert image.shape == (batch_size, channels[modality], *patch)
+        assert target[0].shape == (batch_size, targets, *patch)
         assert unlabeled_of(batch, modality).shape == (3, channels[modality], *patch)
 
 
@@ -328,10 +329,10 @@ def test_patches_of_one_case_are_never_contrasted(labels_group, results):
     assert "A draw of 6 unlabeled patches has several of a case" in Path(trainer.log_file).read_text()
     torch.manual_seed(0)
     logits = {name: torch.randn(6, 3, 8, 8) for name in ("FLAIR", "T1")}
-    asc = trainer.unsupervised_terms(logits, None)["asc"]
+    asc = trainer.unsupervised_terms([logits], None)["asc"]
     fewer = make_trainer(LABELS, "2d", unlabeled_batch_size=4)
     fewer.initialize()
-    expected = fewer.unsupervised_terms({name: z[:4] for name, z in logits.items()}, None)["asc"]
+    expected = fewer.unsupervised_terms([{name: z[:4] for name, z in logits.items()}], None)["asc"]
     torch.testing.assert_close(asc, expected)
 
 
