@@ -7,8 +7,10 @@ three epochs of two steps, with activations held and recomputed. Trainers that o
 """
 
 import argparse
+import datetime
 import json
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -139,14 +141,26 @@ def main() -> None:
                 subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
             (out / "done").touch()
         found[side] = {file.stem: file for file in sorted(out.glob("*.pt"))}
-    equal = True
+    rows, equal = [], True
     for name in sorted(found["before"].keys() | found["now"].keys()):
         if any(name not in of_side for of_side in found.values()):
-            print(f"{name}: on one side only")
+            rows.append((*name.split(), "on one side only"))
             continue
-        differ = differences(*(torch.load(of_side[name], weights_only=True) for of_side in found.values()))
-        print(f"{name}: {'equal' if not differ else f'{len(differ)} differences, e.g. {differ[0]}'}")
+        before, now = (torch.load(of_side[name], weights_only=True) for of_side in found.values())
+        new_teachers = not before["teachers"] and now.pop("teachers")
+        differ = differences(before, {"teachers": {}, **now})
         equal = equal and not differ
+        result = f"{len(differ)} differences, e.g. {differ[0]}" if differ else "equal"
+        rows.append((*name.split(), f"{result}; teachers are new" if new_teachers else result))
+    lines = ["trainer | dataset | configuration | recompute | found", "--- | --- | --- | --- | ---"]
+    lines += [" | ".join(row) for row in rows]
+    page = REPOSITORY / "benchmarks" / "parity.md"
+    page.write_text(
+        f"# Trainings now and at {revision}, to the last bit\n\n`python benchmarks/parity.py {options.commit} --work "
+        f"SCRATCH`, {datetime.date.today()}, seed 0, {platform.machine()} CPU with {os.cpu_count()} cores, torch "
+        f"{torch.__version__}.\n\n{(__doc__ or '').split('compares ')[1].strip()}\n\n" + "\n".join(lines) + "\n"
+    )
+    print(page.read_text())
     sys.exit(not equal)
 
 

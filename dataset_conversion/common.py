@@ -199,7 +199,7 @@ def read_case(
 
 
 class NewDataset:
-    """A raw dataset (DESIGN 2) while it is written; made by `new_dataset`."""
+    """A raw dataset (docs/data.md) while it is written; made by `new_dataset`."""
 
     def __init__(self, folder: Path):
         self.folder = folder

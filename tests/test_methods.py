@@ -1,4 +1,4 @@
-"""The proofs of DESIGN 8 for every method of one stage, from one table, in this process; their terms: test_terms.
+"""The proofs of docs/design.md for every method of one stage, from one table, in this process; their terms: test_terms.
 
 A new method is a row of METHODS. The second stage, PReL: test_prel.
 """

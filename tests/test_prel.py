@@ -1,4 +1,4 @@
-"""The proofs of DESIGN 8 for PReL, and what it takes from Semi-CML, in this process. Averaging: test_teacher."""
+"""The proofs of docs/design.md for PReL, and what it takes from Semi-CML, in this process. Averaging: test_teacher."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Averaging of teachers (proof 2 of DESIGN 8), and the noise of their images."""
+"""Averaging of teachers (proof 2 of docs/design.md), and the noise of their images."""
 
 import copy
 from functools import partial

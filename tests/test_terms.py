@@ -1,4 +1,4 @@
-"""Proof 7 of DESIGN 8 for the terms of every method: what exactly is compared with what. Losses alone: test_losses."""
+"""Proof 7 of docs/design.md for the terms of every method: what is compared with what. Losses alone: test_losses."""
 
 import numpy as np
 import pytest

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from common import HERE, alternate, arguments, operations, peak_memory, ratio, table, write_results
+from common import HERE, alternate, arguments, operations, ratio, table, write_results
+from memory import peak_memory
 from torch import Tensor
 
 from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss

@@ -25,6 +25,7 @@ from nnunetv2_semicml.data.phantom import write_phantom_dataset
 from nnunetv2_semicml.planning.plan_and_preprocess import plan_and_preprocess
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
+from nnunetv2_semicml.training.conductor import Conductor
 
 HERE = Path(__file__).parent
 GROUP, MODALITIES, UNLABELED = "Dataset500_Cost", 6, 16
@@ -90,7 +91,7 @@ def make_trainer(
 ) -> nnUNetTrainer:
     """An initialized trainer on the CPU, of the first modalities of the group; a stock one gets the very first."""
     dataset = GROUP
-    if not issubclass(trainer_class, (nnUNetTrainerSemiCML, nnUNetTrainerSemiCMLPReL)):
+    if not issubclass(trainer_class, Conductor):
         dataset = ModalityGroup.load(GROUP).modalities[0].dataset_name
     folder = Path(os.environ["nnUNet_preprocessed"]) / dataset
     plans = json.loads((folder / "nnUNetPlans.json").read_text())
@@ -130,21 +131,6 @@ def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> str:
     """Median and range over the rounds of the ratio within a round."""
     ratios = [a / b for a, b in zip(seconds[name], seconds[reference], strict=True)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})"
-
-
-def peak_memory(function: Callable[[], object]) -> int:
-    """Bytes that PyTorch holds at most during a call beyond what it held before.
-
-    Scratch memory inside of oneDNN and MKL is not counted.
-    """
-    with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as profiler:
-        function()
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 def operations(function: Callable[[], object], number: int = 12) -> str:

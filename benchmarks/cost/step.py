@@ -1,4 +1,4 @@
-"""What a step costs: time against the passes it contains and against stock nnU-Net, memory against one stock step.
+"""What a step costs: time against its bare passes and against stock nnU-Net, memory against one stock step.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/cost/step.py --work SCRATCH [--only time|memory|growth|layout]
 
@@ -22,13 +22,13 @@ from common import (
     arguments,
     make_trainer,
     operations,
-    peak_memory,
     prepare,
     quiet,
     ratio,
     table,
     write_results,
 )
+from memory import peak_memory
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
@@ -42,14 +42,15 @@ class Steps:
     """Steps of one trainer on one batch, and what they are compared with."""
 
     def __init__(self, trainer_class: type[nnUNetTrainer], configuration: str, **attributes: object):
-        # recompute: replay; the attribute is switched between measurements
+        # the attribute is switched between measurements
         self.trainer = make_trainer(trainer_class, configuration, recompute=True, **attributes)
         self.trainer.current_epoch = self.trainer.num_epochs // 2  # ramps are over, PReL's better network rests
         with quiet():
             loader, _ = self.trainer.get_dataloaders()
         self.batch = next(loader)
-        self.labeled = self.trainer.labeled_batches(self.batch)
-        (self.images,) = self.trainer.unlabeled_images(self.batch)
+        self.labeled = self.trainer.labeled_patches(self.batch)
+        (draw,) = self.trainer.unlabeled_draws(self.batch)
+        self.images = draw.images
         for t in self.trainer.learners():
             t.network.train()
 
@@ -58,12 +59,12 @@ class Steps:
         self.trainer.recompute = recompute
         self.trainer.train_step(self.batch)
 
-    def one_pass(self) -> None:
+    def held(self) -> None:
         """One step that holds all activations."""
         self.coupled(False)
 
-    def recompute(self) -> None:
-        """One step that replays them."""
+    def recomputed(self) -> None:
+        """One step that computes them again."""
         self.coupled(True)
 
     def bare(self) -> None:
@@ -78,7 +79,7 @@ class Steps:
             image = self.images[self.trainer.better_modality]
             with torch.inference_mode():
                 for _ in range(self.trainer.teacher_passes):
-                    self.trainer.teacher.predict(image)
+                    self.trainer.labeler.predict(image)
         for t in self.trainer.learners():
             _pass(t, self.images[t.name], deep_supervision=False)
 
@@ -98,7 +99,7 @@ class Steps:
         for trainer in self.trainer.trainers:  # their gradients are set to zero and stay where they are
             sgd = trainer.optimizer
             sgd.zero_grad = lambda set_to_none, own=sgd: type(own).zero_grad(own, set_to_none=False)
-        self.recompute()
+        self.recomputed()
         return peak_memory(getattr(self, name))
 
     def parts(self) -> None:
@@ -125,13 +126,13 @@ def times(rounds: int) -> str:
     for configuration, dimensions in CONFIGURATIONS.items():
         for method, trainer_class in METHODS.items():
             steps = Steps(trainer_class, configuration)
-            names = ("one_pass", "recompute", "bare", "parts", "stock")
+            names = ("held", "recomputed", "bare", "parts", "stock")
             seconds = alternate({name: getattr(steps, name) for name in names}, rounds)
-            for name in ("one_pass", "recompute"):
+            for name in ("held", "recomputed"):
                 against = [ratio(seconds, name, reference) for reference in ("bare", "parts", "stock")]
-                rows.append((method, dimensions, name.replace("_", " "), *against))
+                rows.append((method, dimensions, name, *against))
             print(rows[-2:], flush=True)
-    return table(("method", "", "step", "/ bare", "/ parts", "/ stock"), rows)
+    return table(("method", "", "activations", "/ bare", "/ parts", "/ stock"), rows)
 
 
 def memory() -> str:
@@ -142,11 +143,11 @@ def memory() -> str:
             # with more modalities in 3D: see growth
             for modalities in (2, 4, 6) if (method, dimensions) == ("Semi-CML", "2D") else (2,):
                 steps = Steps(trainer_class, configuration, modalities=modalities)
-                held = {name: steps.peak(name) for name in ("one_stock", "one_pass", "recompute")}
-                row = [f"{held[name] / held['one_stock']:.2f}" for name in ("one_pass", "recompute")]
+                held = {name: steps.peak(name) for name in ("one_stock", "held", "recomputed")}
+                row = [f"{held[name] / held['one_stock']:.2f}" for name in ("held", "recomputed")]
                 rows.append((method, dimensions, modalities, f"{held['one_stock'] / 2**20:.0f} MiB", *row))
                 print(rows[-1], flush=True)
-    return table(("method", "", "modalities", "one stock step", "one pass / it", "two passes / it"), rows)
+    return table(("method", "", "modalities", "one stock step", "held / it", "recomputed / it"), rows)
 
 
 def growth(rounds: int) -> list[str]:
@@ -161,7 +162,7 @@ def growth(rounds: int) -> list[str]:
     return [
         "3D, with the number of modalities:\n",
         _growth_table("modalities", modalities, rounds),
-        "3D, two modalities, with the number of contrasted unlabeled cases, two per pass:\n",
+        "3D, two modalities, with the number of contrasted unlabeled cases, two at a time:\n",
         _growth_table("contrasted cases", unlabeled, rounds),
         "2D, two modalities, with the batch:\n",
         _growth_table("labeled and unlabeled cases each", batch, rounds),
@@ -169,9 +170,9 @@ def growth(rounds: int) -> list[str]:
 
 
 def _growth_table(name: str, steps: dict[int, Steps], rounds: int) -> str:
-    """Time and memory of a step in two passes over some size, and the time if it grew as at first."""
-    peaks = {n: s.peak("recompute") for n, s in steps.items()}
-    seconds = alternate({n: s.recompute for n, s in steps.items()}, rounds)
+    """Time and memory of a step that recomputes activations over some size, and the time if it grew as at first."""
+    peaks = {n: s.peak("recomputed") for n, s in steps.items()}
+    seconds = alternate({n: s.recomputed for n, s in steps.items()}, rounds)
     median = {n: statistics.median(values) for n, values in seconds.items()}
     first, second, *_ = steps
     slope = (median[second] - median[first]) / (second - first)
@@ -206,10 +207,10 @@ def profiles() -> list[str]:
     """Where the time of a step goes."""
     parts = []
     for configuration, dimensions in CONFIGURATIONS.items():
-        for name in ("one_pass", "recompute"):
+        for name in ("held", "recomputed"):
             steps = Steps(nnUNetTrainerSemiCML, configuration)
-            steps.recompute()
-            parts += [f"\n### Semi-CML, {dimensions}, {name.replace('_', ' ')}\n", operations(getattr(steps, name))]
+            steps.recomputed()
+            parts += [f"\n### Semi-CML, {dimensions}, activations {name}\n", operations(getattr(steps, name))]
     return parts
 
 
@@ -220,7 +221,7 @@ def main() -> None:
     pages = {
         "time": ("The time of a step", lambda: [times(options.rounds), *profiles()]),
         "memory": ("The peak memory of a step, beside weights, gradients and momentum", lambda: [memory()]),
-        "growth": ("Growth of a step in two passes, Semi-CML", lambda: growth(options.rounds)),
+        "growth": ("Growth of a step that recomputes activations, Semi-CML", lambda: growth(options.rounds)),
         "layout": ("Memory layout: one network, forward and backward", lambda: [layout(options.rounds)]),
     }
     for name, (title, measure) in pages.items():

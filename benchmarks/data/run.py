@@ -38,6 +38,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from nnunetv2_semicml.data.result_folders import fold_folder, model_folder, state_folder
 from nnunetv2_semicml.evaluation.metrics import evaluate_files
 from nnunetv2_semicml.planning.withhold_labels import draw_order
 
@@ -97,13 +98,16 @@ class Study:
             kwargs["features_per_stage"] = [8 * 2 ** min(i, 4) for i in range(kwargs["n_stages"])]
             file.write_text(json.dumps(plans, indent=4))
 
+    def fold_folder(self, dataset: str, method: str, configuration: str, fold: str) -> Path:
+        """Where a network is."""
+        return fold_folder(model_folder(self.results, dataset, f"Short_{method}", "nnUNetPlans", configuration), fold)
+
     def train(
         self, dataset: str, configuration: str, fold: str, method: str, epochs: int, steps: int, seed: int
     ) -> None:
         """Train and validate, unless that is done."""
-        folder = self.results / dataset / f"Short_{method}__nnUNetPlans__{configuration}" / f"fold_{fold}"
-        state = folder / "training_state" if (folder / "training_state").is_dir() else folder
-        if (state / "checkpoint_final.pth").is_file():
+        folder = self.fold_folder(dataset, method, configuration, fold)
+        if (state_folder(folder) / "checkpoint_final.pth").is_file():
             return
         schedule = {"SEMICML_EPOCHS": str(epochs), "SEMICML_STEPS": str(steps), "nnUNet_semicml_seed": str(seed)}
         schedule |= {} if fold == "all" else {"SEMICML_VALIDATE": "1"}
@@ -247,7 +251,7 @@ def ms(study: Study) -> None:
             study.train(name, "3d_fullres", "0", method, epochs=4, steps=10, seed=0)
             dice = {}
             for modality, dataset in of_modality.items():
-                folder = study.results / dataset / f"Short_{method}__nnUNetPlans__3d_fullres" / "fold_0" / "validation"
+                folder = study.fold_folder(dataset, method, "3d_fullres", "0") / "validation"
                 dice[modality] = dice_of(study.raw / name / "labelsTr", folder, ".nii.gz", SimpleITKIO(), "lesion")
             study.add(cases, method, 0, dice)
 

@@ -44,6 +44,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
+from nnunetv2_semicml.data.result_folders import fold_folder, model_folder
 from nnunetv2_semicml.evaluation.leaderboard import COLUMNS
 
 HERE = Path(__file__).parent
@@ -321,7 +322,7 @@ def train(work: Path, split: Split, trainer: str) -> None:
     os.environ["nnUNet_n_proc_DA"] = "0"  # augment in the training process
     for modality in split.modalities if trainer == SUPERVISED else (None,):
         dataset = split.dataset(modality)
-        folder = work / "nnUNet_results" / dataset / f"{trainer}__nnUNetPlans__2d" / "fold_all"
+        folder = fold_folder(model_folder(work / "nnUNet_results", dataset, trainer, "nnUNetPlans", "2d"), "all")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / ".lock"):
             if not (folder / "checkpoint_final.pth").is_file():
@@ -341,7 +342,7 @@ def predict_and_evaluate(work: Path, split: Split, trainer: str, modality: str |
 
     from nnunetv2_semicml.evaluation.metrics import evaluate_files
 
-    model = work / "nnUNet_results" / split.dataset(modality) / f"{trainer}__nnUNetPlans__2d"
+    model = model_folder(work / "nnUNet_results", split.dataset(modality), trainer, "nnUNetPlans", "2d")
     out = work / "predictions" / split.name / trainer / (modality or "all")
     out.mkdir(parents=True, exist_ok=True)
     options = {"use_mirroring": False, "perform_everything_on_device": False, "allow_tqdm": False}

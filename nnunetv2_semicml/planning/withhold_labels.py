@@ -1,4 +1,4 @@
-"""Turns a fully labeled nnU-Net dataset into a semi-supervised one (DESIGN 2): `nnUNetv2_semicml_withhold_labels`.
+"""Turns a fully labeled nnU-Net dataset into a semi-supervised one (docs/data.md): `nnUNetv2_semicml_withhold_labels`.
 
 The labels of the unlabeled cases do not exist in the new dataset, so that no code can use them by mistake. On request,
 neither do the images of some modality of some training cases. May import nnU-Net, `errors` and data/.
