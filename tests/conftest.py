@@ -12,7 +12,6 @@ from filelock import FileLock
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from torch.profiler import ProfilerActivity, profile
 from toy import use_threads
 
 from nnunetv2_semicml.data.modality_group import ModalityGroup
@@ -472,18 +471,6 @@ def slow_contrast(anchors, keys, positive, negative, temperature):
         if of_anchor:
             losses.append(sum(of_anchor) / len(of_anchor))
     return sum(losses) / len(losses)
-
-
-def peak_memory(function):
-    """Bytes that PyTorch holds at most during a call beyond what it held before."""
-    with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as profiler:
-        function()
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 class Killed(Exception):

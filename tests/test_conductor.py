@@ -22,6 +22,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_semicml.ext_trainers import semicml_trainers
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.training.conductor import HOOKS_OF_CONDUCTOR, HOOKS_OF_NETWORKS, Conductor
+from nnunetv2_semicml.training.schedules import with_schedules
 
 # checkpoints
 
@@ -304,7 +305,26 @@ def test_term_that_would_be_lost_is_refused(groups, monkeypatch, terms, sentence
         trainer.train_step(batch)
 
 
+@pytest.mark.parametrize("name", ["asc_wieght", "epochs", "two_pass"])
+def test_hyper_parameter_that_nobody_reads_is_refused(groups, results, name):
+    members = {name: 1, "num_epochs": 3, "mse_weight": 0.5, "network_trainer": nnUNetTrainerOtherHooks}
+    own = type("nnUNetTrainerOwn", (nnUNetTrainerSemiCML,), members)
+    with pytest.raises(AttributeError, match=f"nnUNetTrainerOwn sets {name}, which no trainer that it is made of has"):
+        make_trainer(LABELS, "2d", own)
+    assert not list(results.iterdir())
+    members = {name: 1, "learners": lambda self: self.trainers[: getattr(self, name)]}
+    make_trainer(LABELS, "2d", type("nnUNetTrainerOwn", (nnUNetTrainerSemiCML,), members))  # has code that reads it
+
+
 # schedules
+
+
+def test_first_stage_without_schedules_of_its_own_is_refused():
+    """Else the second stage in 50 epochs would go on from another trainer's."""
+    first = type("nnUNetTrainerFirst", (nnUNetTrainerSemiCML,), {"asc_weight": 0.1})
+    second = type("nnUNetTrainerSecond", (semicml_trainers.nnUNetTrainerSemiCMLPReL,), {"first_stage": first})
+    with pytest.raises(TypeError, match="Decorate nnUNetTrainerFirst, the first stage of nnUNetTrainerSecond"):
+        with_schedules(second)
 
 
 @pytest.mark.parametrize("name", sorted(semicml_trainers.__all__))

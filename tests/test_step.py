@@ -18,7 +18,6 @@ from conftest import (
     labeled_of,
     nnUNetTrainerCompiled,
     nnUNetTrainerWide,
-    peak_memory,
     reference_gradients,
     step_gradients,
     unlabeled_of,
@@ -28,6 +27,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.profiler import profile
 
+from benchmarks.cost.memory import peak_memory
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.training.conductor import LabeledPatches
 

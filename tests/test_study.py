@@ -9,6 +9,7 @@ import torch
 from conftest import LABELS, initialized, make_trainer, weights
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "study"
+TRAINERS = STUDY.parent / "trainers"
 pytestmark = pytest.mark.usefixtures("groups")
 
 
@@ -23,7 +24,8 @@ def load(file, monkeypatch):
 @pytest.fixture
 def study_trainers(monkeypatch):
     monkeypatch.setenv("nnUNet_semicml_seed", "0")
-    return load(STUDY / "trainers" / "study_trainers.py", monkeypatch)
+    monkeypatch.syspath_prepend(TRAINERS)
+    return load(TRAINERS / "study_trainers.py", monkeypatch)
 
 
 def test_every_task_has_its_trainers_and_a_dataset_of_its_own(study_trainers, monkeypatch):

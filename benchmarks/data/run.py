@@ -66,7 +66,7 @@ class Study:
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)
         self.raw, self.preprocessed, self.results = folders.values()
-        here = str(HERE / "trainers")
+        here = str(HERE.parent / "trainers")
         self.environment = {
             **{variable: str(folder) for variable, folder in folders.items()},
             "nnUNet_extTrainer": here,

@@ -11,7 +11,7 @@ of labeled and validation patients is also a seed of initial weights and data lo
 is part of its larger ones. "phantom" is the first draw of "test" with 70 synthetic patients.
 
 The 2d configuration is planned at half the in-plane resolution, the networks have a quarter of nnU-Net's features and
-the batches 8 cases, so that a CPU bears hundreds of trainings; for the schedule see trainers/study_trainers.py.
+the batches 8 cases, so that a CPU bears hundreds of trainings; for the schedule see ../trainers/study_trainers.py.
 Training is on all labeled cases (fold "all": the validation Dice during training, by which PReL chooses its teacher, is
 therefore that of training cases). nnU-Net's predictor predicts the scans of every modality alone, without test-time
 mirroring.
@@ -181,7 +181,7 @@ def set_environment(work: Path) -> None:
         os.environ[name] = str(work / name)
     import nnunetv2_semicml.ext_trainers
 
-    folders = [*nnunetv2_semicml.ext_trainers.__path__, str(HERE / "trainers")]
+    folders = [*nnunetv2_semicml.ext_trainers.__path__, str(HERE.parent / "trainers")]
     os.environ["nnUNet_extTrainer"] = os.pathsep.join(folders)
     os.environ["nnUNet_def_n_proc"] = "1"
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads are 30 times slower on a busy machine

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from nnunetv2_semicml.training.schedules import with_schedules
-from nnunetv2_semicml.training.secl import SelfEnsemblingContrast, shrink
+from nnunetv2_semicml.training.secl import WithSelfEnsemblingContrast, shrink
 from nnunetv2_semicml.training.teacher import Teacher
 
 
 @with_schedules
-class nnUNetTrainerSECLAnatomical(SelfEnsemblingContrast):
+class nnUNetTrainerSECLAnatomical(WithSelfEnsemblingContrast):
     """Features of one class are alike in all images, and unlike those of the other classes, background included.
 
     The parts are the classes of the teacher's segmentation of the unlabeled image, made on the fly. A position of the

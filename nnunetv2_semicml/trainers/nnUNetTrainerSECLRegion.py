@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from nnunetv2_semicml.training.schedules import with_schedules
-from nnunetv2_semicml.training.secl import SelfEnsemblingContrast, shrink
+from nnunetv2_semicml.training.secl import WithSelfEnsemblingContrast, shrink
 from nnunetv2_semicml.training.teacher import Teacher
 
 
 @with_schedules
-class nnUNetTrainerSECLRegion(SelfEnsemblingContrast):
+class nnUNetTrainerSECLRegion(WithSelfEnsemblingContrast):
     """Scans of one kind share a layout: what lies at the same place in another patient is alike.
 
     The parts are the cells of a grid that is laid over each case, not over the patch: nnU-Net crops, rotates and

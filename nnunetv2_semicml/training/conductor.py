@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from inspect import isroutine
 from itertools import combinations
 from math import ceil
 from os.path import basename, isfile, join
@@ -199,7 +200,7 @@ class Conductor(nnUNetTrainer):
         name = type(self).__name__
         if os.environ.get("nnUNet_wandb_enabled", "0") not in ("0", "False", "false"):
             raise NotImplementedError(f"{name} does not log to Weights & Biases: unset nnUNet_wandb_enabled.")
-        self._require_hooks_in_their_place()
+        self._require_that_nothing_is_ignored()
         environment_folder("nnUNet_results")
         self.group = ModalityGroup.load(plans["dataset_name"])
         if len(self.group.modalities) < self.min_modalities:
@@ -236,10 +237,19 @@ class Conductor(nnUNetTrainer):
         self._random_state: dict[str, Any] | None = None
         self._validate_best = False
 
-    def _require_hooks_in_their_place(self) -> None:
-        """Refuse overrides that nobody would call."""
+    def _require_that_nothing_is_ignored(self) -> None:
+        """Refuse overrides that nobody would call, and hyper-parameters that nobody would read."""
         name = type(self).__name__
-        own = {hook for c in type(self).__mro__[: type(self).__mro__.index(nnUNetTrainer)] for hook in vars(c)}
+        derived = type(self).__mro__[: type(self).__mro__.index(nnUNetTrainer)]
+        for c in derived:
+            if any(isroutine(v) or isinstance(v, property | staticmethod | classmethod) for v in vars(c).values()):
+                continue  # code of its own, which may read what it sets
+            known = {*HYPER_PARAMETERS}.union(*(vars(other) for other in type(self).__mro__ if other is not c))
+            if unknown := sorted(name for name in vars(c).keys() - known if not name.startswith("_")):
+                raise AttributeError(
+                    f"{c.__name__} sets {', '.join(unknown)}, which no trainer that it is made of has."
+                )
+        own = {hook for c in derived for hook in vars(c)}
         if misplaced := sorted(own & HOOKS_OF_NETWORKS):
             raise NotImplementedError(
                 f"{name} overrides {', '.join(misplaced)}, of which its networks' trainers are asked. Define it in a "
@@ -311,6 +321,8 @@ class Conductor(nnUNetTrainer):
         self, labeled: Mapping[str, LabeledPatches], draws: Sequence[UnlabeledDraw]
     ) -> Mapping[str, LabeledPatches]:
         """Say what nnU-Net's loss sees: the labeled patches, unless a method mixes them or adds pseudo-labeled ones.
+
+        Asked in every step, also while `warming_up`.
 
         Args:
             labeled: network -> its labeled patches.

@@ -20,7 +20,13 @@ def with_schedules(trainer: TrainerClass) -> TrainerClass:
 
     Args:
         trainer: the class of a whole method; `schedules` of it then holds the variants by number of epochs.
+
+    Raises:
+        TypeError: if it goes on from a first stage that is not decorated itself.
     """
+    first_stage = getattr(trainer, "first_stage", None)
+    if first_stage and "schedules" not in vars(first_stage):  # those that it inherits are of another trainer
+        raise TypeError(f"Decorate {first_stage.__name__}, the first stage of {trainer.__name__}, with_schedules, too.")
     module = sys.modules[trainer.__module__]
     trainer.schedules = {}
     for epochs in EPOCHS:
@@ -30,8 +36,8 @@ def with_schedules(trainer: TrainerClass) -> TrainerClass:
             "__doc__": f"{trainer.__name__} in {epochs} epochs.",
             "num_epochs": epochs,
         }
-        if hasattr(trainer, "first_stage"):
-            members["first_stage"] = trainer.first_stage.schedules[epochs]
+        if first_stage:
+            members["first_stage"] = first_stage.schedules[epochs]
         trainer.schedules[epochs] = type(name, (trainer,), members)
         setattr(module, name, trainer.schedules[epochs])
     return trainer

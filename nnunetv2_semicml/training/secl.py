@@ -63,7 +63,7 @@ class ProjectedEncoder(nn.Module):
         return projected
 
 
-class SelfEnsemblingContrast(nnUNetTrainerSemiSupervised):
+class WithSelfEnsemblingContrast(nnUNetTrainerSemiSupervised):
     """Features of the student encoder are contrasted with those of its teacher, part by part of the images.
 
     A part's features are averaged over the part (`pool_features`), in the student for the anchors and in the teacher,

@@ -1,13 +1,10 @@
 """Found through nnUNet_extTrainer: every method of the study and every variant of one, on a schedule for a CPU.
 
 nnU-Net finds a trainer by the name of its class, so each row of TRAINERS becomes a class Study_<name>. Single-stage
-methods take 900 steps; where PReL follows, the first stage takes 600 and PReL 300. The optimizer is nnU-Net's with a
-momentum of 0.9 instead of 0.99 and ten times the learning rate: the same step length without the 100 steps that the
-momentum needs to build up.
+methods take 900 steps; where PReL follows, the first stage takes 600 and PReL 300. For the optimizer see quick.py.
 """
 
-import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from quick import QuickSupervisedTrainer, quick
 from torch import Tensor
 
 from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
@@ -21,49 +18,13 @@ from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemi
 from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
 
 EPOCHS = {"single": 60, "first": 40, "second": 20}
-LEARNING_RATE_FACTOR, MOMENTUM = 10, 0.9
-NNUNET_LEARNING_RATE = 0.01
 SCHEDULE = {"num_iterations_per_epoch": 15, "num_val_iterations_per_epoch": 3, "save_every": 1000}
 
 
-class WithoutPictures:
-    """Without progress.png: half a second per epoch and network."""
-
-    def on_train_start(self) -> None:
-        """Start the training."""
-        self.logger.plot_progress_png = lambda folder: None
-        super().on_train_start()
-
-
-class NetworkTrainer(WithoutPictures, nnUNetTrainer):
-    """What every network is trained with: nnU-Net's, with less momentum, and no validation after training."""
-
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """nnU-Net's, with less momentum."""
-        optimizer, schedule = super().configure_optimizers()
-        for group in optimizer.param_groups:
-            group["momentum"] = MOMENTUM
-        return optimizer, schedule
-
-    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Skip it: with fold "all" the cases are those of the training."""
-
-
-class StudyNetworkTrainer(NetworkTrainer):
+class StudyNetworkTrainer(QuickSupervisedTrainer):
     """Supervised-only nnU-Net on the study's schedule."""
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_lr *= LEARNING_RATE_FACTOR
-        for name, value in {**SCHEDULE, "num_epochs": EPOCHS["single"]}.items():
-            setattr(self, name, value)
+    schedule = {**SCHEDULE, "num_epochs": EPOCHS["single"]}
 
 
 class StudyMultiChannelTrainer(StudyNetworkTrainer):
@@ -142,16 +103,7 @@ TRAINERS = {
 }
 
 
-def _define(name: str, base: type[nnUNetTrainer], part: str, first_stage: str | None, changes: dict) -> None:
-    for attribute in changes:
-        getattr(base, attribute)  # a misspelled one would change nothing
-    rate = getattr(base, "initial_lr", NNUNET_LEARNING_RATE) * LEARNING_RATE_FACTOR
-    members = {**SCHEDULE, "num_epochs": EPOCHS[part], "initial_lr": rate, "network_trainer": NetworkTrainer, **changes}
-    members |= {"__module__": __name__, "__doc__": f"{base.__name__}, {changes}"}
-    if first_stage:
-        members["first_stage"] = globals()[f"Study_{first_stage}"]
-    globals()[f"Study_{name}"] = type(f"Study_{name}", (WithoutPictures, base), members)
-
-
-for _name, _row in TRAINERS.items():
-    _define(_name, *_row)
+for _name, (_base, _part, _first, _changes) in TRAINERS.items():
+    _members = {**_changes, "first_stage": globals()[f"Study_{_first}"]} if _first else _changes
+    _schedule = {**SCHEDULE, "num_epochs": EPOCHS[_part]}
+    globals()[f"Study_{_name}"] = quick(f"Study_{_name}", __name__, _base, _schedule, **_members)
