@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
-from conftest import peak_memory, slow_contrast
+from conftest import slow_contrast
 
+from benchmarks.cost.memory import peak_memory
 from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
 from nnunetv2_semicml.losses.consistency import masked_consistency, prediction_consistency
 from nnunetv2_semicml.losses.contrastive import ContrastiveLoss, pool_features

@@ -149,6 +149,22 @@ def test_first_stage_is_any_one_with_teachers(groups, second):
     trainer.run_training()
 
 
+def test_averages_of_the_second_stage_start_from_the_first(first_stage):
+    """Any method may deploy an average of its own; the labeler is another and stays as it is."""
+    options = {"num_epochs": 5, "deploy_average": True, "num_iterations_per_epoch": 1, "may_give_back": False}
+    trainer = initialized(LABELS, "2d", nnUNetTrainerSemiCMLPReL, **options)
+    trainer._start_from_first_stage()
+    before, labeler = weights(trainer), {k: v.clone() for k, v in trainer.labeler.network.state_dict().items()}
+    averages = [trainer.averaged_network(t.name) for t in trainer.trainers]
+    assert_same_weights([a.state_dict() for a in averages], before)
+    trainer.run_training()
+    for t, average in zip(trainer.trainers, averages, strict=True):
+        checkpoint = torch.load(Path(t.output_folder) / "checkpoint_final.pth", weights_only=True)
+        assert_same_weights([checkpoint["network_weights"]], [average.state_dict()])
+        assert not all(torch.equal(v, t.network.state_dict()[k]) for k, v in average.state_dict().items())
+    assert_same_weights([trainer.labeler.network.state_dict()], [labeler])
+
+
 def test_first_stage_without_teachers_is_refused(groups):
     initialized(LABELS, "2d", nnUNetTrainerCPS, num_epochs=1).run_training()
     sentence = r'found a training of nnUNetTrainerCPS without teachers; .* Set teacher_averaging = "ema" in nnUNet'

@@ -118,6 +118,7 @@ class nnUNetTrainerSemiCMLPReL(WithAreaContrast):
             )
         for trainer in self.trainers:
             trainer.unwrapped_network().load_state_dict(checkpoint["modalities"][trainer.name]["network_weights"])
+        self.start_teachers()
         self._require_foreground()
         pools = {trainer.name: teachers[trainer.name]["best_dice"] for trainer in self.trainers}
         # no value at all: validation patches never showed foreground
@@ -169,7 +170,8 @@ class nnUNetTrainerSemiCMLPReL(WithAreaContrast):
                 f"{self.better_modality}: mean validation Dice {fmean(at_rest):.4f} at rest, {fmean(joined):.4f} since "
                 f"it joined; its network is that of {self.first_stage.__name__} again."
             )
-            self._better_trainer.unwrapped_network().load_state_dict(self.better_weights)
+            deployed = self._better_trainer.deployed_network()
+            deployed.load_state_dict(self.better_weights)
         super().on_train_end()
 
     @property

@@ -278,8 +278,7 @@ class Conductor(nnUNetTrainer):
 
         Args:
             unlabeled: the draw.
-            labeled: network -> the labeled patches of the step; nothing without `supervised_weight` and
-                `mixes_labeled`.
+            labeled: network -> the labeled patches of the step; nothing without `mixes_labeled`.
 
         Returns:
             The views, and anything without gradient that `unsupervised_terms` needs.
@@ -631,12 +630,14 @@ class Conductor(nnUNetTrainer):
         arrives, one network and `micro_batch_size` cases at a time: the same result for the activation memory of one
         network at the planned batch size. The labeled cases follow, network by network.
         """
-        draws, labeled = self.unlabeled_draws(batch), self.labeled_patches(batch)
+        draws = self.unlabeled_draws(batch)
+        # otherwise they come to the device when they are needed
+        labeled = self.labeled_patches(batch) if self.mixes_labeled else {}
         learners = self.learners()
         for trainer in learners:
             trainer.optimizer.zero_grad(set_to_none=True)
         terms, total = self._unsupervised_step(learners, draws, labeled)
-        taught = self.labeled_views(labeled, draws) if self.supervised_weight else {}
+        taught = self.labeled_views(labeled or self.labeled_patches(batch), draws) if self.supervised_weight else {}
         supervised = {}
         exchanges = []
         for trainer in learners:

@@ -91,6 +91,11 @@ class nnUNetTrainerSemiSupervised(Conductor):
         """What corresponds to the network in its teacher."""
         return self.teachers[name].network
 
+    def start_teachers(self) -> None:
+        """Let every teacher start from its network as it is now."""
+        for trainer in self.trainers if self.teachers else ():
+            self.teachers[trainer.name].average(self.student(trainer), 0.0)
+
     def train_step(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """Make a step; EMA teachers follow, unless the networks are warming up."""
         losses = super().train_step(batch)
@@ -103,8 +108,7 @@ class nnUNetTrainerSemiSupervised(Conductor):
         """Log; teachers start from the networks that have warmed up."""
         super().on_train_epoch_end(train_outputs)
         if self.warming_up:
-            for trainer in self.trainers if self.teachers else ():
-                self.teachers[trainer.name].average(self.student(trainer), 0.0)
+            self.start_teachers()
 
     def on_validation_epoch_end(self, val_outputs: Sequence[Sequence[dict[str, Any]]]) -> None:
         """Log, and offer every network with its validation Dice to its pool of best models."""
