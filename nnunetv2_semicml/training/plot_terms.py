@@ -20,13 +20,15 @@ def plot_terms(logging: Mapping[str, Sequence[float]], filename: str) -> None:
         figure, axes = plt.subplots(len(terms), 1, figsize=(8, 3 * len(terms)), squeeze=False, layout="constrained")
         for axis, term in zip(axes[:, 0], terms, strict=True):
             epochs = range(len(logging[f"unsupervised/{term}"]))
-            axis.plot(epochs, logging[f"unsupervised/{term}"], color="tab:blue", label=f"{term} (unweighted)")
+            # a term of a single epoch is a point
+            axis.plot(epochs, logging[f"unsupervised/{term}"], ".-", color="tab:blue", label=f"{term} (unweighted)")
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.set(xlabel="epoch", ylabel="loss")
             weight_axis = axis.twinx()
             weight_axis.plot(epochs, logging[f"weight/{term}"], color="tab:gray", linestyle="dashed", label="weight")
             weight_axis.set(ylabel="weight", ylim=(0, None))
             weight_axis.grid(False)
             lines = axis.get_lines() + weight_axis.get_lines()
-            axis.legend(lines, [line.get_label() for line in lines], loc="upper right")
+            axis.legend(lines, [line.get_label() for line in lines], loc="best")
         figure.savefig(filename)
         plt.close(figure)
