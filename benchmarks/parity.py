@@ -158,7 +158,9 @@ def main() -> None:
     page.write_text(
         f"# Trainings now and at {revision}, to the last bit\n\n`python benchmarks/parity.py {options.commit} --work "
         f"SCRATCH`, {datetime.date.today()}, seed 0, {platform.machine()} CPU with {os.cpu_count()} cores, torch "
-        f"{torch.__version__}.\n\nCompares {(__doc__ or '').split('compares ')[1].strip()}\n\n" + "\n".join(lines) + "\n"
+        f"{torch.__version__}.\n\nCompares {(__doc__ or '').split('compares ')[1].strip()}\n\n"
+        + "\n".join(lines)
+        + "\n"
     )
     print(page.read_text())
     sys.exit(not equal)
