@@ -16,6 +16,7 @@ from conftest import LABELS, draw_batches, load_plans, make_trainer, shrink_netw
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from skimage import io
@@ -41,6 +42,7 @@ from nnunetv2_semicml.planning import plan_and_preprocess as planning
 from nnunetv2_semicml.planning import preprocess
 from nnunetv2_semicml.planning.plan_and_preprocess import main
 from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
+from nnunetv2_semicml.trainers.nnUNetTrainerSupervisedEMA import nnUNetTrainerSupervisedEMA
 
 FLAIR, T1 = "Dataset501_Labels_FLAIR", "Dataset502_Labels_T1"
 GROUP, TOY_T1, TOY_T2 = "Dataset500_Toy", "Dataset501_Toy_T1", "Dataset502_Toy_T2"
@@ -292,7 +294,7 @@ def test_one_modality_of_several_can_be_chosen(copy_of_labels):
 # plans of another dataset
 
 
-def test_more_labels_are_planned_like_few(copy_of_labels):
+def test_more_labels_are_planned_like_few(copy_of_labels, monkeypatch):
     """Geometry and normalization are the other dataset's, voxel for voxel; nothing is unlabeled."""
     raw = copy_of_labels / "nnUNet_raw"
     shutil.copytree(raw / LABELS, raw / "Dataset540_Full", ignore=shutil.ignore_patterns("imagesUn"))
@@ -311,8 +313,16 @@ def test_more_labels_are_planned_like_few(copy_of_labels):
     plans, dataset_json = load_plans("Dataset541_Full_FLAIR")
     stock = nnUNetTrainer(plans, "2d", 0, dataset_json, torch.device("cpu"))
     assert len(stock.do_split()[0]) == 4
-    with pytest.raises(RuntimeError, match=r"found no unlabeled case; expected some\. Train stock nnU-Net"):
+    with pytest.raises(
+        RuntimeError, match=r"found 0 unlabeled cases with FLAIR; .* nnUNetTrainerSupervisedEMA or stock nnU"
+    ):
         make_trainer("Dataset541_Full_FLAIR", "2d", nnUNetTrainerMeanTeacher)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda self, folder: None)
+    for dataset in ("Dataset541_Full_FLAIR", "Dataset540_Full"):  # the upper bound of a method that deploys an average
+        trainer = make_trainer(dataset, "2d", nnUNetTrainerSupervisedEMA)
+        trainer.run_training()
+        assert all((Path(t.output_folder) / "checkpoint_final.pth").is_file() for t in trainer.trainers)
 
 
 @pytest.mark.parametrize(

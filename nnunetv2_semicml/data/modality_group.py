@@ -273,10 +273,6 @@ class ModalityGroup:
                 "the settings that the preprocessed files were made with",
                 _PREPROCESS,
             )
-        if not self.unlabeled:
-            raise UserError(
-                self.file, "no unlabeled case", "some", "Train stock nnU-Net on the modality datasets of this dataset."
-            )
         for modality in self.modalities:
             folder = preprocessed_folder(modality.dataset_name)
             _require_cases(folder / identifier, list(modality.labeled))

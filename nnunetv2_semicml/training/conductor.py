@@ -397,7 +397,7 @@ class Conductor(nnUNetTrainer):
                     self.group.file,
                     f"{number} unlabeled cases with {' and '.join(draw)}",
                     f"at least {needed}, which {type(self).__name__} contrasts or deals out to processes",
-                    "Add unlabeled cases, or train another method.",
+                    "Add some, or train another method: nnUNetTrainerSupervisedEMA or stock nnU-Net needs none.",
                 )
         folds = read_folds(self.group.file.with_name(SPLITS_FILE))
         incomplete = len(self.group.patterns(labeled=True)) > 1
