@@ -676,6 +676,7 @@ class Conductor(nnUNetTrainer):
         """Add the gradient of the unsupervised loss; return its terms and their weighted sum, detached."""
         terms = {} if self.warming_up else self._unsupervised_loss(learners, draws, labeled)
         weights = self.unsupervised_weights()
+        self._require_live(terms, weights)
         total = sum((weights[name] * term for name, term in terms.items()), start=torch.zeros((), device=self.device))
         if terms:
             self._scale(total).backward()
@@ -699,13 +700,11 @@ class Conductor(nnUNetTrainer):
                 outputs.append({t.name: self._unlabeled_forward(t, view[t.name], number, t is last) for t in present})
             for name, term in self.unsupervised_terms(outputs, targets).items():
                 of_draws.setdefault(name, []).append(term)
-        terms = {name: torch.stack(values).mean() for name, values in of_draws.items()}
-        self._require_live(terms)
-        return terms
+        return {name: torch.stack(values).mean() for name, values in of_draws.items()}
 
-    def _require_live(self, terms: Mapping[str, Tensor]) -> None:
+    def _require_live(self, terms: Mapping[str, Tensor], declared: Mapping[str, float]) -> None:
         """Refuse what would be left out of the loss, or would teach nothing, without a word."""
-        name, declared = type(self).__name__, self.unsupervised_weights()
+        name = type(self).__name__
         if undeclared := sorted(terms.keys() - declared.keys()):
             raise ValueError(f"{name} computes {', '.join(undeclared)}, but term_weights has {', '.join(declared)}.")
         if dead := [term for term, value in terms.items() if not value.requires_grad]:

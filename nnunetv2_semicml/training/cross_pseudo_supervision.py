@@ -3,6 +3,9 @@
 Source: Chen et al., Semi-supervised semantic segmentation with cross pseudo supervision, CVPR 2021.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,7 @@ class WithCrossPseudoSupervision(nnUNetTrainerSemiSupervised):
     # ramped as in Semi-CML. With 0.5, both networks of a run on validation patients ended up segmenting nothing
     # (benchmarks/study/validation.md at commit 8d54f3c).
     pseudo_label_weight = 0.25
+    term_weights = {"ce": "pseudo_label_weight", "dice": "pseudo_label_weight"}
 
     def labelers(self, learner: ModalityTrainer) -> list[ModalityTrainer]:
         """Whose segmentations a network learns from: those of the other modalities."""
@@ -49,3 +53,8 @@ class WithCrossPseudoSupervision(nnUNetTrainerSemiSupervised):
             ce.append(torch.stack(ce_of).mean())
             dice.append(torch.stack(dice_of).mean())
         return {"ce": self.over_networks(ce), "dice": self.over_networks(dice)}
+
+    def unsupervised_terms(self, outputs: Sequence[View], targets: Any) -> dict[str, Tensor]:
+        """Cross-entropy and Dice with the segmentations of the labelers."""
+        (logits,) = outputs
+        return self.cross_pseudo_supervision(logits)
