@@ -1,0 +1,84 @@
+"""Locks on folders, by file: one process changes what is in them, or several read. Imports only `errors`.
+
+These are record locks of the system, which belong to a process: they end with it, however it ends, and the worker
+processes that it has forked, which may outlive it, do not have them. On network file systems they hold between machines
+if the file system supports them.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import ThreadError
+
+from fasteners import InterProcessReaderWriterLock
+
+from nnunetv2_semicml.errors import UserError
+
+LOCK_FILE = ".lock"
+_held: dict[Path, InterProcessReaderWriterLock] = {}  # by this process
+
+
+def hold_lock(folder: Path, task: str, shared: bool = False, wait: bool = False) -> None:
+    """Lock a folder until this process ends or calls `release_lock`; nothing happens if it has the lock already.
+
+    Where no lock file can be made, in a folder that is read-only or on a file system without locks, there is none.
+
+    Args:
+        folder: is made if it is missing.
+        task: what this process does, e.g. "training", for the others.
+        shared: whether others may have the lock, too, if they share it.
+        wait: for as long as it takes, instead of refusing.
+
+    Raises:
+        UserError: another process has it.
+    """
+    file = folder.absolute() / LOCK_FILE
+    if file in _held:
+        return
+    lock = InterProcessReaderWriterLock(file)
+    try:
+        acquired = lock.acquire_read_lock(blocking=wait) if shared else lock.acquire_write_lock(blocking=wait)
+    except (OSError, ThreadError):
+        return
+    if not acquired:
+        raise UserError(
+            folder,
+            f"another process at work there ({_last_holder(file)})",
+            f"no other one while {task}",
+            "Wait until it has ended, or end it, and repeat the command.",
+        )
+    _held[file] = lock
+    # not through another handle: closing one gives up the locks that the process has by all
+    with suppress(OSError):
+        lock.lockfile.truncate(0)
+        lock.lockfile.write(f"{task}, process {os.getpid()} on {socket.gethostname()}, {time.strftime('%d %B %H:%M')}")
+        lock.lockfile.flush()
+
+
+def release_lock(folder: Path) -> None:
+    """Give up a lock that `hold_lock` has got; nothing happens without one."""
+    if lock := _held.pop(folder.absolute() / LOCK_FILE, None):
+        lock.release_write_lock()  # of either kind
+
+
+@contextmanager
+def locked(folder: Path, task: str, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """Have the lock of a folder for a while, see `hold_lock`."""
+    if folder.absolute() / LOCK_FILE in _held:
+        yield
+        return
+    hold_lock(folder, task, shared, wait)
+    try:
+        yield
+    finally:
+        release_lock(folder)
+
+
+def _last_holder(file: Path) -> str:
+    with suppress(OSError):
+        if found := file.read_text(encoding="utf-8"):
+            return found
+    return "unknown"
