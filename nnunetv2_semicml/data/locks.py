@@ -18,11 +18,12 @@ from fasteners import InterProcessReaderWriterLock
 from nnunetv2_semicml.errors import UserError
 
 LOCK_FILE = ".lock"
-_held: dict[Path, InterProcessReaderWriterLock] = {}  # by this process
+# of this process: lock file -> the lock, and how often it is held; the system does not count
+_held: dict[Path, tuple[InterProcessReaderWriterLock, int]] = {}
 
 
 def hold_lock(folder: Path, task: str, shared: bool = False, wait: bool = False) -> None:
-    """Lock a folder until this process ends or calls `release_lock`; nothing happens if it has the lock already.
+    """Lock a folder until this process ends or calls `release_lock` as often; it may hold a lock several times.
 
     Where no lock file can be made, in a folder that is read-only or on a file system without locks, there is none.
 
@@ -37,6 +38,8 @@ def hold_lock(folder: Path, task: str, shared: bool = False, wait: bool = False)
     """
     file = folder.absolute() / LOCK_FILE
     if file in _held:
+        lock, times = _held[file]
+        _held[file] = lock, times + 1
         return
     lock = InterProcessReaderWriterLock(file)
     try:
@@ -50,7 +53,7 @@ def hold_lock(folder: Path, task: str, shared: bool = False, wait: bool = False)
             f"no other one while {task}",
             "Wait until it has ended, or end it, and repeat the command.",
         )
-    _held[file] = lock
+    _held[file] = lock, 1
     # not through another handle: closing one gives up the locks that the process has by all
     with suppress(OSError):
         lock.lockfile.truncate(0)
@@ -60,16 +63,17 @@ def hold_lock(folder: Path, task: str, shared: bool = False, wait: bool = False)
 
 def release_lock(folder: Path) -> None:
     """Give up a lock that `hold_lock` has got; nothing happens without one."""
-    if lock := _held.pop(folder.absolute() / LOCK_FILE, None):
+    file = folder.absolute() / LOCK_FILE
+    lock, times = _held.pop(file, (None, 0))
+    if times > 1:
+        _held[file] = lock, times - 1
+    elif lock is not None:
         lock.release_write_lock()  # of either kind
 
 
 @contextmanager
 def locked(folder: Path, task: str, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Have the lock of a folder for a while, see `hold_lock`."""
-    if folder.absolute() / LOCK_FILE in _held:
-        yield
-        return
     hold_lock(folder, task, shared, wait)
     try:
         yield
