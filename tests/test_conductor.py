@@ -183,7 +183,7 @@ def test_foreign_checkpoint_is_refused(finished, results, tmp_path, change, sent
 def test_damaged_checkpoint_is_refused(finished, results, tmp_path, part):
     content = finished.read_bytes()
     (tmp_path / "checkpoint_latest.pth").write_bytes(content[: int(len(content) * part)])
-    with pytest.raises(RuntimeError, match=r"checkpoint_latest.pth: found a file that cannot be read as a checkpoint"):
+    with pytest.raises(RuntimeError, match=r"checkpoint_latest.pth: found a damaged file"):
         make_trainer(LABELS, "2d").load_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
 
 
@@ -191,7 +191,7 @@ def test_checkpoint_of_a_stock_trainer_is_refused(finished, results, tmp_path):
     stock = copy.deepcopy(torch.load(finished, weights_only=True))
     del stock["provenance"]
     torch.save(stock, tmp_path / "checkpoint_final.pth")
-    with pytest.raises(RuntimeError, match="cannot be read as a checkpoint"):
+    with pytest.raises(RuntimeError, match="found a checkpoint without provenance"):
         make_trainer(LABELS, "2d").load_checkpoint(str(tmp_path / "checkpoint_final.pth"))
 
 
@@ -199,7 +199,7 @@ def test_checkpoint_of_an_earlier_format_is_refused(finished, results, tmp_path)
     checkpoint = torch.load(finished, weights_only=True)
     del checkpoint["format"]  # there was none
     torch.save(checkpoint, tmp_path / "checkpoint_latest.pth")
-    sentence = r"found a checkpoint of format 1, .*; expected format 2. Continue with that version, or train anew"
+    sentence = r"found a checkpoint of format 1, .*; expected format 3. Continue with that version, or train anew"
     with pytest.raises(RuntimeError, match=sentence):
         make_trainer(LABELS, "2d").load_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
 

@@ -529,7 +529,7 @@ def test_first_stage_of_another_run_is_refused(first_stage, key, value, expected
 def test_damaged_first_stage_is_refused(first_stage):
     file = first_stage / LABELS / FIRST_STAGE.format("2d")
     file.write_bytes(file.read_bytes()[:1000])
-    sentence = r"cannot be read as a checkpoint .*; expected a checkpoint of nnUNetTrainerSemiCML. Train nnUNetTrainerS"
+    sentence = r"found a damaged file .*; expected a checkpoint of nnUNetTrainerSemiCML. Train nnUNetTrainerS"
     with pytest.raises(RuntimeError, match=sentence):
         make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL).run_training()
 

@@ -43,13 +43,14 @@ class ContrastiveLoss(nn.Module):
             anchors: (A, D), of any length.
             keys: (K, D), of any length.
             positive: (A, K), boolean.
-            negative: (A, K), boolean.
+            negative: (A, K), boolean; a key that is positive, too, counts as both. To look for one would make a GPU
+                wait.
 
         Returns:
             The scalar loss, 0 if no anchor counts; in float32 (float64 for float64 input).
 
         Raises:
-            ValueError: if the shapes do not fit, or a key is positive and negative for an anchor.
+            ValueError: if the shapes do not fit.
         """
         pairs = (len(anchors), len(keys))
         if anchors.shape[1:] != keys.shape[1:] or positive.shape != pairs or negative.shape != pairs:

@@ -14,6 +14,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 from torch import Tensor
 
+from nnunetv2_semicml.data.checkpoint_file import content_digest
 from nnunetv2_semicml.data.environment import environment_folder
 from nnunetv2_semicml.data.result_folders import fold_folder, model_folder
 from nnunetv2_semicml.errors import UserError, some_of
@@ -76,7 +77,7 @@ class nnUNetTrainerSemiCMLPReL(WithAreaContrast):
 
     def require_prerequisites(self, plans: dict[str, Any], configuration: str, fold: int | str) -> None:
         """Is there anything to start from, to continue or to validate?"""
-        if not any(_fold_folder(type(self), plans, configuration, fold).glob("checkpoint_*.pth")):
+        if not any(_fold_folder(type(self), plans, configuration, fold).rglob("checkpoint_*.pth")):
             _first_stage_checkpoint(self.first_stage, plans, configuration, fold)
 
     def initialize(self) -> None:
@@ -105,9 +106,10 @@ class nnUNetTrainerSemiCMLPReL(WithAreaContrast):
         checkpoint = load_checkpoint(
             str(file),
             self.device,
-            {**self.provenance, "trainer": self.first_stage.__name__},
+            {**self.identity, "trainer": self.first_stage.__name__},
             remedy=f"Train {self.first_stage.__name__} anew for this dataset, plans, configuration and fold.",
         )
+        self.first_stage_digest = content_digest(file)
         teachers: dict[str, TeacherState] = checkpoint["method"]["teachers"]
         if not teachers:
             raise UserError(

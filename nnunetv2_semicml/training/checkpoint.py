@@ -1,8 +1,7 @@
 """Checkpoints that are whole or absent, readable without running code, and tied to what they were trained on."""
 
-import os
 import random
-from pathlib import Path
+from collections.abc import Mapping
 from pickle import UnpicklingError
 from typing import Any
 
@@ -10,33 +9,53 @@ import numpy as np
 import torch
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
+from nnunetv2_semicml.data.checkpoint_file import find_damage
+from nnunetv2_semicml.data.files import written_whole
 from nnunetv2_semicml.errors import UserError
 
-CHECKPOINT_FORMAT = 2
-"""Of joint checkpoints. In format 1, which has no such number, every method kept its teachers in a way of its own."""
+CHECKPOINT_FORMAT = 3
+"""Of joint checkpoints. In format 1, which has no such number, every method kept its teachers in a way of its own; in
+format 2 the provenance has no settings of the trainer."""
 
 
 def save_atomically(checkpoint: dict[str, Any], filename: str) -> None:
-    """Write a checkpoint beside its name and move it there, so that a crash or a full disk leaves the previous one.
+    """Write a checkpoint, so that a crash or a full disk leaves the previous one.
 
     Raises:
         UserError: if it cannot be written.
     """
-    temporary = Path(f"{filename}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with written_whole(filename) as unfinished, unfinished.open("wb") as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(filename)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        temporary.unlink(missing_ok=True)
         raise UserError(
             filename,
             f"that the checkpoint cannot be written ({error})",
             "enough space and the right to write there",
             "The previous checkpoint is untouched: make room and continue with --c.",
         ) from error
+
+
+def read_checkpoint(filename: str, device: torch.device, what: str, remedy: str) -> dict[str, Any]:
+    """Read a checkpoint without running code, and only if it is whole.
+
+    Args:
+        filename: the checkpoint.
+        device: where its tensors go.
+        what: what it is expected to be, for the error.
+        remedy: what to do about a damaged one.
+
+    Raises:
+        UserError: it cannot be read, or its checksums differ.
+    """
+    try:
+        damage = find_damage(filename)
+        checkpoint: dict[str, Any] = {} if damage else torch.load(filename, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as error:
+        damage = f"a file that cannot be read as a checkpoint ({type(error).__name__} {str(error)[:100]})"
+    if damage:
+        raise UserError(filename, damage, what, remedy)
+    return checkpoint
 
 
 def load_checkpoint(
@@ -56,16 +75,9 @@ def load_checkpoint(
     Raises:
         UserError: if the file is damaged, of another version of this package, or its provenance is another.
     """
-    try:
-        checkpoint: dict[str, Any] = torch.load(filename, map_location=device, weights_only=True)
-        found = checkpoint["provenance"]
-    except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            filename,
-            f"a file that cannot be read as a checkpoint ({type(error).__name__} {str(error)[:100]})",
-            f"a checkpoint of {provenance['trainer']}",
-            remedy,
-        ) from error
+    checkpoint = read_checkpoint(filename, device, f"a checkpoint of {provenance['trainer']}", remedy)
+    if "provenance" not in checkpoint:
+        raise UserError(filename, "a checkpoint without provenance", f"one of {provenance['trainer']}", remedy)
     if (version := checkpoint.get("format", 1)) != CHECKPOINT_FORMAT:
         raise UserError(
             filename,
@@ -73,13 +85,26 @@ def load_checkpoint(
             f"format {CHECKPOINT_FORMAT}",
             "Continue with that version, or train anew without --c. The models of the modalities predict as before.",
         )
+    found = checkpoint["provenance"]
     for key, expected in provenance.items():
         if found.get(key) != expected:
             of = f"{key} {found.get(key)}", f"{key} {expected}"
             if key.startswith("digest of "):
                 of = f"other {key.removeprefix('digest of ')}", "the same, since a run goes on as it began"
+            elif key == "settings":
+                of = describe_difference(found[key], expected)
             raise UserError(filename, f"a checkpoint of {of[0]}", of[1], remedy)
     return checkpoint
+
+
+def describe_difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[str, str]:
+    """Settings that differ, in words, as they were found and as they are expected."""
+    names = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+
+    def describe(settings: Mapping[str, Any]) -> str:
+        return ", ".join(f"{name} = {settings[name]}" if name in settings else f"no {name}" for name in names)
+
+    return describe(found), f"{describe(expected)}, as the trainer has it now"
 
 
 def use_builtin_numbers(logger: MetaLogger) -> None:

@@ -10,10 +10,12 @@ and passes every other hook on to the stock trainers, which write complete stock
 """
 
 import os
+import random
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from inspect import isroutine
+from inspect import isclass, isroutine
 from itertools import combinations
 from math import ceil
 from os.path import basename, isfile, join
@@ -33,9 +35,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_semicml.data.environment import environment_folder
+from nnunetv2_semicml.data.files import explains_failed_writes, remove_unfinished
 from nnunetv2_semicml.data.folds import SPLITS_FILE, read_folds
-from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup
-from nnunetv2_semicml.data.result_folders import TRAINING_STATE
+from nnunetv2_semicml.data.locks import hold_lock, release_lock
+from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup, preprocessed_folder
+from nnunetv2_semicml.data.result_folders import TRAINING_STATE, fold_folder, model_folder
 from nnunetv2_semicml.data.streams import Patches, SemiSupervisedDataLoader
 from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.training.checkpoint import (
@@ -46,6 +50,7 @@ from nnunetv2_semicml.training.checkpoint import (
     set_random_state,
     use_builtin_numbers,
 )
+from nnunetv2_semicml.training.earlier_training import EARLIER, EarlierTraining
 from nnunetv2_semicml.training.loaders import make_loader, start_loading
 from nnunetv2_semicml.training.modality_trainer import ModalityTrainer, make_modality_trainer_class
 from nnunetv2_semicml.training.plot_terms import plot_terms
@@ -64,6 +69,8 @@ HYPER_PARAMETERS = (
     "save_every",
     "disable_checkpointing",
 )
+# class attributes that change how a training is done, and not what comes of it
+NO_SETTINGS = frozenset({"recompute", "micro_batch_size", "save_every", "disable_checkpointing"})
 # hooks of nnU-Net that the trainers of the networks are asked for, and a conductor never is
 HOOKS_OF_NETWORKS = frozenset(
     {
@@ -210,6 +217,9 @@ class Conductor(nnUNetTrainer):
             )
         if "previous_stage" in plans["configurations"].get(configuration, {}):
             raise NotImplementedError(f"{name} does not support the cascade: train 3d_fullres or 3d_lowres instead.")
+        self.datasets = dict.fromkeys([self.group.dataset_name, *(m.dataset_name for m in self.group.modalities)])
+        for dataset in self.datasets:  # nobody plans again what is being trained on
+            self._hold(preprocessed_folder(dataset), fold, shared=True)
         self.modality_plans = self.group.require_ready(plans, configuration)
         self._require_cases(fold)
         batch_size = PlansManager(plans).get_configuration(configuration).batch_size
@@ -221,6 +231,7 @@ class Conductor(nnUNetTrainer):
             )
         self.require_prerequisites(plans, configuration, fold)
         self.continue_training = plans["continue_training"]
+        self._take_folders(plans, configuration, fold)
         self._seed_everything()
 
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -234,8 +245,33 @@ class Conductor(nnUNetTrainer):
         self.network = _NoSingleNetwork(name)
         self.trainers: list[ModalityTrainer] = []
         self.distinct_cases = 0  # that every unlabeled draw can have, in all processes together
+        self.first_stage_digest: str | None = None
         self._random_state: dict[str, Any] | None = None
         self._validate_best = False
+        self._continued = False
+
+    def _hold(self, folder: Path, fold: int | str, shared: bool = False) -> None:
+        """Lock a folder until this object is gone, or the process, however it ends."""
+        hold_lock(folder, f"training {type(self).__name__}, fold {fold}", shared)
+        weakref.finalize(self, release_lock, folder)
+
+    def _take_folders(self, plans: dict[str, Any], configuration: str, fold: int | str) -> None:
+        """Let no other process write where this one does, and find whole what --c goes on from."""
+        results, trainer, plans_name = environment_folder("nnUNet_results"), type(self).__name__, plans["plans_name"]
+        models = [model_folder(results, dataset, trainer, plans_name, configuration) for dataset in self.datasets]
+        folders = [fold_folder(model, fold) for model in models]
+        distributed = dist.is_available() and dist.is_initialized()
+        self.earlier = EarlierTraining([folders[0] / TRAINING_STATE, *folders] if self.group.is_single else folders)
+        if not distributed or dist.get_rank() == 0:
+            for folder in folders:
+                self._hold(folder, fold)
+            for folder in self.earlier.folders:
+                remove_unfinished(folder)
+            self.earlier.restore_interrupted()
+            if self.continue_training and self.earlier.bring_back():
+                print(f"The training that was to replace the one in {folders[0]} left no checkpoint to go on from.")
+        if distributed:
+            dist.barrier()  # the others look for checkpoints, too
 
     def _require_that_nothing_is_ignored(self) -> None:
         """Refuse overrides that nobody would call, and hyper-parameters that nobody would read."""
@@ -439,7 +475,7 @@ class Conductor(nnUNetTrainer):
             modality.name if number == 1 else f"{modality.name} network {number}",
             modality,
             number == 1,
-            {**self.provenance, "modality": modality.name, "channels": channels},
+            channels,
         )
         plans = {**plans, "continue_training": self.continue_training}
         # the list of cases, with the paths of this machine, must not travel with a deployed model
@@ -483,8 +519,8 @@ class Conductor(nnUNetTrainer):
         return self.micro_batch_size or int(self.trainers[0].batch_size)
 
     @property
-    def provenance(self) -> dict[str, Any]:
-        """What a checkpoint belongs to."""
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must belong to, to be of use for this trainer."""
         return {
             "dataset": self.plans_manager.dataset_name,
             "modalities": [m.name for m in self.group.modalities],
@@ -495,13 +531,31 @@ class Conductor(nnUNetTrainer):
             "trainer": type(self).__name__,
         }
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a checkpoint was made of: `identity`, `settings`, and which first stage, if there was one."""
+        return {**self.identity, "settings": self.settings(), "first stage": self.first_stage_digest}
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """The hyper-parameters that are class attributes, name -> value, of which trained weights are made."""
+        classes = cls.__mro__[: cls.__mro__.index(nnUNetTrainer)]
+        names = {name for c in classes for name in vars(c) if not name.startswith("_")} - NO_SETTINGS
+        values = {name: getattr(cls, name) for name in sorted(names)}
+        found = {name: value.__name__ if isclass(value) else value for name, value in values.items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in found.items()
+            if isinstance(value, bool | int | float | str | tuple | list | None)
+        }
+
     def _seed_everything(self) -> None:
         # nnU-Net offers no seed; with nnUNet_n_proc_DA=0 this one makes whole runs repeatable
         seed = os.environ.get("nnUNet_semicml_seed")
         if seed is not None:
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-            torch.manual_seed(int(seed) + rank)
-            np.random.seed(int(seed) + rank)
+            for seed_generator in (torch.manual_seed, np.random.seed, random.seed):
+                seed_generator(int(seed) + rank)
 
     def _term_keys(self) -> list[str]:
         weights = self.unsupervised_weights()
@@ -592,12 +646,20 @@ class Conductor(nnUNetTrainer):
 
     # training
 
+    def run_training(self) -> None:
+        """Train as nnU-Net does."""
+        with explains_failed_writes(self.output_folder, "Make room, and continue with --c."):
+            super().run_training()
+
     def on_train_start(self) -> None:
         """Let every trainer of a network write its model folder, and open the streams."""
         if not self.was_initialized:
             self.initialize()
         self._validate_best = False
+        if self.local_rank == 0 and not self._continued and not self.disable_checkpointing and self.earlier.set_aside():
+            self.print_to_log_file(f"What an earlier training left stands in {EARLIER} until this one is finished.")
         for trainer in self.trainers:
+            trainer.provenance = {**self.provenance, "modality": trainer.modality.name, "channels": trainer.channels}
             trainer.on_train_start()
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         if self._random_state is not None:  # only now: opening the streams draws random numbers
@@ -834,6 +896,8 @@ class Conductor(nnUNetTrainer):
         for trainer in self.trainers:
             trainer.on_train_end()
         super().on_train_end()
+        if self.local_rank == 0 and not self.disable_checkpointing:
+            self.earlier.forget()
         if self.is_ddp:
             dist.barrier()  # the first process has written what the others may read now
 
@@ -875,17 +939,21 @@ class Conductor(nnUNetTrainer):
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Continue from a joint checkpoint, or validate with it.
 
-        Cases that came after the training keep it from being continued, which would make a run of neither set of
-        cases, and not from being validated on a fold that is the same.
+        Cases or settings that have changed since keep a training from being continued, which would make a run of
+        neither, and not from being validated on a fold that is the same.
 
         Raises:
             UserError: if it is damaged or belongs to another dataset, other modalities, plans, configuration, fold or,
-                to continue, other cases.
+                to continue, other cases or settings.
         """
         if not self.was_initialized:
             self.initialize()
-        required = {k: v for k, v in self.provenance.items() if self.continue_training or k != "digest of cases"}
+        required = {**self.identity, "settings": self.settings()}
+        if not self.continue_training:
+            required = {k: v for k, v in required.items() if k not in ("digest of cases", "settings")}
         state = load_checkpoint(filename_or_checkpoint, self.device, required)
+        self._continued = True
+        self.first_stage_digest = state["provenance"]["first stage"]
         self.current_epoch = state["current_epoch"]
         self._best_ema = state["_best_ema"]
         self.logger.load_checkpoint(state["logging"])
@@ -906,11 +974,12 @@ class Conductor(nnUNetTrainer):
         After --val_best each modality has the weights of its own best epoch; the joint checkpoint_best is of the epoch
         with the best mean over the modalities.
         """
-        for trainer in self._deployed_trainers():
-            best = join(trainer.output_folder, "checkpoint_best.pth")
-            if self._validate_best and isfile(best):
-                trainer.load_network_weights(best)
-            trainer.perform_actual_validation(save_probabilities)
+        with explains_failed_writes(self.output_folder, "Make room, and validate with --val."):
+            for trainer in self._deployed_trainers():
+                best = join(trainer.output_folder, "checkpoint_best.pth")
+                if self._validate_best and isfile(best):
+                    trainer.load_network_weights(best)
+                trainer.perform_actual_validation(save_probabilities)
 
 
 class _NoSingleNetwork:

@@ -1,6 +1,6 @@
 """A stock nnU-Net trainer as one member of a group: it keeps its network and records, and is given its batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 
 from nnunetv2_semicml.data.modality_group import Modality
-from nnunetv2_semicml.training.checkpoint import save_atomically, use_builtin_numbers
+from nnunetv2_semicml.training.checkpoint import read_checkpoint, save_atomically, use_builtin_numbers
 
 
 class ModalityTrainer(nnUNetTrainer):
@@ -24,7 +24,8 @@ class ModalityTrainer(nnUNetTrainer):
     modality: Modality
     deployed: bool  # whether the network gets a model folder
     predicts_as: str  # the nnU-Net trainer that stands in the checkpoints
-    provenance: dict[str, Any]
+    channels: Sequence[str]
+    provenance: Mapping[str, Any]  # stands in the checkpoints; the conductor knows it when training begins
     print_to_console = False  # the conductor reports the epochs of all networks together
     averaged_network: nn.Module | None = None  # is validated and deployed instead of the one that is trained
 
@@ -130,13 +131,14 @@ class ModalityTrainer(nnUNetTrainer):
             "init_args": self.my_init_kwargs,
             "trainer_name": self.predicts_as,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-            "provenance": self.provenance,
+            "provenance": dict(self.provenance),
         }
         save_atomically(checkpoint, filename)
 
     def load_network_weights(self, filename: str) -> None:
         """Load the weights, and nothing else, of a checkpoint that `save_checkpoint` wrote."""
-        checkpoint = torch.load(filename, map_location=self.device, weights_only=True)
+        remedy = "Validate without --val_best, or train anew."
+        checkpoint = read_checkpoint(filename, self.device, f"the best model of {self.name}", remedy)
         self.deployed_network().load_state_dict(checkpoint["network_weights"])
 
 
@@ -146,7 +148,7 @@ def make_modality_trainer_class(
     name: str,
     modality: Modality,
     deployed: bool,
-    provenance: dict[str, Any],
+    channels: Sequence[str],
 ) -> type[ModalityTrainer]:
     """Make the trainer of a network as a member of a group.
 
@@ -156,14 +158,14 @@ def make_modality_trainer_class(
         name: of the network, for logs and as a key; the modality's first network has its name.
         modality: what the network sees.
         deployed: whether checkpoints of the network are written for nnU-Net to predict with.
-        provenance: stored in these checkpoints.
+        channels: names of the modality's channels.
     """
     members = {
         "name": name,
         "modality": modality,
         "deployed": deployed,
         "predicts_as": _predicts_as(stock_trainer).__name__,
-        "provenance": provenance,
+        "channels": channels,
     }
     return type(class_name, (ModalityTrainer, stock_trainer), members)
 

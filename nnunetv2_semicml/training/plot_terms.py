@@ -7,6 +7,8 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
+from nnunetv2_semicml.data.files import written_whole
+
 
 def plot_terms(logging: Mapping[str, Sequence[float]], filename: str) -> None:
     """Plot, for every logged unsupervised term, its mean per epoch and its ramped weight.
@@ -30,5 +32,6 @@ def plot_terms(logging: Mapping[str, Sequence[float]], filename: str) -> None:
             weight_axis.grid(False)
             lines = axis.get_lines() + weight_axis.get_lines()
             axis.legend(lines, [line.get_label() for line in lines], loc="best")
-        figure.savefig(filename)
+        with written_whole(filename) as unfinished:
+            figure.savefig(unfinished, format="png")
         plt.close(figure)
