@@ -264,8 +264,35 @@ def test_predictions_that_do_not_fit_are_refused(tmp_path, change, message):
         evaluate_files(tmp_path / "reference.nii.gz", tmp_path / "prediction.nii.gz", SimpleITKIO(), LABELS)
 
 
-def test_damaged_predictions_are_refused(tmp_path):
-    write(tmp_path / "reference.nii.gz", blob(np.random.default_rng(0)))
-    (tmp_path / "prediction.nii.gz").write_bytes(b"not an image")
-    with pytest.raises(UserError, match=r"prediction.nii.gz: found an unreadable file"):
+@pytest.mark.parametrize("damaged", ["reference.nii.gz", "prediction.nii.gz"])
+@pytest.mark.parametrize("damage", [lambda content: b"not an image", lambda content: content[: len(content) * 7 // 10]])
+def test_damaged_files_are_refused(tmp_path, damaged, damage):
+    rng = np.random.default_rng(0)
+    for name in ("reference.nii.gz", "prediction.nii.gz"):
+        write(tmp_path / name, blob(rng) * rng.integers(1, 3, (14, 18, 20)))
+    (tmp_path / damaged).write_bytes(damage((tmp_path / damaged).read_bytes()))
+    with pytest.raises(UserError, match=rf"{damaged}: found an unreadable file \("):
         evaluate_files(tmp_path / "reference.nii.gz", tmp_path / "prediction.nii.gz", SimpleITKIO(), LABELS)
+
+
+def test_values_of_no_class_are_refused_in_the_reference_too(tmp_path):
+    mask = blob(np.random.default_rng(0)) * 1
+    write(tmp_path / "reference.nii.gz", 3 * mask)
+    write(tmp_path / "prediction.nii.gz", mask)
+    files = tmp_path / "reference.nii.gz", tmp_path / "prediction.nii.gz"
+    with pytest.raises(UserError, match=r"reference.nii.gz: found the label values 3; expected only 0, 1, 2, as in"):
+        evaluate_files(*files, SimpleITKIO(), LABELS)
+    found = evaluate_files(*files, SimpleITKIO(), LABELS | {"ignore": 3})["tumor"]
+    assert (found["n_ref"], found["n_pred"]) == (0, 0)
+
+
+def test_a_grid_that_is_rounded_otherwise_is_the_same_one(tmp_path):
+    """A tenth of a voxel at most, as in planning."""
+    mask = blob(np.random.default_rng(0)) * 1
+    write(tmp_path / "reference.nii.gz", mask, (0.7, 0.7, 3.0))
+    files = tmp_path / "reference.nii.gz", tmp_path / "prediction.nii.gz"
+    write(files[1], mask, (0.7015, 0.7, 3.0))
+    assert evaluate_files(*files, SimpleITKIO(), LABELS)["tumor"]["dice"] == 1
+    write(files[1], mask, (0.71, 0.7, 3.0))
+    with pytest.raises(UserError, match=r"found spacing \[3.0, 0.7, 0.71\]; expected \[3.0, 0.7, 0.7\] as in"):
+        evaluate_files(*files, SimpleITKIO(), LABELS)

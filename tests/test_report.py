@@ -5,13 +5,18 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_semicml.data.phantom import write_phantom_dataset
 from nnunetv2_semicml.demo.report import ModalityResults, write_report
+from nnunetv2_semicml.errors import UserError
+from nnunetv2_semicml.evaluation.figures import Volumes, draw_case
 
 NAN = float("nan")
+READER = SimpleITKIO()
 METHODS = {"supervised only": 0.5, "Semi-CML": 0.625, "PReL": 0.6}
 
 
@@ -95,3 +100,16 @@ def test_methods_with_other_cases_are_refused(results, tmp_path):
     ):
         write(results, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("damaged", ["scan", "reference", "prediction"])
+def test_overlays_show_no_damaged_file(results, tmp_path, damaged):
+    summary = results[0].summaries["PReL"]
+    files = json.loads(summary.read_text())["metric_per_case"][0]
+    case = Path(files["reference_file"]).name.removesuffix(".nii.gz")
+    scan = results[0].images / f"{case}_0000.nii.gz"
+    volumes = Volumes({case: str(scan)}, {case: files["reference_file"]}, {"PReL": summary.parent}, ".nii.gz", READER)
+    file = {"scan": scan, "reference": Path(files["reference_file"]), "prediction": Path(files["prediction_file"])}
+    file[damaged].write_bytes(file[damaged].read_bytes()[:-20])
+    with pytest.raises(UserError, match=rf"{file[damaged]}: found an unreadable file \(a gzip stream without its end"):
+        draw_case("worst", case, volumes, {"PReL": 0.5}, {"PReL": "#e69f00"})

@@ -1,6 +1,6 @@
 """Images inside of pages that need no other file: plots with ink for light and dark pages, outlines on scans.
 
-Of nnU-Net it knows the readers of images alone.
+Of nnU-Net it knows the readers of images alone, and of the package `reading`.
 """
 
 import base64
@@ -15,6 +15,8 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+
+from nnunetv2_semicml.evaluation.reading import read_image, require_grid
 
 # Okabe and Ito's colors, which people with color vision deficiencies can tell apart too.
 COLORS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2", "#8a6d00", "#7a7a7a")
@@ -120,14 +122,23 @@ def draw_case(
         volumes: the images and segmentations of its modality.
         dice: method -> Dice of the case.
         colors: method -> color of its outlines.
+
+    Raises:
+        UserError: one of the files cannot be read, or a segmentation does not lie on the grid of the scan.
     """
-    image, properties = volumes.reader.read_images([volumes.scans[case]])
-    scan, spacing = image.mean(0), properties["spacing"][1:]
-    reference = volumes.reader.read_seg(volumes.references[case])[0][0]
+    image, grid = read_image(volumes.scans[case], volumes.reader)
+    scan, spacing = image.mean(0), grid.spacing[1:].tolist()
+
+    def read_segmentation(file: str | Path) -> np.ndarray:
+        label, own_grid = read_image(file, volumes.reader, is_label=True)
+        require_grid(file, own_grid, volumes.scans[case], grid)
+        return label[0]
+
+    reference = read_segmentation(volumes.references[case])
     z = int((reference > 0).sum((1, 2)).argmax())
     panels = {}
     for method, folder in volumes.predictions.items():
-        prediction = volumes.reader.read_seg(str(folder / f"{case}{volumes.file_ending}"))[0][0]
+        prediction = read_segmentation(folder / f"{case}{volumes.file_ending}")
         outlines = [(reference[z], REFERENCE_COLOR, 1.2), (prediction[z], colors[method], 1.8)]
         panels[method] = _overlay(scan[z], outlines, spacing)
     return CasePanels(rank, case, z + 1, len(reference), _overlay(scan[z], [], spacing), panels, dice)

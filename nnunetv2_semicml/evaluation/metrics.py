@@ -14,6 +14,7 @@ from nnunetv2.evaluation.evaluate_predictions import compute_tp_fp_fn_tn, region
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunetv2_semicml.errors import UserError
+from nnunetv2_semicml.evaluation.reading import read_image, require_grid
 
 
 @dataclass(frozen=True)
@@ -115,33 +116,21 @@ def evaluate_files(
         For every class or region but the background, what `compute_metrics` returns.
 
     Raises:
-        UserError: the prediction cannot be read, lies on another grid, or has values that are not in `labels`.
+        UserError: one of the files cannot be read or has values that are not in `labels`, or the prediction lies on
+            another grid than the reference.
     """
-    reference, expected = _read(reference_file, reader)
-    prediction, found = _read(prediction_file, reader)
-    for key, value in expected.items():
-        # as in planning: NIfTI stores orientations in single precision
-        if np.shape(value) != np.shape(found[key]) or not np.allclose(value, found[key], rtol=0, atol=1e-3):
-            raise UserError(
-                prediction_file,
-                f"{key} {np.round(found[key], 3).tolist()}",
-                f"{np.round(value, 3).tolist()} as in {reference_file}",
-                "Resample the prediction to the grid of the reference, with nearest-neighbor interpolation.",
-            )
+    reference, expected = read_image(reference_file, reader, is_label=True)
+    prediction, found = read_image(prediction_file, reader, is_label=True)
+    require_grid(prediction_file, found, reference_file, expected)
     known = {0, *np.hstack([value for name, value in labels.items() if name != "ignore"]).tolist()}
-    if unknown := set(np.unique(prediction).tolist()) - known:
-        raise UserError(
-            prediction_file,
-            f"the label values {', '.join(f'{value:g}' for value in sorted(unknown))}",
-            f"only {', '.join(map(str, sorted(known)))}, as in dataset.json",
-            "Convert the labels to those of the dataset.",
-        )
-    counted = reference != labels["ignore"] if "ignore" in labels else True
+    _require_values(prediction_file, prediction, known)
+    _require_values(reference_file, reference, {*np.hstack([0, *labels.values()]).tolist()})
+    counted = reference[0] != labels["ignore"] if "ignore" in labels else True
     return {
         name: compute_metrics(
-            region_or_label_to_mask(reference, value) & counted,
-            region_or_label_to_mask(prediction, value) & counted,
-            expected["spacing"],
+            region_or_label_to_mask(reference[0], value) & counted,
+            region_or_label_to_mask(prediction[0], value) & counted,
+            expected.spacing.tolist(),
         )
         for name, value in classes_of(labels).items()
     }
@@ -154,6 +143,16 @@ def classes_of(labels: Mapping[str, int | Sequence[int]]) -> dict[str, int | tup
         for name, value in labels.items()
         if name not in ("background", "ignore")
     }
+
+
+def _require_values(file: Path, label: np.ndarray, known: Collection[int]) -> None:
+    if unknown := {*np.unique(label).tolist()} - {*known}:
+        raise UserError(
+            file,
+            f"the label values {', '.join(f'{value:g}' for value in sorted(unknown))}",
+            f"only {', '.join(map(str, sorted(known)))}, as in dataset.json",
+            "Convert the labels to those of the dataset.",
+        )
 
 
 def _ratio(numerator: int, denominator: int) -> float:
@@ -183,18 +182,3 @@ def _surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing: S
         areas.append(weight)
     asd = np.average(np.concatenate(distances), weights=np.concatenate(areas))
     return float(asd), float(max(percentiles))
-
-
-def _read(file: Path, reader: BaseReaderWriter) -> tuple[np.ndarray, dict[str, Sequence[float]]]:
-    """A label map, shape (Z, Y, X), and its grid."""
-    try:
-        voxels, properties = reader.read_seg(str(file))
-    except Exception as error:  # every reader raises the errors of its own library
-        raise UserError(
-            file, f"an unreadable file ({type(error).__name__}: {error})", "a label map", "Replace the file."
-        ) from error
-    grid = {"shape": voxels.shape[1:], "spacing": properties["spacing"]}
-    grid |= {key: properties["sitk_stuff"][key] for key in ("origin", "direction") if "sitk_stuff" in properties}
-    if "nibabel_stuff" in properties:
-        grid["affine"] = properties["nibabel_stuff"]["original_affine"]
-    return voxels[0], grid
