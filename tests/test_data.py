@@ -1,10 +1,13 @@
 import json
 import os
+import pickle
+from collections import Counter
 from pathlib import Path
 
 import blosc2
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
@@ -14,6 +17,7 @@ from conftest import (
     REGIONS,
     assert_identical,
     draw_batches,
+    initialized,
     labeled_of,
     load_plans,
     make_trainer,
@@ -24,8 +28,10 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_semicml.data.paired_dataset import PairedArray, common_frame
+from nnunetv2_semicml.data.paired_dataset import PairedArray, _class_locations, common_frame
 from nnunetv2_semicml.data.streams import PairedTransform
+from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.training.loaders import make_loader
 
 SHAPE = (20, 30, 34)
@@ -368,3 +374,167 @@ def test_deployed_dataset_json_lists_no_files(labels_group):
         content = json.loads(file.read_text())
         assert "dataset" not in content
         assert os.environ["nnUNet_raw"] not in file.read_text()
+
+
+# where patches come from, looked up in the files that nnU-Net's preprocessor wrote
+
+
+def stored_case(modality, configuration, case, folder=""):
+    """What stock preprocessing has stored: image (C, *own shape), segmentation (1, *own shape), properties."""
+    plans, _ = load_plans(modality.dataset_name)
+    identifier = PlansManager(plans).get_configuration(configuration).data_identifier + folder
+    file = Path(os.environ["nnUNet_preprocessed"]) / modality.dataset_name / identifier / case
+    arrays = [blosc2.open(f"{file}{ending}.b2nd")[:] for ending in ("", "_seg")]
+    return *arrays, pickle.loads(Path(f"{file}.pkl").read_bytes())
+
+
+def place_of(patch, array):
+    """Where in an array (C, *shape) a patch (C, *size) was cut out, which reads `outside` beyond it, per axis."""
+    brightest = np.unravel_index(np.abs(patch).argmax(), patch.shape)
+    (found,) = np.argwhere(array == patch[brightest])
+    corner = (found - brightest)[1:]
+    start, stop = np.maximum(corner, 0), np.minimum(corner + patch.shape[1:], array.shape[1:])
+    inside = tuple(slice(a, b) for a, b in zip(start - corner, stop - corner, strict=True))
+    cut = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+    np.testing.assert_array_equal(patch[(slice(None), *inside)], array[(slice(None), *cut)])
+    return corner, (slice(None), *inside), (slice(None), *cut)
+
+
+@pytest.mark.parametrize("labeled", [True, False])
+@pytest.mark.parametrize("dataset", [LABELS, CHANNELS])
+def test_patches_are_cut_out_of_the_files_of_their_modality_at_one_place(groups, dataset, labeled):
+    """Images voxel for voxel, and targets; the crops of the modalities begin at different voxels of the scan."""
+    trainer = initialized(dataset, "3d_fullres")
+    modalities = trainer.group.modalities
+    cases = trainer.group.common_cases([m.name for m in modalities], labeled)
+    loader = make_loader(trainer.trainers, cases, 2, labeled=labeled, augment=False)
+    loader.patch_size = np.array([10, 11, 12])
+    loader.need_to_pad = np.array([4, 0, 0])  # also beyond the case
+    np.random.seed(0)
+    apart = set()
+    for _ in range(4):
+        batch = loader.generate_train_batch()
+        for b, case in enumerate(batch["cases"]):
+            corners = []
+            for modality in modalities:
+                image, labels, properties = stored_case(modality, "3d_fullres", case, "" if labeled else "_unlabeled")
+                corner, inside, cut = place_of(batch["images"][modality.name][b].numpy(), image)
+                box = np.array(properties["bbox_used_for_cropping"])
+                assert np.array_equal(box[:, 1] - box[:, 0], image.shape[1:])  # nothing was resampled
+                corners.append(tuple(corner + box[:, 0]))
+                apart.add((case, *box[:, 0]))
+                if labeled:
+                    target = batch["targets"][modality.name][0][b].numpy()
+                    np.testing.assert_array_equal(target[inside], np.maximum(labels[cut], 0))
+            assert len(set(corners)) == 1  # of the scan
+        assert batch["targets"].keys() == ({m.name for m in modalities} if labeled else set())
+    assert len(apart) > len({case for case, *_ in apart})
+
+
+@pytest.mark.parametrize("dataset", [LABELS, REGIONS])
+def test_foreground_is_looked_for_where_the_label_files_have_it(groups, dataset):
+    """nnU-Net draws patches around these voxels of the common frame, which begins where the first of the crops does."""
+    trainer = initialized(dataset, "3d_fullres")
+    loader = make_loader(trainer.trainers, trainer.group.labeled, 2, labeled=True, augment=False)
+    moved = 0
+    for case in trainer.group.labeled:
+        raw = sitk.ReadImage(Path(os.environ["nnUNet_raw"]) / dataset / "labelsTr" / f"{case}.nii.gz")
+        labels = sitk.GetArrayFromImage(raw)
+        begins = [
+            np.array(stored_case(m, "3d_fullres", case)[2]["bbox_used_for_cropping"])[:, 0]
+            for m in trainer.group.modalities
+        ]
+        moved += (begins[0] != np.min(begins, axis=0)).any()
+        found = loader._data.load_case(case)[3]["class_locations"]
+        assert found.keys() == ({1, 2} if dataset == LABELS else {(1, 2), 2})
+        for label, locations in found.items():
+            where = tuple((locations[:, 1:] + np.min(begins, axis=0)).T)
+            assert len(locations) == np.isin(labels, label).sum()
+            assert np.isin(labels[where], label).all()
+    assert moved
+
+
+def test_class_beyond_the_first_crop_is_looked_for_in_the_next():
+    first = {1: np.array([[0, 2, 3]]), 2: [], 3: []}
+    second = {1: np.array([[0, 7, 7], [0, 8, 8]]), 2: np.array([[0, 4, 5], [0, 0, 1]]), 3: []}
+    found = _class_locations([{"class_locations": c} for c in (first, second)], [(10, 20), (30, 40)])
+    assert found.keys() == {1, 2, 3}
+    np.testing.assert_array_equal(found[1], [[0, 12, 23]])
+    np.testing.assert_array_equal(found[2], [[0, 34, 45], [0, 30, 41]])
+    assert len(found[3]) == 0
+
+
+def test_patches_of_several_modalities_are_drawn_around_foreground(groups):
+    """As nnU-Net's validation wants them; small patches, whose middle is the voxel that was chosen."""
+    trainer = initialized(LABELS, "3d_fullres")
+    loader = make_loader(trainer.trainers, trainer.group.labeled, 4, labeled=True, augment=False)
+    assert loader.oversample_foreground_percent == nnUNetTrainer(*stock_arguments(LABELS)).oversample_foreground_percent
+    loader.oversample_foreground_percent = 1.0
+    loader.patch_size, loader.need_to_pad = np.array([5, 5, 5]), np.zeros(3, int)
+    np.random.seed(0)
+    for _ in range(10):
+        for target in loader.generate_train_batch()["targets"].values():
+            assert (target[0][:, 0, 2, 2, 2] > 0).all()
+
+
+def stock_arguments(dataset):
+    plans, dataset_json = load_plans(dataset)
+    return plans, "3d_fullres", 0, dataset_json, torch.device("cpu")
+
+
+@pytest.mark.parametrize("method", [nnUNetTrainerSemiCML, nnUNetTrainerCPS])
+@pytest.mark.parametrize("dataset", [LABELS, CHANNELS])
+def test_every_network_gets_the_patches_of_its_modality(groups, dataset, method):
+    """Labeled and unlabeled ones, and both networks of a modality the same."""
+    trainer = initialized(dataset, "2d", method)
+    (batch,) = draw_batches(trainer, 1)
+    labeled = trainer.labeled_patches(batch)
+    shown = [draw.images for draw in trainer.unlabeled_draws(batch)]
+    names = [name.split(" ")[0] for name in labeled]
+    networks = 2 if method is nnUNetTrainerCPS else 1
+    assert names == [m.name for m in trainer.group.modalities for _ in range(networks)]
+    for network, modality in zip(labeled, names, strict=True):
+        image, target = labeled_of(batch)[modality]
+        assert torch.equal(labeled[network].image, image)
+        assert all(map(torch.equal, labeled[network].target, target))
+        own = torch.cat([images[network] for images in shown if network in images])
+        assert torch.equal(own, unlabeled_of(batch, modality))
+
+
+def test_networks_are_validated_as_by_the_stock_trainer(groups):
+    """On the patches of their modality, which show validation cases and no others."""
+    trainer = initialized(LABELS, "2d")
+    for t in trainer.trainers:  # so that there is a Dice
+        with torch.no_grad():
+            t.network.decoder.seg_layers[-1].weight.mul_(20)
+    _, loader = trainer.get_dataloaders()
+    folds = json.loads((Path(os.environ["nnUNet_preprocessed"]) / LABELS / "splits_final.json").read_text())
+    batch = next(loader)
+    (patches,) = batch["labeled"]
+    assert {*patches["cases"]} <= {*folds[0]["val"]}
+    trainer.on_validation_epoch_start()
+    for t, found in zip(trainer.trainers, trainer.validation_step(batch), strict=True):
+        plans, dataset_json = load_plans(t.modality.dataset_name)
+        stock = nnUNetTrainer(plans, "2d", 0, dataset_json, torch.device("cpu"))
+        stock.initialize()
+        stock.network.load_state_dict(t.network.state_dict())
+        stock.on_validation_epoch_start()
+        expected = stock.validation_step({"data": patches["images"][t.name], "target": patches["targets"][t.name]})
+        assert expected["tp_hard"].any()
+        for key, value in expected.items():
+            np.testing.assert_array_equal(found[key], value)
+
+
+def test_unlabeled_cases_are_drawn_alike(groups):
+    """All of them, in any order, and all as often; also if a batch has fewer."""
+    trainer = initialized(LABELS, "2d")
+    for size in (2, 3, 6):
+        loader = make_loader(trainer.trainers, trainer.group.unlabeled, size, labeled=False, augment=True)
+        np.random.seed(0)
+        drawn = [tuple(loader.get_indices()) for _ in range(400)]
+        counts = Counter(case for batch in drawn for case in batch)
+        assert counts.keys() == set(trainer.group.unlabeled)
+        assert all(n == pytest.approx(400 * size / 4, rel=0.2) for n in counts.values())
+        first = Counter(batch[0] for batch in drawn)
+        assert all(first[case] == pytest.approx(100, abs=40) for case in trainer.group.unlabeled)
+        assert len(set(drawn)) > 10
