@@ -11,25 +11,31 @@ from nnunetv2_semicml.losses.contrastive import ContrastiveLoss, pool_features
 from nnunetv2_semicml.losses.soft_pseudo_label import confidence, soft_cross_entropy, soft_dice_loss
 
 
-def slow_asc(predictions, temperature=1.0, eps=1e-6):
+def slow_asc(predictions, temperature=1.0, eps=1e-6, empty_area=0.0):
     """Written from the formula, one pair of predictions at a time."""
     losses = []
     for a in range(len(predictions)):
         for b in range(a + 1, len(predictions)):
             flat = [p.reshape(-1) for modality in (a, b) for p in predictions[modality]]
-            cases = len(flat) // 2
+            cases, of_pair = len(flat) // 2, []
 
             def s(u, v):
                 return (2 * (u * v).sum() + eps) / ((u * u).sum() + (v * v).sum() + eps)
 
+            def comparable(u, v):
+                return (u * u).sum() >= empty_area or (v * v).sum() >= empty_area
+
             for i in range(2 * cases):
                 positive = (i + cases) % (2 * cases)
+                if not comparable(flat[i], flat[positive]):
+                    continue
                 numerator = torch.exp(s(flat[i], flat[positive]) / temperature)
                 denominator = numerator
                 for k in range(2 * cases):
-                    if k % cases != i % cases:
+                    if k % cases != i % cases and comparable(flat[i], flat[k]):
                         denominator = denominator + torch.exp(s(flat[i], flat[k]) / temperature)
-                losses.append(-torch.log(numerator / denominator))
+                of_pair.append(-torch.log(numerator / denominator))
+            losses.append(torch.stack(of_pair).mean())
     return torch.stack(losses).mean()
 
 
@@ -72,22 +78,57 @@ def test_asc_gradient_is_correct_to_second_differences():
     assert torch.autograd.gradcheck(lambda *p: AreaSimilarityContrastiveLoss(0.5)(p), predictions)
 
 
-def test_asc_ignores_pairs_without_area():
+def test_asc_defaults_are_the_published_ones():
+    """A temperature of 1, next to no eps, and less than a voxel is empty."""
     torch.manual_seed(0)
-    full = [torch.rand(3, 1, 8, 8) for _ in range(2)]
-    faint = [torch.cat([p, torch.full((1, 1, 8, 8), 1e-4) * torch.rand(1, 1, 8, 8)]) for p in full]
-    for p in faint:
+    predictions = [torch.rand(3, 2, 3, 3, dtype=torch.float64) for _ in range(2)]
+    torch.testing.assert_close(AreaSimilarityContrastiveLoss()(predictions), slow_asc(predictions, 1.0, 1e-6))
+    assert AreaSimilarityContrastiveLoss().empty_area == 1.0
+
+
+def test_asc_equals_the_formula_with_any_eps():
+    torch.manual_seed(0)
+    predictions = [torch.rand(3, 2, 3, 3, dtype=torch.float64) for _ in range(2)]
+    expected = slow_asc(predictions, 0.5, 0.7)
+    torch.testing.assert_close(AreaSimilarityContrastiveLoss(0.5, eps=0.7)(predictions), expected)
+
+
+@pytest.mark.parametrize("empty_area", [0.0, 0.5, 1.0])
+def test_asc_leaves_out_pairs_of_empty_predictions(empty_area):
+    """Cases that are empty in both modalities, in one, in none, and one whose area is just not below the limit."""
+    torch.manual_seed(0)
+    predictions = [0.1 + torch.rand(4, 1, 8, 8, dtype=torch.float64) for _ in range(2)]
+    predictions[0][:2] *= 1e-3
+    predictions[1][1] *= 1e-3
+    predictions[0][2], predictions[1][2] = 0.0, 0.0
+    predictions[0][2, 0, 0, 0] = empty_area**0.5
+    for p in predictions:
         p.requires_grad_()
-    loss = AreaSimilarityContrastiveLoss()(faint)
-    # the empty case is no anchor; it is a negative with similarity 0 for the others
-    s_zero = 2 * 3 * torch.ones(())
-    similarity = [slow_asc(full)]
-    assert loss.isfinite()
-    assert similarity[0] < loss < similarity[0] + math.log(s_zero)
-    loss.backward()
-    for p in faint:
-        # without the rule the empty case, whose gradient is divided by its tiny area, would dominate
+    found = AreaSimilarityContrastiveLoss(0.5, empty_area=empty_area)(predictions)
+    expected = slow_asc(predictions, 0.5, empty_area=empty_area)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, predictions) for loss in (found, expected)))
+
+
+def test_gradient_of_asc_is_not_dominated_by_empty_predictions():
+    """Without the rule it would be: that of an empty case is divided by its tiny area."""
+    torch.manual_seed(0)
+    predictions = [torch.cat([torch.rand(3, 1, 8, 8), 1e-4 * torch.rand(1, 1, 8, 8)]) for _ in range(2)]
+    for p in predictions:
+        p.requires_grad_()
+    AreaSimilarityContrastiveLoss()(predictions).backward()
+    for p in predictions:
         assert p.grad[3].abs().max() < p.grad[:3].abs().max() * 2
+
+
+def test_asc_of_a_constant_sends_gradients_to_the_others():
+    """Such as pseudo-labels, whichever of the predictions they are."""
+    torch.manual_seed(0)
+    for constant in range(3):
+        predictions = [torch.rand(2, 1, 4, 4, dtype=torch.float64) for _ in range(3)]
+        learning = [p.requires_grad_() for i, p in enumerate(predictions) if i != constant]
+        found = torch.autograd.grad(AreaSimilarityContrastiveLoss()(predictions), learning)
+        torch.testing.assert_close(found, torch.autograd.grad(slow_asc(predictions), learning))
 
 
 def test_asc_without_any_area_is_zero_and_differentiable():
@@ -110,6 +151,7 @@ def test_asc_is_float32_inside_autocast(dtype):
 @pytest.mark.parametrize(
     "shapes",
     [
+        [],
         [(2, 1, 4, 4)],  # one modality
         [(1, 1, 4, 4), (1, 1, 4, 4)],  # one case: no negatives
         [(2, 1, 4, 4), (2, 2, 4, 4)],  # different classes
@@ -134,8 +176,9 @@ def test_consistency_is_the_mean_squared_difference_over_pairs():
     pairs = ((a - b) ** 2 + (a - c) ** 2 + (b - c) ** 2).mean().item() / 3
     assert prediction_consistency([a, b, c]).item() == pytest.approx(pairs, rel=1e-6)
     assert prediction_consistency([a, a]).item() == 0
-    with pytest.raises(ValueError, match="at least 2 tensors"):
-        prediction_consistency([a])
+    for others in ([], [b[:, :1]]):  # one broadcast to both classes would go unnoticed
+        with pytest.raises(ValueError, match="at least 2 tensors"):
+            prediction_consistency([a, *others])
 
 
 # soft pseudo-labels
@@ -340,6 +383,21 @@ def test_contrast_is_safe_where_exponentials_are_not():
     assert torch.autograd.grad(ContrastiveLoss(0.1)(zero, keys, positive, ~positive), zero)[0].isfinite().all()
 
 
+def test_contrast_is_as_sharp_as_published_unless_told_otherwise():
+    torch.manual_seed(0)
+    features, masks = [torch.randn(6, 8), torch.randn(7, 8)], random_masks(6, 7)
+    torch.testing.assert_close(ContrastiveLoss()(*features, *masks), slow_contrast(*features, *masks, 0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_contrast_of_half_precision_features_is_float32(dtype):
+    torch.manual_seed(0)
+    features, masks = [torch.randn(6, 8).to(dtype), torch.randn(7, 8).to(dtype)], random_masks(6, 7)
+    loss = ContrastiveLoss()(*features, *masks)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, ContrastiveLoss()(*(f.float() for f in features), *masks), atol=0, rtol=0)
+
+
 def test_contrast_under_autocast_is_float32():
     torch.manual_seed(0)
     features, masks = [torch.randn(6, 8), torch.randn(7, 8)], random_masks(6, 7)
@@ -358,15 +416,17 @@ def test_contrast_needs_memory_of_anchors_times_keys():
 
 
 @pytest.mark.parametrize(
-    ("anchors", "keys", "mask"),
+    ("anchors", "keys", "positive", "negative"),
     [
-        ((3, 4), (5, 6), (3, 5)),  # dimensions differ
-        ((3, 4), (5, 4), (5, 3)),  # masks the wrong way round
+        ((3, 4), (5, 6), (3, 5), (3, 5)),  # dimensions differ
+        ((3, 4), (5, 4), (5, 3), (3, 5)),  # a mask the wrong way round
+        ((3, 4), (5, 4), (3, 5), (5, 3)),
+        ((3, 4), (5, 4), (3, 5), (1, 5)),  # one that would be broadcast
     ],
 )
-def test_contrast_refuses_other_shapes(anchors, keys, mask):
-    masks = [torch.zeros(mask, dtype=torch.bool)] * 2
-    with pytest.raises(ValueError, match="expected anchors"):
+def test_contrast_refuses_other_shapes(anchors, keys, positive, negative):
+    masks = [torch.zeros(shape, dtype=torch.bool) for shape in (positive, negative)]
+    with pytest.raises(ValueError, match=r"^expected anchors \(A, D\), keys \(K, D\) and masks \(A, K\), got \["):
         ContrastiveLoss()(torch.zeros(anchors), torch.zeros(keys), *masks)
 
 
@@ -380,6 +440,7 @@ def test_contrast_refuses_other_temperatures(temperature):
 def test_pooled_features_are_weighted_means(spatial):
     torch.manual_seed(0)
     features, weights = torch.randn(2, 6, *spatial), torch.rand(2, 3, *spatial)
+    weights[0, 1] *= 1e-3  # less than a position altogether
     weights[1, 2] = 0
     means, weight = pool_features(features, weights)
     for b in range(2):
@@ -401,3 +462,10 @@ def test_masked_consistency_is_the_mean_where_the_mask_is_set(channels):
     nothing = masked_consistency(p, q, torch.zeros_like(mask))
     assert nothing == 0
     assert not torch.autograd.grad(nothing, p)[0].any()
+
+
+def test_masked_consistency_of_one_voxel_is_its_own():
+    p, q = torch.rand(1, 1, 4, 5), torch.rand(1, 1, 4, 5)
+    mask = torch.zeros_like(p, dtype=torch.bool)
+    mask[0, 0, 1, 2] = True
+    torch.testing.assert_close(masked_consistency(p, q, mask), (p - q)[0, 0, 1, 2] ** 2)
