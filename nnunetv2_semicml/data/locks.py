@@ -41,33 +41,42 @@ def hold_lock(folder: Path, task: str, shared: bool = False, wait: bool = False)
         lock, times = _held[file]
         _held[file] = lock, times + 1
         return
-    lock = InterProcessReaderWriterLock(file)
-    try:
-        acquired = lock.acquire_read_lock(blocking=wait) if shared else lock.acquire_write_lock(blocking=wait)
-    except (OSError, ThreadError):
-        return
-    if not acquired:
-        raise UserError(
-            folder,
-            f"another process at work there ({_last_holder(file)})",
-            f"no other one while {task}",
-            "Wait until it has ended, or end it, and repeat the command.",
-        )
-    _held[file] = lock, 1
-    # not through another handle: closing one gives up the locks that the process has by all
+    while file not in _held:
+        lock = InterProcessReaderWriterLock(file)
+        try:
+            acquired = lock.acquire_read_lock(blocking=wait) if shared else lock.acquire_write_lock(blocking=wait)
+            if acquired and os.path.samestat(os.fstat(lock.lockfile.fileno()), file.stat()):
+                _held[file] = lock, 1
+        except FileNotFoundError:
+            continue  # its last holder has just removed it
+        except (OSError, ThreadError):
+            return
+        if not acquired:
+            raise UserError(
+                folder,
+                f"another process at work there ({_last_holder(file)})",
+                f"no other one while {task}",
+                "Wait until it has ended, or end it, and repeat the command.",
+            )
+    # not through another handle: closing one gives up the locks that the process has by all; and not buffered: what a
+    # full disk does not take would be written again later
     with suppress(OSError):
-        lock.lockfile.truncate(0)
-        lock.lockfile.write(f"{task}, process {os.getpid()} on {socket.gethostname()}, {time.strftime('%d %B %H:%M')}")
-        lock.lockfile.flush()
+        os.truncate(lock.lockfile.fileno(), 0)
+        holder = f"{task}, process {os.getpid()} on {socket.gethostname()}, {time.strftime('%d %B %H:%M')}"
+        os.write(lock.lockfile.fileno(), holder.encode())
 
 
 def release_lock(folder: Path) -> None:
-    """Give up a lock that `hold_lock` has got; nothing happens without one."""
+    """Give up a lock that `hold_lock` has got; nothing happens without one. A folder with nothing in it goes, too."""
     file = folder.absolute() / LOCK_FILE
     lock, times = _held.pop(file, (None, 0))
     if times > 1:
         _held[file] = lock, times - 1
     elif lock is not None:
+        with suppress(OSError):
+            if [*folder.iterdir()] == [folder / LOCK_FILE]:
+                file.unlink()  # who waits for it notices that it is gone, see `hold_lock`
+                folder.rmdir()
         lock.release_write_lock()  # of either kind
 
 
@@ -83,6 +92,6 @@ def locked(folder: Path, task: str, shared: bool = False, wait: bool = False) ->
 
 def _last_holder(file: Path) -> str:
     with suppress(OSError):
-        if found := file.read_text(encoding="utf-8"):
+        if found := file.read_text(encoding="utf-8", errors="replace"):
             return found
     return "unknown"

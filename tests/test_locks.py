@@ -1,0 +1,154 @@
+"""Locks between processes: who is refused, who waits, and that a lock ends with its process, however that ends."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_semicml.data import locks
+from nnunetv2_semicml.data.locks import LOCK_FILE, hold_lock, locked, release_lock
+from nnunetv2_semicml.errors import UserError
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from nnunetv2_semicml.data.locks import hold_lock
+hold_lock(Path(sys.argv[1]), "holding", shared=sys.argv[2] == "shared")
+child = os.fork() if "fork" in sys.argv else 1
+if child:
+    print(child, flush=True)
+time.sleep(60)
+"""
+
+
+@contextmanager
+def held_elsewhere(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen, int]]:
+    """Another process that has the lock of a folder, and the child that it has forked."""
+    command = [sys.executable, "-c", HOLD, str(folder), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+@pytest.fixture(autouse=True)
+def no_lock_is_left() -> Iterator[None]:
+    yield
+    assert not locks._held
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "refused"),
+    [
+        ("shared", "shared", False),
+        ("shared", "exclusive", True),
+        ("exclusive", "shared", True),
+        ("exclusive", "exclusive", True),
+    ],
+)
+def test_who_is_refused_beside_whom(tmp_path: Path, first: str, second: str, refused: bool):
+    with held_elsewhere(tmp_path, first) as (process, _):
+        if not refused:
+            with locked(tmp_path, "trying", shared=second == "shared"):
+                return
+        with pytest.raises(UserError) as error:
+            hold_lock(tmp_path, "trying", shared=second == "shared")
+        assert str(error.value).startswith(
+            f"{tmp_path}: found another process at work there (holding, process {process.pid} on "
+        )
+        assert "expected no other one while trying. Wait until it has ended" in str(error.value)
+
+
+def test_a_killed_holder_has_no_lock_although_its_child_lives(tmp_path: Path):
+    with held_elsewhere(tmp_path, "exclusive", "fork") as (process, child):
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        os.kill(child, 0)  # it lives
+        try:
+            with locked(tmp_path, "trying"):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_waiting_ends_with_the_holder(tmp_path: Path):
+    code = (
+        "import sys; from pathlib import Path; from nnunetv2_semicml.data.locks import hold_lock\n"
+        "print('ready', flush=True); hold_lock(Path(sys.argv[1]), 'waiting', wait=True); print('has it')"
+    )
+    with held_elsewhere(tmp_path, "exclusive") as (process, _):
+        waiting = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        assert waiting.stdout.readline() == "ready\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(0.5)
+        process.kill()
+        assert waiting.communicate(timeout=10)[0] == "has it\n"
+
+
+def test_a_process_has_a_lock_until_it_has_released_it_as_often(tmp_path: Path):
+    with locked(tmp_path, "outside"):
+        with locked(tmp_path, "inside", shared=True):
+            pass
+        with pytest.raises(subprocess.CalledProcessError):
+            attempt(tmp_path)
+    attempt(tmp_path)
+
+
+def attempt(folder: Path) -> None:
+    """Get the lock in another process."""
+    code = "import sys; from pathlib import Path; from nnunetv2_semicml.data.locks import hold_lock; "
+    code += "hold_lock(Path(sys.argv[1]), 'trying')"
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, capture_output=True)
+
+
+def test_a_new_folder_goes_with_its_lock_unless_something_is_in_it(tmp_path: Path):
+    empty, full = tmp_path / "a" / "empty", tmp_path / "full"
+    for folder in (empty, full):
+        hold_lock(folder, "trying")
+    (full / "file").touch()
+    for folder in (empty, full):
+        release_lock(folder)
+        release_lock(folder)  # nothing happens
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [LOCK_FILE, "a", "file", "full"]
+
+
+def test_who_waited_for_a_folder_that_is_gone_makes_it_again(tmp_path: Path):
+    """Else two processes had a lock, one of them on a file that nobody else can find."""
+    folder = tmp_path / "folder"
+    hold_lock(folder, "first")
+    code = HOLD.replace('shared=sys.argv[2] == "shared"', "wait=True")
+    command = [sys.executable, "-c", f"print(0, flush=True)\n{code}", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            process.stdout.readline()
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)  # it waits for the file that is removed now
+            release_lock(folder)
+            process.stdout.readline()
+            with pytest.raises(UserError, match="another process"):
+                hold_lock(folder, "third")
+        finally:
+            process.kill()
+
+
+def test_there_is_no_lock_where_none_can_be_made(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with locked(tmp_path / "file", "training", shared=True):  # no folder, also for root, who may write everywhere
+        assert not locks._held
+
+
+def test_a_full_disk_is_no_obstacle(tmp_path: Path):
+    """Nobody learns who holds the lock; nothing is printed at the end, either."""
+    code = (
+        "import resource, sys; from pathlib import Path; from nnunetv2_semicml.data.locks import *\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "hold_lock(Path(sys.argv[1]), 'first'); release_lock(Path(sys.argv[1])); hold_lock(Path(sys.argv[1]), 'second')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
