@@ -7,7 +7,6 @@ import argparse
 import csv
 import re
 import shlex
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,9 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.dataset_conversion.generate_dataset_json import generate_dataset_json
 
-from nnunetv2_semicml.data.files import read_json
+from nnunetv2_semicml.data.files import folder_written_whole, read_json, require_sound_names
 from nnunetv2_semicml.data.grid import Grid
+from nnunetv2_semicml.data.image_file import write_image
 from nnunetv2_semicml.data.raw_dataset import raw_root, require_free_id
 from nnunetv2_semicml.data.stored_file import check_stored_file
 from nnunetv2_semicml.errors import UserError, some_of
@@ -221,8 +221,9 @@ class NewDataset:
             group: e.g. the hospital; stands in strata.csv, which nnUNetv2_semicml_withhold_labels reads.
 
         Raises:
-            UserError: there is such a case already.
+            UserError: there is such a case already, or its name is none for a file.
         """
+        require_sound_names([case], self.folder.name)
         if case in self.labeled or case in self.unlabeled:
             raise UserError(
                 "--unlabeled", f"{case}, which is also a labeled case", "other patients", "Correct the folder."
@@ -230,9 +231,9 @@ class NewDataset:
         subfolder = self.folder / ("imagesUn" if label is None else "imagesTr")
         subfolder.mkdir(exist_ok=True)
         for channel, image in enumerate(images):
-            sitk.WriteImage(image, str(subfolder / f"{case}_{channel:04d}.nii.gz"))
+            write_image(image, subfolder / f"{case}_{channel:04d}.nii.gz")
         if label is not None:
-            sitk.WriteImage(label, str(self.folder / "labelsTr" / f"{case}.nii.gz"))
+            write_image(label, self.folder / "labelsTr" / f"{case}.nii.gz")
         (self.unlabeled if label is None else self.labeled).append(case)
         if group is not None:
             self.groups[case] = group
@@ -267,9 +268,8 @@ def new_dataset(
     require_free_id(dataset_id, "-d")
     folder = root / f"Dataset{dataset_id:03d}_{name}"
     root.mkdir(parents=True, exist_ok=True)
-    # A temporary neighbor becomes the dataset at once: an interrupted run leaves nothing that looks like one.
-    with tempfile.TemporaryDirectory(dir=root, prefix=".dataset_conversion_") as temporary:
-        dataset = NewDataset(Path(temporary) / folder.name)
+    with folder_written_whole(folder) as new:
+        dataset = NewDataset(new)
         yield dataset
         generate_dataset_json(
             str(dataset.folder),
@@ -286,7 +286,7 @@ def new_dataset(
         if dataset.groups:
             with (dataset.folder / "strata.csv").open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerows([("case", "group"), *dataset.groups.items()])
-        dataset.folder = dataset.folder.rename(folder)
+    dataset.folder = folder
 
 
 def argument_parser(description: str, folder: str, unlabeled_folder: str = "") -> argparse.ArgumentParser:

@@ -1238,12 +1238,13 @@ def test_ids(raw: Path, source: Path, monkeypatch: pytest.MonkeyPatch, dataset_i
 
 def test_interruption_leaves_nothing(raw: Path, source: Path, monkeypatch: pytest.MonkeyPatch):
     brats_2021(source)
-    written = []
+    written, write = [], sitk.WriteImage
 
-    def interrupted(image: sitk.Image, file: str) -> None:
+    def interrupted(image: sitk.Image, file: str, **options) -> None:
         written.append(file)
         if len(written) == 3:
             raise KeyboardInterrupt
+        write(image, file, **options)
 
     monkeypatch.setattr(common.sitk, "WriteImage", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -16,8 +16,8 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from nnunetv2_semicml.data.files import write_json
-from nnunetv2_semicml.errors import UserError
+from nnunetv2_semicml.data.files import folder_written_whole, write_json
+from nnunetv2_semicml.data.image_file import write_image
 
 # (proton density relative to water, T1 in ms, T2 in ms) at 1.5 T: round numbers within the range of published values.
 TISSUES = {
@@ -197,7 +197,7 @@ def _write(array: NDArray[Any], file: Path, spacing: Sequence[float], origin: Ar
     image.SetOrigin([float(mm) for mm in origin])
     cos, sin = np.cos(tilt), np.sin(tilt)
     image.SetDirection([1.0, 0.0, 0.0, 0.0, cos, -sin, 0.0, sin, cos])
-    sitk.WriteImage(image, str(file), useCompression=True)
+    write_image(image, file)
 
 
 def write_phantom_dataset(
@@ -236,30 +236,12 @@ def write_phantom_dataset(
         The folder of the dataset.
 
     Raises:
-        UserError: the folder of the dataset exists and is not empty.
+        UserError: the folder of the dataset exists and is not empty, or cannot be written.
         ValueError: regions without two classes; what `make_case` raises.
     """
     if regions and num_classes != 2:
         raise ValueError("regions=True needs num_classes=2.")
     folder = Path(nnunet_raw) / f"Dataset{dataset_id:03d}_{name}"
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(folder, "files", "a new or empty folder", "Delete it or choose another dataset id.")
-    groups = {"Tr": num_labeled, "Un": num_unlabeled, "Ts": num_test}
-    for (group, count), group_seed in zip(groups.items(), np.random.SeedSequence(seed).spawn(3), strict=True):
-        images_folder, labels_folder = folder / f"images{group}", folder / f"labels{group}"
-        images_folder.mkdir(parents=True)
-        if group != "Un":
-            labels_folder.mkdir()
-        for number, case_seed in enumerate(group_seed.spawn(count)):
-            rng = np.random.default_rng(case_seed)
-            geometry = spacing, rng.uniform(-120, 120, size=3), rng.uniform(-0.15, 0.15)
-            images, label = make_case(rng, shape, modalities, spacing, num_classes)
-            case = f"{name.lower()}_{group.lower()}_{number:03d}"
-            for channel, image in enumerate(images.values()):
-                _write(image, images_folder / f"{case}_{channel:04d}.nii.gz", *geometry)
-            if group != "Un":
-                _write(label, labels_folder / f"{case}.nii.gz", *geometry)
-
     labels: dict[str, int | list[int]] = {"background": 0, "lesion": 1}
     if num_classes == 2:
         labels = {"background": 0, "whole": [1, 2], "core": 2} if regions else {"background": 0, "rim": 1, "core": 2}
@@ -270,5 +252,21 @@ def write_phantom_dataset(
         "numTraining": num_labeled,
         "file_ending": ".nii.gz",
     }
-    write_json(folder / "dataset.json", description)
+    with folder_written_whole(folder) as new:
+        write_json(new / "dataset.json", description)
+        groups = {"Tr": num_labeled, "Un": num_unlabeled, "Ts": num_test}
+        for (group, count), group_seed in zip(groups.items(), np.random.SeedSequence(seed).spawn(3), strict=True):
+            images_folder, labels_folder = new / f"images{group}", new / f"labels{group}"
+            images_folder.mkdir(parents=True)
+            if group != "Un":
+                labels_folder.mkdir()
+            for number, case_seed in enumerate(group_seed.spawn(count)):
+                rng = np.random.default_rng(case_seed)
+                geometry = spacing, rng.uniform(-120, 120, size=3), rng.uniform(-0.15, 0.15)
+                images, label = make_case(rng, shape, modalities, spacing, num_classes)
+                case = f"{name.lower()}_{group.lower()}_{number:03d}"
+                for channel, image in enumerate(images.values()):
+                    _write(image, images_folder / f"{case}_{channel:04d}.nii.gz", *geometry)
+                if group != "Un":
+                    _write(label, labels_folder / f"{case}.nii.gz", *geometry)
     return folder

@@ -9,7 +9,6 @@ import csv
 import hashlib
 import json
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnunetv2_semicml.data.files import Json, link_file, read_json, write_json
+from nnunetv2_semicml.data.files import Json, folder_written_whole, link_file, read_json, write_json
 from nnunetv2_semicml.data.folds import NUM_FOLDS, SPLITS_FILE, Folds, extend_folds
 from nnunetv2_semicml.data.raw_dataset import (
     Cases,
@@ -393,9 +392,7 @@ def _write(
 ) -> None:
     dataset_json = {key: value for key, value in source.dataset_json.items() if key != "dataset"}
     dataset_json["numTraining"] = len(shares["labeled"])
-    # A temporary neighbour becomes the dataset at once: an interrupted run leaves nothing that looks like one.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".withhold_labels_") as temporary:
-        new = Path(temporary) / folder.name
+    with folder_written_whole(folder) as new:
         _link_cases(source, shares["labeled"], kept, new / "imagesTr", new / "labelsTr")
         if shares["unlabeled"]:
             _link_cases(source, shares["unlabeled"], kept, new / "imagesUn", None)
@@ -406,7 +403,6 @@ def _write(
             contents[SPLITS_FILE] = folds  # planning takes it from here
         for name, content in contents.items():
             write_json(new / name, content)
-        new.rename(folder)
 
 
 def _link_cases(source: RawDataset, cases: Cases, kept: dict[str, set[int]], images: Path, labels: Path | None) -> None:
