@@ -1,24 +1,35 @@
 """The conductor beside the proofs of its methods: checkpoints, hooks, schedules, refusals; in this process."""
 
 import copy
+import errno
+import gc
 import json
 import os
 import pickle
+import random
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
     LABELS,
     Killed,
     KilledMixin,
+    assert_identical,
+    assert_same_weights,
     draw_batches,
     initialized,
     load_plans,
     make_trainer,
 )
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.ext_trainers import semicml_trainers
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.training.conductor import HOOKS_OF_CONDUCTOR, HOOKS_OF_NETWORKS, Conductor
@@ -202,6 +213,194 @@ def test_checkpoint_of_an_earlier_format_is_refused(finished, results, tmp_path)
     sentence = r"found a checkpoint of format 1, .*; expected format 3. Continue with that version, or train anew"
     with pytest.raises(RuntimeError, match=sentence):
         make_trainer(LABELS, "2d").load_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
+
+
+@pytest.mark.parametrize("of_modality", [False, True])
+def test_flipped_bit_is_noticed_on_reading(groups, of_modality):
+    """In the joint checkpoint, or in that of a modality, which is read after --val_best."""
+    trainer = initialized(LABELS, "2d")
+    trainer.run_training()
+    joint = Path(trainer.output_folder) / "checkpoint_best.pth"
+    file = Path(trainer.trainers[1].output_folder) / joint.name if of_modality else joint
+    content = bytearray(file.read_bytes())
+    weights_of = trainer.trainers[1].network.encoder.stages[0][0].convs[0].conv.weight
+    content[content.index(first_bytes(file, weights_of.shape))] ^= 1
+    file.write_bytes(content)
+
+    def validate_best():
+        trainer.load_checkpoint(str(joint))
+        trainer.perform_actual_validation()
+
+    with pytest.raises(RuntimeError, match=rf"{file}: found a damaged file"):
+        validate_best()
+
+
+def first_bytes(file, shape):
+    """Of the weights of this shape that are stored first."""
+    checkpoint = torch.load(file, weights_only=True)
+    of_networks = checkpoint.get("modalities", {"T1": checkpoint})["T1"]["network_weights"]
+    return next(w for w in of_networks.values() if w.shape == shape).numpy().tobytes()
+
+
+# settings
+
+
+class nnUNetTrainerSemiCMLOther(nnUNetTrainerSemiCML):
+    asc_weight = 0.1
+    micro_batch_size = 1
+    noise_bounds = (-0.1, 0.1)
+
+
+def test_settings_are_the_hyper_parameters_that_weights_are_made_of():
+    settings = nnUNetTrainerSemiCMLOther.settings()
+    expected = {
+        "asc_weight": 0.1,
+        "noise_bounds": [-0.1, 0.1],
+        "num_epochs": 1000,
+        "mse_weight": 1.0,
+        "asc_cases": None,
+    }
+    assert {name: settings[name] for name in expected} == expected
+    assert settings["network_trainer"] == "nnUNetTrainer"
+    assert not {"micro_batch_size", "recompute", "save_every", "schedules", "group", "trainers"} & settings.keys()
+    assert json.loads(json.dumps(settings)) == settings
+    assert semicml_trainers.nnUNetTrainerSemiCMLPReL.settings()["first_stage"] == "nnUNetTrainerSemiCML"
+
+
+def test_training_goes_on_with_the_settings_that_it_began_with(groups, monkeypatch):
+    trainer = make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLKilled, save_every=1, kill_at=1)
+    with pytest.raises(Killed):
+        trainer.run_training()
+    latest = str(Path(trainer.output_folder) / "checkpoint_latest.pth")
+    monkeypatch.setattr(nnUNetTrainerSemiCMLKilled, "kill_at", -1)
+    monkeypatch.setattr(nnUNetTrainerSemiCMLKilled, "asc_weight", 0.1, raising=False)
+    monkeypatch.setattr(nnUNetTrainerSemiCMLKilled, "micro_batch_size", 1, raising=False)  # makes no difference
+    plans, dataset_json = load_plans(LABELS)
+
+    def continue_it():
+        again = {**plans, "continue_training": True}
+        nnUNetTrainerSemiCMLKilled(again, "2d", 0, dataset_json, torch.device("cpu")).load_checkpoint(latest)
+
+    sentence = r"found a checkpoint of asc_weight = 0.35, .*; expected asc_weight = 0.1, .*as the trainer has it now"
+    with pytest.raises(RuntimeError, match=sentence):
+        continue_it()
+    make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLKilled).load_checkpoint(latest)  # to validate with it
+    monkeypatch.delattr(nnUNetTrainerSemiCMLKilled, "asc_weight")
+    monkeypatch.setattr(nnUNetTrainerSemiCMLKilled, "kill_at", KilledMixin.kill_at)
+    continue_it()
+
+
+def test_seed_is_that_of_every_generator(groups, monkeypatch):
+    monkeypatch.setenv("nnUNet_semicml_seed", "11")
+    drawn = []
+    for _ in range(2):
+        make_trainer(LABELS, "2d")
+        drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
+
+
+# one process at a time
+
+
+@contextmanager
+def other_process(folder):
+    """A process that holds the lock of a folder until it is killed."""
+    code = (
+        "import time; from pathlib import Path; from nnunetv2_semicml.data.locks import hold_lock\n"
+        f"hold_lock(Path({str(folder)!r}), 'planning'); print('held', flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def folders_of(trainer):
+    return [Path(folder) for folder in (trainer.output_folder, *(t.output_folder for t in trainer.trainers))]
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, "plans", "plans of T1"])
+def test_what_another_process_uses_is_refused(groups, which):
+    """The folders that are written to, those of modalities included, and the preprocessed cases."""
+    trainer = initialized(LABELS, "2d")
+    preprocessed = Path(os.environ["nnUNet_preprocessed"])
+    of_plans = {"plans": preprocessed / LABELS, "plans of T1": preprocessed / "Dataset502_Labels_T1"}
+    folder = of_plans[which] if which in of_plans else folders_of(trainer)[which]
+    del trainer
+    gc.collect()
+    with other_process(folder):
+        before = sorted(Path(os.environ["nnUNet_results"]).rglob("*"))
+        with pytest.raises(RuntimeError, match=rf"{folder}: found another process at work there \(planning, process"):
+            make_trainer(LABELS, "2d")
+        assert [path for path in sorted(Path(os.environ["nnUNet_results"]).rglob("*")) if path.suffix == ".pth"] == []
+        assert [f for f in before if f.is_file() and f.suffix == ".txt"] == sorted(
+            Path(os.environ["nnUNet_results"]).rglob("*.txt")
+        )
+    make_trainer(LABELS, "2d")  # the other one is gone
+
+
+# a new training over an earlier one
+
+
+class Dying:
+    """Dies between the final checkpoints of FLAIR and T1, or before any checkpoint."""
+
+    def on_train_end(self):
+        self.trainers[0].on_train_end()
+        raise Killed
+
+
+@pytest.mark.parametrize("dies", ["before its first checkpoint", "between the final checkpoints"])
+def test_models_are_of_one_training_whenever_another_is_killed(groups, dies):
+    old = initialized(LABELS, "2d")
+    old.run_training()
+    old.perform_actual_validation()
+    folders = folders_of(old)
+    models = [torch.load(f / "checkpoint_final.pth", weights_only=True) for f in folders]
+    plans, dataset_json = load_plans(LABELS)
+    del old
+    gc.collect()
+    members = {"kill_at": 0} if dies.startswith("before") else {}
+    bases = (KilledMixin if members else Dying, nnUNetTrainerSemiCML)
+    killed = make_trainer(LABELS, "2d", type("nnUNetTrainerSemiCML", bases, members))
+    torch.manual_seed(5)
+    with pytest.raises(Killed):
+        killed.run_training()
+    assert not (folders[2] / "checkpoint_final.pth").exists()  # nobody predicts with one of each
+    assert not list(folders[2].glob("validation/*"))
+    del killed
+    gc.collect()
+    again = nnUNetTrainerSemiCML({**plans, "continue_training": True}, "2d", 0, dataset_json, torch.device("cpu"))
+    found = sorted(file.name for file in folders[0].glob("checkpoint_*.pth"))
+    if members:
+        assert found == ["checkpoint_best.pth", "checkpoint_final.pth"]
+        for folder, model in zip(folders, models, strict=True):
+            assert_identical(torch.load(folder / "checkpoint_final.pth", weights_only=True), model)
+        assert (folders[2] / "validation" / "summary.json").is_file()
+        return
+    assert found == ["checkpoint_best.pth"]
+    for name, value in {"num_epochs": 2, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}.items():
+        setattr(again, name, value)
+    again.load_checkpoint(str(folders[0] / "checkpoint_best.pth"))
+    again.run_training()
+    new = [torch.load(f / "checkpoint_final.pth", weights_only=True) for f in folders]
+    for name, model, earlier in zip(("FLAIR", "T1"), new[1:], models[1:], strict=True):
+        assert_same_weights([model["network_weights"]], [new[0]["modalities"][name]["network_weights"]])
+        assert not torch.equal(*(next(iter(m["network_weights"].values())) for m in (model, earlier)))
+    assert not list(Path(os.environ["nnUNet_results"]).rglob("earlier_training"))
+
+
+def test_full_disk_ends_in_a_sentence(groups, monkeypatch):
+    def fail(self, folder):
+        raise OSError(errno.ENOSPC, "No space left on device", f"{folder}/progress.png")
+
+    monkeypatch.setattr(MetaLogger, "plot_progress_png", fail)
+    sentence = r"progress.png: found that it cannot be written \(No space left on device\).* continue with --c"
+    with pytest.raises(UserError, match=sentence):
+        make_trainer(LABELS, "2d").run_training()
 
 
 # hooks of nnU-Net

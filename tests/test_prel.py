@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import (
     LABELS,
+    PATTERNS,
+    REGIONS,
     SETTINGS,
     Killed,
     KilledMixin,
@@ -26,16 +28,16 @@ from conftest import (
     make_trainer,
     nnUNetTrainerWithDropout,
     unlabeled_of,
-    unlabeled_outputs,
     unsupervised_terms,
     validation_outputs,
     weights,
 )
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from test_terms import area_contrast
 
+from nnunetv2_semicml.data.checkpoint_file import content_digest
 from nnunetv2_semicml.data.modality_group import ModalityGroup
-from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
 from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalCPS import nnUNetTrainerCrossModalCPS
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLRegion import nnUNetTrainerSECLRegion
@@ -53,7 +55,7 @@ class nnUNetTrainerSemiCMLPReLWithDropout(nnUNetTrainerSemiCMLPReL):
 
 @pytest.fixture(scope="module")
 def finished(labels_group, regions_group, channels_group, patterns_group, tmp_path_factory):
-    """Finished runs of Semi-CML whose pools say that T1 is the better modality."""
+    """Finished runs of Semi-CML whose pools say that T1 is the better modality, and whose teachers are others."""
     results = tmp_path_factory.mktemp("first_stage")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_results", str(results))
@@ -66,6 +68,8 @@ def finished(labels_group, regions_group, channels_group, patterns_group, tmp_pa
             checkpoint = torch.load(file, weights_only=True)
             for name, state in checkpoint["method"]["teachers"].items():
                 state["best_dice"] = BEST_DICE[name]
+                # after so few epochs the average of the best models is the network itself
+                state["weights"] = {k: 1.25 * v for k, v in state["weights"].items()}
             torch.save(checkpoint, file)
     return results
 
@@ -99,8 +103,27 @@ def test_networks_and_teacher_are_those_of_semicml(first_stage):
     assert trainer.better_modality == "T1"
     assert trainer.validation_dice == pytest.approx({"FLAIR": 0.45, "T1": 0.55})
     assert_same_weights(weights(trainer), [m["network_weights"] for m in joint["modalities"].values()])
-    assert_same_weights([trainer.labeler.network.state_dict()], [joint["method"]["teachers"]["T1"]["weights"]])
+    teacher, network = trainer.labeler.network.state_dict(), joint["modalities"]["T1"]["network_weights"]
+    assert_same_weights([teacher], [joint["method"]["teachers"]["T1"]["weights"]])
+    assert not any(torch.equal(teacher[k], network[k]) for k in network if network[k].any())
     assert not any(t.optimizer.state for t in trainer.trainers)
+
+
+def test_checkpoints_tell_which_first_stage_it_was(first_stage):
+    """By a digest that changes when the first stage is trained again; that of the continued run stays as it began."""
+    file = first_stage / LABELS / FIRST_STAGE.format("2d")
+    digest = content_digest(file)
+    trainer = make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReLKilled, save_every=1, kill_at=1)
+    with pytest.raises(Killed):
+        trainer.run_training()
+    initialized(LABELS, "2d", num_epochs=1).run_training()  # another first stage
+    assert content_digest(file) != digest
+    resumed = make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReLKilled, kill_at=-1)
+    resumed.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_latest.pth"))
+    resumed.run_training()
+    for folder in (resumed.output_folder, *(t.output_folder for t in resumed.trainers)):
+        found = torch.load(Path(folder) / "checkpoint_final.pth", weights_only=True)["provenance"]
+        assert found["first stage"] == digest
 
 
 def test_choice_is_logged_and_readable_from_the_checkpoint(first_stage):
@@ -308,37 +331,73 @@ def test_pseudo_labels_see_the_patch_of_the_student(first_stage, monkeypatch):
     assert torch.equal(seen[0], batch["unlabeled"][0]["images"]["T1"])
 
 
+@pytest.mark.parametrize("asc_cases", [None, 2, 3])
 @pytest.mark.parametrize(("dataset", "configuration"), SETTINGS)
-def test_terms_equal_the_formulas(first_stage, dataset, configuration):
-    """Proof 7 for the sum that is minimized; the losses by themselves are in test_losses."""
-    trainer = started(dataset, configuration, num_epochs=5)
+def test_terms_equal_the_formulas(first_stage, dataset, configuration, asc_cases):
+    """Proof 7 for the sum that is minimized, of 2 unlabeled cases; those beyond, of `asc_cases`, are contrasted."""
+    options = {"asc_temperature": 0.5, "asc_cases": asc_cases, "unlabeled_batch_size": 2}
+    if asc_cases == 3 and dataset in (REGIONS, PATTERNS):
+        asc_cases = options["asc_cases"] = fewest_in_common(ModalityGroup.load(dataset))
+    trainer = started(dataset, configuration, num_epochs=5, **options)
     trainer.current_epoch = 4
     (batch,) = draw_batches(trainer, 1)
-    regions, log = trainer.label_manager.has_regions, torch.log
+    heads, regions = trainer.label_manager.num_segmentation_heads, trainer.label_manager.has_regions
+    torch.manual_seed(0)
     for draw in trainer.unlabeled_draws(batch):
-        q = trainer.soft_pseudo_labels(draw.images["T1"])
-        with torch.no_grad():
-            outputs = unlabeled_outputs(trainer, [draw.images])
-            terms, term_weights = trainer.unsupervised_terms(outputs, q), trainer.unsupervised_weights()
+        image = draw.images["T1"]
+        assert len(image) == max(2, asc_cases or 2)
+        q, *outputs = (torch.randn(len(image), heads, *image.shape[2:]) for _ in range(1 + len(draw.images)))
+        q = q.sigmoid() if regions else q.softmax(1)
+        outputs = dict(zip(draw.images, outputs, strict=True))
+        terms, term_weights = trainer.unsupervised_terms([outputs], q), trainer.unsupervised_weights()
         total = sum(term_weights[name] * term for name, term in terms.items())
         expected = 0
-        for name, z in outputs[0].items():
-            p = torch.sigmoid(z) if regions else torch.softmax(z, 1)
-            entropy = -(q * log(p) + (1 - q) * log(1 - p)) if regions else -(q * log(p)).sum(1, keepdim=True)
-            ce = entropy.mean()
-            p, fq = (p, q) if regions else (p[:, 1:], q[:, 1:])
+        for name, z in outputs.items():
+            p = z.sigmoid() if regions else z.softmax(1)
+            contrast = area_contrast([q, p] if regions else [q[:, 1:], p[:, 1:]], 0.5)
+            p, label = p[:2], q[:2]
+            entropy = label * p.log() + (1 - label) * (1 - p).log() if regions else (label * p.log()).sum(1)
+            p, label = (p, label) if regions else (p[:, 1:], label[:, 1:])
             axes = (0, *range(2, q.ndim)) if configuration == "2d" else tuple(range(2, q.ndim))
-            overlap, areas = (p * fq).sum(axes), (p**2 + fq**2).sum(axes)
+            overlap, areas = (p * label).sum(axes), (p**2 + label**2).sum(axes)
             dice = 1 - ((2 * overlap + 1) / (areas + 1)).mean()
             share = 0.2 if name == "T1" else 0.1
-            n = min(len(q), fewest_in_common(trainer))
-            expected += share * AreaSimilarityContrastiveLoss()([fq[:n], p[:n]]) + (1 - share) * (ce + dice)
+            expected += share * contrast + (1 - share) * (dice - entropy.mean())
         torch.testing.assert_close(total, expected)
 
 
-def fewest_in_common(trainer):
+@pytest.mark.parametrize(("dataset", "configuration"), [(LABELS, "2d"), (REGIONS, "3d_fullres")])
+def test_step_compares_with_the_labels_of_the_teacher(first_stage, monkeypatch, dataset, configuration):
+    """What a step makes of its batch: outputs of the same patches, and pseudo-labels of the better modality's."""
+    trainer = started(dataset, configuration, num_epochs=5, noise_std=0.0)
+    (batch,) = draw_batches(trainer, 1)
+    seen = []
+    original = trainer.unsupervised_terms
+    monkeypatch.setattr(trainer, "unsupervised_terms", lambda *given: seen.append(given) or original(*given))
+    labeler = torch.load(first_stage / dataset / FIRST_STAGE.format(configuration), weights_only=True)
+    labeler = labeler["method"]["teachers"]["T1"]["weights"]
+    students = weights(trainer)
+    trainer.train_step(batch)
+    ((outputs,), q), images = seen[0], batch["unlabeled"][0]["images"]
+    activate = torch.sigmoid if trainer.label_manager.has_regions else (lambda z: z.softmax(1))
+
+    def predict(of, name):
+        (t,) = (t for t in trainer.trainers if t.name == name)
+        t.network.load_state_dict(of)
+        t.set_deep_supervision_enabled(False)
+        with torch.no_grad():
+            return t.network(images[name])
+
+    torch.testing.assert_close(q, activate(predict(labeler, "T1")))
+    assert "T1" not in outputs  # it rests
+    for name, logits in outputs.items():
+        own = students[[t.name for t in trainer.trainers].index(name)]
+        torch.testing.assert_close(logits.detach(), predict(own, name))
+
+
+def fewest_in_common(group):
     """Cases that no two modalities have fewer of together: as many of a draw are surely different ones."""
-    cases = [set(m.unlabeled) for m in trainer.group.modalities]
+    cases = [set(m.unlabeled) for m in group.modalities]
     return min(len(a & b) for i, a in enumerate(cases) for b in cases[:i])
 
 
