@@ -133,8 +133,9 @@ def test_unsupervised_gradient_reaches_the_networks_and_no_teacher(row, dataset,
         for t in trainer.trainers:
             moved = {n for n, p in t.network.named_parameters() if p.grad is not None and p.grad.any()}
             assert moved == row.reached(trainer, t)
-            # what a method has added to the network's optimizer, such as a projection head
-            own = {id(p) for p in t.network.parameters()}
+            # what a method has added to the network, such as a projection head, is in its optimizer, too
+            own, student = ({id(p) for p in m.parameters()} for m in (t.network, trainer.student(t)))
+            assert {id(p) for group in t.optimizer.param_groups for p in group["params"]} == own | student
             assert all(p.grad is not None and p.grad.any() for p in t.trained_parameters() if id(p) not in own)
     for teacher in trainer.teachers.values():
         assert not any(p.requires_grad or p.grad is not None for p in teacher.network.parameters())

@@ -32,8 +32,16 @@ SECL = [nnUNetTrainerSECLRegion, nnUNetTrainerSECLAnatomical]
 pytestmark = pytest.mark.usefixtures("groups")
 
 
+@torch.no_grad()
+def change(network, size=0.1):
+    """Give a teacher weights that are not those of its student."""
+    for p in network.parameters():
+        p.add_(size * torch.randn_like(p))
+
+
 def test_mean_teacher_compares_with_probabilities_of_noisy_images(groups):
     trainer = initialized(FLAIR, "2d", nnUNetTrainerMeanTeacher)
+    change(trainer.teachers["FLAIR"].network)
     (batch,) = draw_batches(trainer, 1)
     (draw,) = trainer.unlabeled_draws(batch)
     torch.manual_seed(1)
@@ -57,6 +65,7 @@ def test_uamt_leaves_out_what_its_teacher_is_uncertain_about(dataset, configurat
     (batch,) = draw_batches(trainer, 1)
     (draw,) = trainer.unlabeled_draws(batch)
     ((name, teacher),) = trainer.teachers.items()
+    change(teacher.network, 0.02)
     shares = []
     for trainer.current_epoch in (0, 10):
         torch.manual_seed(1)
@@ -79,6 +88,11 @@ def test_uamt_leaves_out_what_its_teacher_is_uncertain_about(dataset, configurat
         torch.testing.assert_close(prediction, passes[0])
         assert torch.equal(certain[clear], (share < threshold)[clear])
         assert certain.shape == share.shape
+        z = torch.randn_like(logits)
+        q = z.sigmoid() if trainer.label_manager.has_regions else z.softmax(1)
+        squares = (q - prediction).square()[certain.expand_as(q)]
+        term = trainer.unsupervised_terms([{name: z}], {name: (prediction, certain)})["mse"]
+        torch.testing.assert_close(term, squares.mean())
         shares.append(certain.float().mean())
     assert shares[0] < shares[1]
     assert shares[0] > 0
@@ -185,18 +199,26 @@ def test_networks_of_one_modality_start_from_different_weights(groups):
 @pytest.mark.parametrize("method", SECL)
 @pytest.mark.parametrize(("dataset", "configuration"), [(FLAIR, "2d"), (REGIONS_T1, "3d_fullres")])
 def test_contrast_equals_its_formula(method, dataset, configuration):
-    """Proof 7 for the term: parts, keys, anchors and masks together."""
-    trainer = with_something_seen(initialized(dataset, configuration, method, noise_std=0.0))
+    """Proof 7 for the term: noise, parts, keys, anchors and masks together."""
+    trainer = with_something_seen(initialized(dataset, configuration, method))
+    ((name, teacher),) = trainer.teachers.items()
+    change(teacher.network, 0.02)
     (batch,) = draw_batches(trainer, 1)
     (draw,) = trainer.unlabeled_draws(batch)
-    ((name, teacher),) = trainer.teachers.items()
+    image = draw.images[name]
+    torch.manual_seed(1)
     views, targets = trainer.views_and_targets(draw, {})
     (features,) = unlabeled_outputs(trainer, views)
-    keys, parts = targets[name]
-    trainer.min_part = max(1.0, float(parts.flatten(2).sum(2).median()))  # some parts are too small
-    found = trainer.unsupervised_terms([features], {name: (keys, parts)})["contrast"].detach()
+    torch.manual_seed(1)
+    std = image.flatten(1).std(1).reshape(-1, *[1] * (image.ndim - 1))
+    noisy = image + std * (0.1 * torch.randn_like(image)).clamp(-0.2, 0.2)
     with torch.no_grad():
-        of_teacher = teacher.network(draw.images[name])
+        anchors = trainer.students[name].head(trainer.trainers[0].network.encoder(image)[2])
+        keys = teacher.network.head(teacher.network.network.encoder(noisy)[2])
+        parts = parts_of(method, trainer, teacher.network.network(noisy), draw.positions, keys.shape[2:])
+    weight = parts.flatten(2).sum(2).flatten()
+    trainer.min_part = max(1.0, float(weight.median()))  # some parts are too small
+    found = trainer.unsupervised_terms([features], targets)["contrast"].detach()
 
     def pooled(of):
         return torch.stack([
@@ -204,18 +226,38 @@ def test_contrast_equals_its_formula(method, dataset, configuration):
             for b in range(len(of)) for r in range(parts.shape[1])
         ])  # fmt: skip
 
-    image_of, part_of = np.divmod(np.arange(parts.shape[0] * parts.shape[1]), parts.shape[1])
-    present = (parts.flatten(2).sum(2).flatten() >= trainer.min_part).numpy()
+    image_of, part_of = np.divmod(np.arange(len(weight)), parts.shape[1])
+    present = (weight >= trainer.min_part).numpy()
     assert 2 < sum(present) < len(present)
     both = present[:, None] & present[None, :]
     same_part = part_of[:, None] == part_of[None, :]
     other_image = image_of[:, None] != image_of[None, :]
     positive = both & same_part & (other_image | (method is nnUNetTrainerSECLAnatomical))  # there, its own image, too
     temperature = {nnUNetTrainerSECLAnatomical: 0.5, nnUNetTrainerSECLRegion: 0.1}[method]
-    expected = slow_contrast(
-        pooled(features[name].detach()), pooled(of_teacher), positive, both & ~same_part, temperature
-    )
+    expected = slow_contrast(pooled(anchors), pooled(keys), positive, both & ~same_part, temperature)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+def parts_of(method, trainer, logits, positions, size):
+    """How much of every position of a feature map belongs to each class, or to each of 4 cells along each axis."""
+
+    def shrunk(voxels):  # the patch is a multiple of the feature map
+        blocks = [side for n, of in zip(size, voxels.shape[2:], strict=True) for side in (n, of // n)]
+        return voxels.reshape(*voxels.shape[:2], *blocks).mean(tuple(range(3, 2 * len(size) + 2, 2)))
+
+    if method is nnUNetTrainerSECLAnatomical:
+        if trainer.label_manager.has_regions:
+            labels = [trainer.label_manager.convert_probabilities_to_segmentation(z.sigmoid()) for z in logits]
+            labels = torch.stack(labels)
+        else:
+            labels = logits.argmax(1)
+        return shrunk(torch.stack([labels == label for label in (0, 1, 2)], dim=1).float())
+    inside = (shrunk((positions > 0).float()) == 1).all(1)
+    cells = (shrunk(positions) * 4).floor().clamp(0, 3).unbind(1)
+    of_axes = torch.cartesian_prod(*[torch.arange(4)] * len(cells))
+    return torch.stack(
+        [inside & torch.stack([a == b for a, b in zip(cells, cell, strict=True)]).all(0) for cell in of_axes], dim=1
+    ).float()
 
 
 def test_regions_are_those_of_the_case_and_not_of_the_patch(groups):
