@@ -9,13 +9,14 @@ from torch.profiler import profile
 from nnunetv2_semicml.training.photometry import Photometry, draw_photometry
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(3, 2, 20, 17), (2, 3, 12, 9, 14)])
-def test_images_are_changed_case_by_case_as_the_formulas_say(shape):
+def test_images_are_changed_case_by_case_as_the_formulas_say(shape, dtype):
     torch.manual_seed(0)
-    images = 7 * torch.randn(shape) - 3
+    images = 7 * torch.randn(shape, dtype=dtype) - 3
     brightness, contrast, blur = [0.6, 1.4, 1.0], [1.5, 0.5, 1.0], [0.0, 0.7, 2.0]
     n = len(images)
-    drawn = Photometry(*(torch.tensor(values[:n]) for values in (brightness, contrast, blur)), 2.0)
+    drawn = Photometry(*(torch.tensor(values[:n], dtype=dtype) for values in (brightness, contrast, blur)), 2.0)
     found = drawn.apply(images).numpy()
     for case in range(n):
         for channel in range(shape[1]):
@@ -59,6 +60,14 @@ def test_nothing_drawn_changes_nothing():
     images = torch.randn(3, 2, 8, 8)
     drawn = draw_photometry(3, torch.device("cpu"), jitter_probability=0.0, blur_probability=0.0)
     torch.testing.assert_close(drawn.apply(images), images)
+
+
+def test_all_is_drawn_and_applied_on_the_device_of_the_images():
+    """PyTorch's device without memory refuses operands of the CPU."""
+    images = torch.empty(3, 2, 8, 8, device="meta")
+    drawn = draw_photometry(3, images.device)
+    assert {t.device.type for t in (drawn.brightness, drawn.contrast, drawn.blur)} == {"meta"}
+    assert drawn.apply(images).device.type == "meta"
 
 
 def test_nothing_is_waited_for():

@@ -210,6 +210,9 @@ def test_noise_is_clamped_and_in_units_of_the_image():
         assert (case > 0.2 - 1e-4).float().mean() == pytest.approx(0.0228, abs=0.01)  # two standard deviations
     symmetric = add_noise(image, 0.1, (-0.2, 0.2)) - image
     assert (symmetric[1] / scale[1]).std() == pytest.approx(0.0937, abs=0.005)
+    both = torch.cat([image[:1], image[1:]], dim=1)  # one standard deviation for all channels of a case
+    drawn = (add_noise(both, 0.1, (-0.2, 0.2)) - both) / both.std()
+    assert drawn.std((0, 2, 3)).tolist() == pytest.approx([0.0937] * 2, abs=0.01)
     constant = torch.ones(1, 1, 4, 4)
     assert torch.equal(add_noise(constant, 0.1, (0.0, 0.2)), constant)
 
