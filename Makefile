@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint mutate clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nnUNetv2_semicml_demo --out demo_output
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# Break the code on purpose and see whether tests notice: hours, and it goes on where it was interrupted. PARTS="losses"
+mutate: $(VENV)/.installed
+	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[mutate]'
+	$(BIN)/python benchmarks/mutation.py $(PARTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -22,4 +27,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output build *.egg-info
+	rm -rf $(VENV) demo_output build mutants *.egg-info
