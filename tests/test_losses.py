@@ -1,8 +1,13 @@
+"""Losses: by slow implementations written from their formulas, by closed forms, and over several ranks."""
+
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import slow_contrast
+from torch import distributed as dist
 
 from benchmarks.cost.memory import peak_memory
 from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
@@ -469,3 +474,106 @@ def test_masked_consistency_of_one_voxel_is_its_own():
     mask = torch.zeros_like(p, dtype=torch.bool)
     mask[0, 0, 1, 2] = True
     torch.testing.assert_close(masked_consistency(p, q, mask), (p - q)[0, 0, 1, 2] ** 2)
+
+
+# over several ranks; real processes: test_distributed
+
+
+@pytest.fixture
+def on_ranks(monkeypatch):
+    """Call a function on as many threads as there are ranks; what they exchange waits until all have brought theirs."""
+
+    def run(ranks, function):
+        own, brought, barrier = threading.local(), {}, threading.Barrier(ranks, timeout=20)
+
+        def exchange(tensor):
+            brought[own.rank] = tensor.clone()
+            barrier.wait()
+            everything = [brought[rank] for rank in range(ranks)]
+            barrier.wait()
+            return everything
+
+        def all_gather(gathered, tensor):
+            for place, value in zip(gathered, exchange(tensor), strict=True):
+                place.copy_(value)
+
+        def start(rank):
+            own.rank = rank
+            return function(rank)
+
+        monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+        monkeypatch.setattr(dist, "get_rank", lambda: own.rank)
+        monkeypatch.setattr(dist, "all_gather", all_gather)
+        monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.copy_(sum(exchange(tensor))))
+        with ThreadPoolExecutor(ranks) as pool:
+            return list(pool.map(start, range(ranks)))
+
+    return run
+
+
+def joint_losses(z, target, distributed):
+    """Losses of three predictions that are quantities of all ranks."""
+    p, weight = [logits.softmax(1) for logits in z], confidence(target, False)
+    asc = AreaSimilarityContrastiveLoss(0.5, distributed=distributed)
+    return {
+        "asc": asc(p),
+        "asc with a constant first": asc([target, p[2], p[0]]),
+        "asc with a constant last": asc([p[1], p[2], target]),
+        "ce": soft_cross_entropy(z[0], target, False, weight, distributed),
+        "dice": soft_dice_loss(p[1], target, True, weight, distributed=distributed),
+        "masked": masked_consistency(p[2], target, target > 0.3, distributed),
+    }
+
+
+def gradients_of(losses, z):
+    """Of every loss by itself, with zeros where it does not look."""
+    found = {}
+    for name, loss in losses.items():
+        gradients = torch.autograd.grad(loss, z, retain_graph=True, allow_unused=True)
+        found[name] = [torch.zeros_like(a) if g is None else g for a, g in zip(z, gradients, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_losses_of_ranks_are_those_of_the_joint_batch(on_ranks, ranks):
+    """Every rank has the loss, and as many times its gradient as there are ranks, over which training averages."""
+    torch.manual_seed(0)
+    logits, target = [torch.randn(6, 3, 4, 5, dtype=torch.float64) for _ in range(3)], soft_target(False, (6, 3, 4, 5))
+    whole = [z.clone().requires_grad_() for z in logits]
+    expected = joint_losses(whole, target, False)
+
+    def on_rank(rank):
+        share = [z.chunk(ranks)[rank].clone().requires_grad_() for z in logits]
+        losses = joint_losses(share, target.chunk(ranks)[rank], True)
+        return losses, gradients_of(losses, share)
+
+    found = on_ranks(ranks, on_rank)
+    for losses, _ in found:
+        torch.testing.assert_close(losses, expected)
+    for name, gradients in gradients_of(expected, whole).items():
+        for m, gradient in enumerate(gradients):
+            own = torch.cat([of_rank[name][m] for _, of_rank in found])
+            torch.testing.assert_close(own, ranks * gradient)
+
+
+def test_case_by_case_losses_of_ranks_average_to_those_of_the_joint_batch(on_ranks):
+    torch.manual_seed(0)
+    logits, target = torch.randn(4, 3, 4, 5, dtype=torch.float64), soft_target(False, (4, 3, 4, 5))
+
+    def losses(z, q, distributed):
+        ce = soft_cross_entropy(z, q, False, distributed=distributed)
+        return torch.stack([ce, soft_dice_loss(z.softmax(1), q, False, distributed=distributed)])
+
+    found = on_ranks(2, lambda rank: losses(logits.chunk(2)[rank], target.chunk(2)[rank], True))
+    torch.testing.assert_close(sum(found) / 2, losses(logits, target, False))
+    assert not torch.equal(*found)
+
+
+def test_too_few_cases_on_all_ranks_together_are_refused(on_ranks):
+    """One on each is enough."""
+    p = torch.rand(2, 1, 1, 4, 4)
+    expected = AreaSimilarityContrastiveLoss()([p.flatten(0, 1)] * 2)
+    found = on_ranks(2, lambda rank: AreaSimilarityContrastiveLoss(distributed=True)([p[rank], p[rank]]))
+    torch.testing.assert_close(found, [expected] * 2)
+    with pytest.raises(ValueError, match="at least 2 tensors"):
+        on_ranks(1, lambda rank: AreaSimilarityContrastiveLoss(distributed=True)([p[0], p[0]]))
