@@ -169,7 +169,7 @@ FOLDS = (
     ' expected a JSON list with {"train": [cases], "val": [other cases]} for every fold. Correct the file (nnU-Net\'s '
     "documentation/manual_data_splits.md), or delete it to have new folds made."
 )
-NAMES = " expected names without / that do not end in _seg, by which nnU-Net tells segmentations from images. "
+NAMES = " expected names that do not end in _seg, by which nnU-Net tells segmentations from images. "
 ALL_OTHERS = " (and 5 more: P01, P02, P03, P04, P05)"
 RESAMPLE = "Register and resample all images and the label of a case to one grid."
 

@@ -151,6 +151,28 @@ def list_without(key: str):
     return change
 
 
+def list_as(name: str):
+    """List case a by another name."""
+
+    def change(folder: Path) -> None:
+        list_cases_in_json(folder)
+        entries = json.loads((folder / "dataset.json").read_text())["dataset"]
+        change_json(folder, dataset={**entries, name: entries.pop("a")})
+
+    return change
+
+
+def list_with(**values):
+    """List case a with other values."""
+
+    def change(folder: Path) -> None:
+        list_cases_in_json(folder)
+        entries = json.loads((folder / "dataset.json").read_text())["dataset"]
+        change_json(folder, dataset={**entries, "a": {**entries["a"], **values}})
+
+    return change
+
+
 def list_and_lose_an_image(folder: Path) -> None:
     list_cases_in_json(folder)
     (folder.parent / "images" / "a_0001.nii.gz").unlink()
@@ -303,6 +325,52 @@ WRONG_FILES = {
         "case a without a label",
         "one label",
         "List the missing files",
+    ),
+    **{
+        f"listed case called {name!r}": (
+            list_as(name),
+            "dataset.json",
+            f"the names {name!r}",
+            "names for files",
+            "Choose other names",
+        )
+        for name in ("../../../evil", "/evil", "a/b", "a\\b", "", ".", "..", ".a", "a\0", "a\nb", "\udce4", "a" * 201)
+    },
+    **{
+        f"{key} of a listed case is {value!r}": (
+            list_with(**{key: value}),
+            "dataset.json",
+            "case a without a label or without 2 images",
+            "one label, and one image for each channel",
+            "List the missing files",
+        )
+        for key, value in (("label", None), ("label", ["a"]), ("images", "ab"), ("images", {}), ("images", [1, 2]))
+    },
+    "listed cases are a list": (
+        with_json(dataset=["a"]),
+        "dataset.json",
+        '"dataset" of type list',
+        "{case: files}",
+        "",
+    ),
+    "listed case is a list": (
+        with_json(dataset={"a": []}),
+        "dataset.json",
+        "case a without a label or without 1 images",
+        "one label",
+        "List the missing files",
+    ),
+    **{
+        f"file_ending {ending!r}": (with_json(file_ending=ending), "dataset.json", repr(ending), "e.g. .nii.gz", "")
+        for ending in ("", "/../../x.nii.gz", "\0", "*\\")
+    },
+    "channel without a name": (with_json(channel_names={"0": None}), "dataset.json", "None", "T1", "Correct it"),
+    "case with a line break": (
+        lambda folder: [file.rename(file.with_name(f"a\n{file.name}")) for file in folder.glob("imagesUn/*")],
+        "imagesUn",
+        "the names 'a\\n",
+        "names for files",
+        "Choose other names",
     ),
     "listed file does not exist": (
         list_and_lose_an_image,

@@ -658,6 +658,41 @@ REFUSALS = {
         "case and group",
         "Write an object",
     ),
+    "damaged table": (
+        write_file(TABLE + "x" * 200_000),
+        {"groups": FILE},
+        "file",
+        "a damaged table (field larger than field limit",
+        "case and group",
+        "Correct it",
+    ),
+    **{
+        f"output name {name[:9]!r}": (nothing, {"output_name": name}, "--output_name", found, expected, "Choose")
+        for name, found, expected in (
+            ("../../x", "'../../x'", "letters, digits"),
+            ("a\n", "'a\\n'", "letters, digits"),
+            ("x" * 200, "xxx", "names for files"),
+        )
+    },
+    "a listed case that leads elsewhere": (
+        lambda raw: write_json(
+            raw / "Dataset500_Toy" / "dataset.json",
+            json.loads((raw / "Dataset500_Toy" / "dataset.json").read_text())
+            | {
+                "dataset": {
+                    "../../../evil": {
+                        "images": [f"imagesTr/P0_x_000{i}.nii.gz" for i in range(2)],
+                        "label": "labelsTr/P0_x.nii.gz",
+                    }
+                }
+            },
+        ),
+        {},
+        "dataset.json",
+        "the names '../../../evil'",
+        "names for files",
+        "Choose other names",
+    ),
     "damaged JSON": (
         lambda raw: (raw.parent / "table.json").write_text("{"),
         {"stratify": Path("table.json")},
@@ -806,3 +841,22 @@ def test_nothing_withheld_makes_the_fully_labeled_dataset_with_the_same_test_set
     assert everything["unlabeled"] == []
     assert not (folder / "imagesUn").exists()
     assert len(list((folder / "labelsTr").iterdir())) == len(everything["labeled"])
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(raw: Path):
+    """A limit on the size of files stands for it, and a folder without hard links for one on another drive."""
+    code = (
+        "import os, resource, sys; from nnunetv2_semicml.planning.withhold_labels import main\n"
+        "os.link = lambda *_: os.stat('/nowhere')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))\nmain()"
+    )
+    before = snapshot(raw)
+    options = ["-d", "500", "--output_id", "501", "--num_labeled", "3"]
+    done = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: {raw}/.Dataset501_Toy.unfinished/Dataset501_Toy/imagesTr/")
+    assert done.stderr.endswith(
+        ": found that it cannot be written (File too large); expected enough space and the right to write there. "
+        "Make room, and repeat the command: nothing is left of what it has written.\n"
+    )
+    assert snapshot(raw) == before

@@ -21,7 +21,7 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_semicml.data.environment import FOLDER_VARIABLES, environment_folder
-from nnunetv2_semicml.data.files import Json, read_json
+from nnunetv2_semicml.data.files import Json, is_sound_name, read_json, require_sound_names
 from nnunetv2_semicml.errors import UserError, some_of
 
 
@@ -313,7 +313,11 @@ def _read_dataset_json(file: Path) -> Json:
     for key, kind in required.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
             raise refuse(f"no usable {key}", f"{key} of type {kind.__name__}")
+    if not is_sound_name(f"CASE{content['file_ending']}") or not content["file_ending"]:
+        raise refuse(f"the file_ending {content['file_ending']!r}", "e.g. .nii.gz")
     channels = content["channel_names"]
+    if wrong := [name for name in channels.values() if not isinstance(name, str)]:
+        raise refuse(f"the name {wrong[0]!r} in channel_names", 'e.g. {"0": "T1", "1": "T2"}')
     if not channels or channels.keys() != {str(i) for i in range(len(channels))}:
         raise refuse(f"the channels {some_of(channels) or 'none'} in channel_names", "0, 1, … without gaps")
     try:
@@ -348,7 +352,7 @@ def _find_images(folder: Path, file_ending: str) -> dict[str, dict[int, str]]:
     """Case -> index of a file -> the file; nothing if there is no such folder."""
     cases: dict[str, dict[int, str]] = {}
     for file in _files(folder, file_ending):
-        match = re.fullmatch(r"(.+)_(\d{4})", file.name.removesuffix(file_ending))
+        match = re.fullmatch(r"(.+)_(\d{4})", file.name.removesuffix(file_ending), re.DOTALL)
         if not match:
             raise UserError(
                 file,
@@ -374,15 +378,24 @@ def _require_pairs(folder: Path, images: dict[str, dict[int, str]], labels: dict
 def _read_listed_cases(folder: Path, dataset_json: Json) -> tuple[dict[str, dict[int, str]], dict[str, str]]:
     """Images, as `_find_images` returns them, and labels of the cases of the "dataset" key, which have all files."""
     listed, file = dataset_json["dataset"], folder / "dataset.json"
-    numbers = {len(files["images"]) for files in listed.values() if "images" in files}
-    for case, files in listed.items():
-        if not {"images", "label"} <= files.keys() or len(numbers) > 1 or not files["images"]:
-            raise UserError(
-                file,
-                f'case {case} without a label or without {max(numbers, default=1)} images in "dataset"',
-                "one label, and one image for each channel",
-                "List the missing files, or remove the case.",
-            )
+    if not isinstance(listed, dict):
+        raise UserError(file, f'"dataset" of type {type(listed).__name__}', "an object {case: files}", "Correct it.")
+    require_sound_names(listed, file)
+    paths = {
+        case: files["images"]
+        for case, files in listed.items()
+        if isinstance(files, dict)
+        and isinstance(files.get("images"), list)
+        and all(isinstance(path, str) for path in [*files["images"], files.get("label")])
+    }
+    number = max(map(len, paths.values()), default=1) or 1
+    if lacking := [case for case in listed if len(paths.get(case, ())) != number]:
+        raise UserError(
+            file,
+            f'case {lacking[0]} without a label or without {number} images in "dataset"',
+            "one label, and one image for each channel",
+            "List the missing files, or remove the case.",
+        )
     # a copy, since nnU-Net resolves the paths in place
     cases = get_filenames_of_train_images_and_targets(str(folder), deepcopy(dataset_json))
     for case, files in cases.items():
@@ -454,11 +467,12 @@ def _require_sound_names(folder: Path, cases: Mapping[str, Cases]) -> None:
                 "Remove them from one of the two; rename them if they are different patients.",
             )
     for name, of_folder in cases.items():
+        require_sound_names(of_folder, folder / name)
         # nnU-Net stores the preprocessed segmentation of CASE as CASE_seg, and takes no such file for an image
-        if name != "imagesTs" and (unsound := [case for case in of_folder if case.endswith("_seg") or "/" in case]):
+        if name != "imagesTs" and (unsound := [case for case in of_folder if case.endswith("_seg")]):
             raise UserError(
                 folder / name,
                 f"the case names {some_of(unsound)}",
-                "names without / that do not end in _seg, by which nnU-Net tells segmentations from images",
+                "names that do not end in _seg, by which nnU-Net tells segmentations from images",
                 "Rename all files of these cases.",
             )

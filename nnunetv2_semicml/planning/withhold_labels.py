@@ -16,7 +16,14 @@ from typing import Any
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnunetv2_semicml.data.files import Json, folder_written_whole, link_file, read_json, write_json
+from nnunetv2_semicml.data.files import (
+    Json,
+    folder_written_whole,
+    link_file,
+    read_json,
+    require_sound_names,
+    write_json,
+)
 from nnunetv2_semicml.data.folds import NUM_FOLDS, SPLITS_FILE, Folds, extend_folds
 from nnunetv2_semicml.data.raw_dataset import (
     Cases,
@@ -97,6 +104,7 @@ def withhold_labels(
     if not re.fullmatch(r"[\w.-]+", output_name):
         raise UserError("--output_name", repr(output_name), "letters, digits, _, - and . only", "Choose another name.")
     folder = source.folder.parent / f"Dataset{output_id:03d}_{output_name}"
+    require_sound_names([folder.name], "--output_name")
 
     patient_of = _read_table(groups, source.labeled) if groups else {case: case for case in source.labeled}
     stratum_of = _read_strata(stratify, patient_of) if stratify else dict.fromkeys(patient_of.values(), "")
@@ -216,9 +224,12 @@ def _read_table(file: Path, cases: Collection[str]) -> dict[str, str]:
     content = _read(file)
     if isinstance(content, str):
         rows = csv.DictReader(content.splitlines())
-        if not {"case", "group"} <= set(rows.fieldnames or ()):
-            raise UserError(file, f"the columns {rows.fieldnames}", expected, "Name the columns so.")
-        pairs = [(row["case"], row["group"]) for row in rows]
+        try:
+            if not {"case", "group"} <= set(rows.fieldnames or ()):
+                raise UserError(file, f"the columns {rows.fieldnames}", expected, "Name the columns so.")
+            pairs = [(row["case"], row["group"]) for row in rows]
+        except csv.Error as error:
+            raise UserError(file, f"a damaged table ({error})", expected, "Correct it.") from error
     elif isinstance(content, dict):
         pairs = [(case, None if group is None else str(group)) for case, group in content.items()]
     else:
