@@ -126,10 +126,14 @@ def test_a_configuration_that_is_not_there(raw):
     )
 
 
+@pytest.mark.parametrize("kept", [None, 0, -1])
 @pytest.mark.parametrize("file", ["nnUNetPlans_2d/P03.b2nd", "nnUNetPlans_2d_unlabeled/P08.pkl"])
-def test_a_preprocessed_file_that_is_gone_is_made_again(raw, file):
+def test_a_preprocessed_file_that_is_gone_or_cut_off_is_made_again(raw, file, kept):
     lost = preprocessed(T2) / file
+    content = lost.read_bytes()
     lost.unlink()
+    if kept is not None:
+        lost.write_bytes(content[:kept])
     assert refusal(require_ready) == (
         f"{lost.parent}: found no complete preprocessed case {lost.stem}; expected 6 preprocessed cases. {PREPROCESS}"
     )
@@ -161,6 +165,80 @@ def test_a_group_of_version_0_1(raw):
 def test_a_damaged_group(raw):
     (preprocessed(GROUP) / "modalities.json").write_text('{"dataset_name"')
     assert "modalities.json: found damaged JSON (" in refusal(require_ready)
+
+
+def first_modality(**changes):
+    return lambda group: group["modalities"][0].update(changes)
+
+
+WRONG_GROUPS = {
+    "a list in the place of the cases": (
+        first_modality(labeled=["P00"]),
+        "of another version (['P00'] in the place of",
+    ),
+    "a text in the place of the cases": (first_modality(labeled="P00"), "version (P00 in the place of dict"),
+    "no digest": (first_modality(labeled={"P00": None}), "of another version (None in the place of str)"),
+    "a channel in words": (first_modality(channels=["0"]), "of another version (0 in the place of int)"),
+    "no files": (lambda group: group.pop("files"), "of another version ('files')"),
+    "a file without digest": (lambda group: group["files"].update(a=[1, 2]), "of another version (FileState"),
+    "modalities in words": (lambda group: group.update(modalities="T1"), "of another version ("),
+    "no modality": (lambda group: group.update(modalities=[]), "0 modalities of Dataset500_Toy; expected some of"),
+    "another dataset": (
+        lambda group: group.update(dataset_name="Dataset600_Toy"),
+        "2 modalities of Dataset600_Toy; expected some of Dataset500_Toy",
+    ),
+    "a dataset elsewhere": (first_modality(dataset_name="../x"), "the names '../x'; expected names for files: "),
+    "a case elsewhere": (first_modality(labeled={"/P00": "0"}), "the names '/P00'; expected names for files: "),
+    "files elsewhere": (lambda group: group["preprocessed"].update({"..": {}}), "the names '..'; expected names for"),
+    "settings missing": (
+        lambda group: group["preprocessed"]["nnUNetPlans_2d"][T1].pop("settings"),
+        "of another version (",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "found"), WRONG_GROUPS.values(), ids=WRONG_GROUPS)
+def test_a_group_that_was_edited(raw, change, found):
+    """Planning again is a remedy."""
+    edit(GROUP, change, "modalities.json")
+    sentence = refusal(require_ready)
+    assert sentence.startswith(f"{preprocessed(GROUP)}/modalities.json: found ")
+    assert found in sentence
+    assert refusal(plan, 500, keep_plans=True) == sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda plans: plans.pop("transpose_forward"), "damaged plans (KeyError: 'transpose_forward')"),
+        (lambda plans: plans["configurations"]["2d"].pop("spacing"), "damaged plans (KeyError: 'spacing')"),
+        (set_2d("inherits_from", "nothing"), "damaged plans ("),
+        (lambda plans: plans.update(configurations=[]), "damaged plans (AttributeError: 'list' object has no attri"),
+        (lambda plans: plans.pop("configurations"), "damaged plans (KeyError: 'configurations')"),
+    ],
+)
+def test_plans_that_were_damaged(raw, change, found):
+    edit(T1, change)
+    assert refusal(require_ready).startswith(f"{preprocessed(T1)}/nnUNetPlans.json: found {found}")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"a": "\udce4"}'.encode("utf-8", "surrogatepass"), None])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        (T1, "nnUNetPlans.json"),
+        (T2, "dataset.json"),
+        (GROUP, "modalities.json"),
+        (GROUP, "splits_final.json"),
+        (T1, "splits_final.json"),
+    ],
+)
+def test_a_damaged_file_is_named(raw, name, file, content):
+    path = preprocessed(name) / file
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert refusal(require_ready).startswith(f"{path}: found ")
 
 
 def test_folds_of_other_cases(raw):

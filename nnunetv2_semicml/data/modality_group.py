@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from os import environ
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_args, get_origin, get_type_hints
 
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semicml.data.environment import environment_folder
-from nnunetv2_semicml.data.files import Json, read_json, write_json
+from nnunetv2_semicml.data.files import Json, read_json, require_sound_names, write_json
 from nnunetv2_semicml.data.folds import SPLITS_FILE, read_folds, require_cases, require_modalities, restrict, same_folds
 from nnunetv2_semicml.data.stored_file import FileState, digest_of
 from nnunetv2_semicml.errors import UserError
@@ -154,24 +155,30 @@ class ModalityGroup:
         """Read the group of a dataset.
 
         Raises:
-            UserError: if modalities.json is missing, damaged, or of an earlier version.
+            UserError: if modalities.json is missing, damaged, or of another version or dataset.
         """
         file = preprocessed_folder(dataset_name) / MODALITIES_FILE
         content = read_preprocessed_json(file, "the modality group of a preprocessed dataset")
         try:
             modalities = [Modality(**m) for m in content["modalities"]]
             files = {name: FileState(*state) for name, state in content["files"].items()}
-            return cls(**{**content, "modalities": modalities, "files": files})
-        except (KeyError, TypeError) as error:
+            group = cls(**{**content, "modalities": modalities, "files": files})
+            _require_type(content, cls)
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 file, f"the modality group of another version ({error})", "one of this version", _PREPROCESS
             ) from error
+        if group.dataset_name != dataset_name or not modalities:
+            found = f"{len(modalities)} modalities of {group.dataset_name}"
+            raise UserError(file, found, f"some of {dataset_name}", _PREPROCESS)
+        for names in ([m.name for m in modalities], [m.dataset_name for m in modalities], group.preprocessed):
+            require_sound_names(names, file)
+        require_sound_names([*group.labeled, *group.unlabeled], file)
+        return group
 
     def save(self) -> None:
         """Write modalities.json, whole or not at all."""
-        temporary = self.file.with_suffix(".tmp")
-        write_json(temporary, asdict(self))
-        temporary.replace(self.file)
+        write_json(self.file, asdict(self))
 
     def load_plans(self, plans_name: str) -> list[tuple[Json, Json]]:
         """Read (plans, dataset.json) of every modality dataset.
@@ -192,7 +199,7 @@ class ModalityGroup:
         """Modality dataset -> what the preprocessed files of a configuration have to be made of."""
         return {
             modality.dataset_name: {
-                "settings": _settings_digest(plans, dataset_json, configuration),
+                "settings": _settings_digest(modality.dataset_name, plans_name, plans, dataset_json, configuration),
                 "labeled": modality.labeled,
                 "unlabeled": modality.unlabeled,
             }
@@ -251,10 +258,10 @@ class ModalityGroup:
         plans_name = plans["plans_name"]
         group_file = preprocessed_folder(self.dataset_name) / f"{plans_name}.json"
         modality_plans = self.load_plans(plans_name)
-        shared = _shared_settings(plans, configuration, group_file)
+        shared = _settings(plans, configuration, group_file, _SHARED_SETTINGS, _SHARED_PLANS)
         for modality, (own, _) in zip(self.modalities, modality_plans, strict=True):
             file = preprocessed_folder(modality.dataset_name) / f"{plans_name}.json"
-            for key, value in _shared_settings(own, configuration, file).items():
+            for key, value in _settings(own, configuration, file, _SHARED_SETTINGS, _SHARED_PLANS).items():
                 if value != shared[key]:
                     raise UserError(
                         file,
@@ -338,34 +345,70 @@ def _digest(content: list[Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _settings_digest(plans: Json, dataset_json: Json, configuration: str) -> str:
+def _require_type(value: Any, kind: Any) -> None:
+    """Raise a TypeError unless the content of a JSON file is of a type made of dictionaries, lists and tuples."""
+    origin, parts = get_origin(kind) or kind, get_args(kind)
+    hints = {} if parts else get_type_hints(kind)
+    if origin is list and type(value) is list:
+        members = [(item, parts[0]) for item in value]
+    elif origin is dict and type(value) is dict:
+        members = [(item, parts[1]) for item in value.values()]
+    elif type(value) is list and hints and len(value) == len(hints):
+        members = [*zip(value, hints.values(), strict=True)]
+    elif type(value) is dict and value.keys() == hints.keys():
+        members = [(item, hints[name]) for name, item in value.items()]
+    elif origin not in (list, dict) and type(value) in (parts or (kind,)):
+        members = []
+    else:
+        raise TypeError(f"{str(value)[:50]} in the place of {getattr(kind, '__name__', kind)}")
+    for item, own in members:
+        _require_type(item, own)
+
+
+def _settings_digest(dataset_name: str, plans_name: str, plans: Json, dataset_json: Json, configuration: str) -> str:
     """Fingerprint of everything but the raw files that the preprocessed files of a configuration depend on."""
-    resolved = PlansManager(plans).get_configuration(configuration).configuration
-    return _digest(
-        [resolved[key] for key in _PREPROCESSING_SETTINGS]
-        + [plans[key] for key in _PREPROCESSING_PLANS]
-        + [dataset_json["labels"], dataset_json["channel_names"]]
+    file = preprocessed_folder(dataset_name) / f"{plans_name}.json"
+    settings = _settings(plans, configuration, file, _PREPROCESSING_SETTINGS, _PREPROCESSING_PLANS)
+    if lacking := [key for key in ("labels", "channel_names") if key not in dataset_json]:
+        raise UserError(file.with_name("dataset.json"), f"no {lacking[0]}", "some", _PREPROCESS)
+    return _digest([*settings.values(), dataset_json["labels"], dataset_json["channel_names"]])
+
+
+def _settings(plans: Json, configuration: str, file: Path, own: Sequence[str], common: Sequence[str]) -> Json:
+    """What a configuration has under its own keys, and the plans under those that are common to all.
+
+    Raises:
+        UserError: there is no such configuration, or nnU-Net does not understand the plans.
+    """
+    try:
+        manager = PlansManager(plans)
+        available = manager.available_configurations
+        if configuration in available:
+            resolved = manager.get_configuration(configuration).configuration
+            return {key: resolved[key] for key in own} | {key: plans[key] for key in common}
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            file, f"damaged plans ({type(error).__name__}: {error})", "plans as nnU-Net writes them", _PREPROCESS
+        ) from error
+    raise UserError(
+        file, f"configurations {', '.join(available)}", configuration, "Train one of these, or add it to the plans."
     )
 
 
-def _shared_settings(plans: Json, configuration: str, file: Path) -> Json:
-    manager = PlansManager(plans)
-    if configuration not in manager.available_configurations:
-        available = ", ".join(manager.available_configurations)
-        raise UserError(
-            file, f"configurations {available}", configuration, "Train one of these, or add it to the plans."
-        )
-    resolved = manager.get_configuration(configuration).configuration
-    return {key: resolved[key] for key in _SHARED_SETTINGS} | {key: plans[key] for key in _SHARED_PLANS}
-
-
 def _require_cases(folder: Path, cases: Sequence[str]) -> None:
-    present = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    missing = [case for case in cases for end in (".b2nd", "_seg.b2nd", ".pkl") if case + end not in present]
-    if missing:
+    if missing := [case for case in cases if not is_preprocessed(folder, case)]:
         raise UserError(
             folder, f"no complete preprocessed case {missing[0]}", f"{len(cases)} preprocessed cases", _PREPROCESS
         )
+
+
+def is_preprocessed(folder: Path, case: str) -> bool:
+    """Whether the preprocessed files of a case are all there and can be opened, as they can not if they are cut off."""
+    try:
+        nnUNetDatasetBlosc2(str(folder), [case]).load_case(case)
+    except Exception:  # blosc2 and pickle raise many kinds
+        return False
+    return True
 
 
 def read_preprocessed_json(file: Path, what: str) -> Json:
@@ -382,6 +425,8 @@ def read_preprocessed_json(file: Path, what: str) -> Json:
         raise UserError(file, "no such file", what, _PREPROCESS)
     try:
         content: Json = read_json(file)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(file, f"damaged JSON ({error})", what, _PREPROCESS) from error
+    if not isinstance(content, dict):
+        raise UserError(file, f"a JSON {type(content).__name__}", what, _PREPROCESS)
     return content

@@ -19,6 +19,7 @@ from nnunetv2_semicml.data.modality_group import (
     MadeOf,
     Modality,
     ModalityGroup,
+    is_preprocessed,
     preprocessed_folder,
     unlabeled_identifier,
 )
@@ -53,7 +54,7 @@ def still_valid(
             valid[name][kind] = {
                 case: digest
                 for case, digest in new[kind].items()
-                if old[kind].get(case) == digest and all((folder / f"{case}{end}").is_file() for end in _ENDS)
+                if old[kind].get(case) == digest and is_preprocessed(folder, case)
             }
     return valid
 
