@@ -27,6 +27,7 @@ from nnunetv2.inference.data_iterators import PreprocessAdapter
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from test_terms import area_contrast
 
 from nnunetv2_semicml.data.paired_dataset import PairedArray, _class_locations, common_frame
 from nnunetv2_semicml.data.streams import PairedTransform
@@ -335,11 +336,8 @@ def test_patches_of_one_case_are_never_contrasted(labels_group, results):
     assert "A draw of 6 unlabeled patches has several of a case" in Path(trainer.log_file).read_text()
     torch.manual_seed(0)
     logits = {name: torch.randn(6, 3, 8, 8) for name in ("FLAIR", "T1")}
-    asc = trainer.unsupervised_terms([logits], None)["asc"]
-    fewer = make_trainer(LABELS, "2d", unlabeled_batch_size=4)
-    fewer.initialize()
-    expected = fewer.unsupervised_terms([{name: z[:4] for name, z in logits.items()}], None)["asc"]
-    torch.testing.assert_close(asc, expected)
+    predictions = [z.softmax(1)[:4, 1:] for z in logits.values()]
+    torch.testing.assert_close(trainer.unsupervised_terms([logits], None)["asc"], area_contrast(predictions, 1.0))
 
 
 def test_placeholder_of_unlabeled_cases_is_never_a_target(labels_group, results, monkeypatch):
@@ -429,6 +427,27 @@ def test_patches_are_cut_out_of_the_files_of_their_modality_at_one_place(groups,
             assert len(set(corners)) == 1  # of the scan
         assert batch["targets"].keys() == ({m.name for m in modalities} if labeled else set())
     assert len(apart) > len({case for case, *_ in apart})
+
+
+def test_targets_are_those_of_their_modality(groups):
+    """The files of all modalities have the same labels; here those of the second one are read as one class."""
+    trainer = initialized(LABELS, "3d_fullres")
+    first, second = (m.name for m in trainer.group.modalities)
+    loader = make_loader(trainer.trainers, trainer.group.labeled, 2, labeled=True, augment=False)
+    load_case = loader._data.load_case
+
+    def with_one_class(identifier):
+        image, segmentation, previous, properties = load_case(identifier)
+        segmentation.arrays = [segmentation.arrays[0], np.where(segmentation.arrays[1][:] > 0, 1, 0)]
+        return image, segmentation, previous, properties
+
+    loader._data.load_case = with_one_class
+    np.random.seed(0)
+    targets = [loader.generate_train_batch()["targets"] for _ in range(3)]
+    assert {value for t in targets for value in np.unique(t[first][0])} == {0, 1, 2}
+    for t in targets:
+        for a, b in zip(t[first], t[second], strict=True):
+            assert torch.equal(b, (a > 0).to(b.dtype))
 
 
 @pytest.mark.parametrize("dataset", [LABELS, REGIONS])
