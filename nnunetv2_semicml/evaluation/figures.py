@@ -102,6 +102,7 @@ def themed(plot: Callable[[Figure], None], size: tuple[float, float]) -> dict[st
             "axes.titlesize": 10,
             "font.size": 9,
             "legend.frameon": False,
+            "text.parse_math": False,  # names of methods and modalities may hold $
             "figure.constrained_layout.use": True,
         }
         with style.context(settings):

@@ -3,6 +3,7 @@
 From a table of cases and the image files alone; numbers come from `statistics`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,12 +112,13 @@ class Report:
 
 def write_markdown(file: Path, report: Report) -> None:
     """Write all tables as Markdown."""
-    lines = [f"# {report.title}", "", f"`{report.command}`", ""]
-    lines += [f"- {name}: {value}" for name, value in report.facts.items()]
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", report.command)), default=0))
+    lines = [f"# {_plain(report.title)}", "", fence, report.command, fence, ""]
+    lines += [f"- {name}: {_plain(value)}" for name, value in report.facts.items()]
     if report.incomplete:
         lines += ["", "**Incomplete, and therefore not in the tables:**", ""]
         lines += [
-            f"- {entry.method}, {entry.modality}: {job}: {why}"
+            _plain(f"- {entry.method}, {entry.modality}: {job}: {why}")
             for entry in report.incomplete
             for job, why in entry.missing.items()
         ]
@@ -129,7 +131,7 @@ def write_markdown(file: Path, report: Report) -> None:
             mean, sd = number_text(row[metric], metric), number_text(row[f"{metric}_sd"], metric)
             cells.append(f"{mean} ± {sd} {_seed_range(row, metric)}".rstrip())
         lines.append(_line([*cells, _count(row["missed"]), _count(row["invented"])]))
-    lines += ["", f"## Differences to {report.reference_method}", ""]
+    lines += ["", f"## Differences to {_plain(report.reference_method)}", ""]
     columns = [
         "metric",
         "modality",
@@ -298,7 +300,7 @@ def plot_curves(figure: Figure, patients: pd.DataFrame) -> None:
                     marker=MARKERS[i % len(MARKERS)],
                     linewidth=2,
                     capsize=3,
-                    label=method,
+                    label=f" {method}",  # a legend leaves out labels that begin with _
                 )
             axis.grid(alpha=0.25)
             _scale_axis(axis, metric)
@@ -358,4 +360,9 @@ def _count(value: float) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return f"| {' | '.join(map(_plain, cells))} |"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, in one line; underscores within words mean nothing there."""
+    return re.sub(r"([\\`*\[\]<>&|$~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
