@@ -1,13 +1,15 @@
 """The leaderboard with stub programs in the place of nnU-Net's: what runs, what is skipped, what is told."""
 
+import csv
 import html
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
@@ -19,22 +21,25 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 import submitit
-from filelock import FileLock
 from skimage.io import imsave
 from tifffile import imwrite
 
+from nnunetv2_semicml import ext_trainers
+from nnunetv2_semicml.data.checkpoint_file import content_digest
+from nnunetv2_semicml.data.files import read_json
 from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup
 from nnunetv2_semicml.evaluation import leaderboard
-from nnunetv2_semicml.evaluation.jobs import Job, run_jobs, run_program
+from nnunetv2_semicml.evaluation.jobs import Job, Train, run_jobs, run_program
 
 TEST_CASES = [f"P{i}" for i in range(4)]
 CHANNELS = ["FLAIR", "T1"]
 SEMI, STOCK = "nnUNetTrainerSemiCML", "each:nnUNetTrainer"
 PREL, PLUS = SEMI + "PReL", SEMI + "Plus"
+SETTINGS = {"asc_weight": 0.35}  # of the trainers of the package
 
 # Without site-packages: they run a hundred times.
 STUB = """#!{python} -S
-import gzip, json, os, sys
+import gzip, json, os, pickle, sys, zipfile
 from pathlib import Path
 
 words = sys.argv[1:]
@@ -53,18 +58,36 @@ if sentence := os.environ.get("REFUSE_" + words[words.index("-tr") + 1]):
 after = lambda flag: words[words.index(flag) + 1]
 results = Path(os.environ["nnUNet_results"])
 """
+# A checkpoint is an archive as PyTorch's. That of the package's trainers says what it was made of; what that is, is
+# left by the test. nnU-Net's trainer leaves copies of what it has read.
 TRAIN = """
 dataset, configuration, fold = words[:3]
-group = Path(os.environ["nnUNet_preprocessed"], dataset, "modalities.json")
+preprocessed = Path(os.environ["nnUNet_preprocessed"])
 datasets = [dataset]
-if group.is_file() and "SemiCML" in after("-tr"):
-    datasets += [modality["dataset_name"] for modality in json.loads(group.read_text())["modalities"]]
-for name in datasets:
-    folder = results / name / f"{after('-tr')}__{after('-p')}__{configuration}" / f"fold_{fold}"
+made_of = {}
+if "SemiCML" in after("-tr"):
+    group = json.loads((preprocessed / dataset / "modalities.json").read_text())
+    datasets += [modality["dataset_name"] for modality in group["modalities"]]
+    noted = Path(os.environ["CALLS"]).with_name("provenance.json")
+    made_of = json.loads(noted.read_text()) if noted.is_file() else {}
+for name in dict.fromkeys(datasets):
+    model = results / name / f"{after('-tr')}__{after('-p')}__{configuration}"
+    folder = model / f"fold_{fold}"
     (folder / "validation").mkdir(parents=True, exist_ok=True)
+    state = folder / "training_state"
+    for file in [folder, *([state] if state.is_dir() else [])] if "--val" not in words else []:
+        with zipfile.ZipFile(file / "checkpoint_final.pth", "w") as archive:
+            content = {"provenance": made_of} if made_of else {"weights": [os.getpid()]}
+            archive.writestr("checkpoint_final/data.pkl", pickle.dumps(content, protocol=2))
+            archive.writestr("checkpoint_final/version", "3\\n")
+            archive.writestr("checkpoint_final/data/0", os.urandom(2000))
     if "--val" not in words:
-        (folder / "checkpoint_final.pth").write_text("weights")
-    (folder / "validation" / "summary.json").write_text("{}")
+        for file in ("dataset.json", "dataset_fingerprint.json"):
+            (model / file).write_bytes((preprocessed / name / file).read_bytes())
+        (model / "plans.json").write_bytes((preprocessed / name / f"{after('-p')}.json").read_bytes())
+    split = json.loads((preprocessed / name / "splits_final.json").read_text())[int(fold)]
+    cases = [{"reference_file": f"/site/{case}.nii.gz"} for case in split["val"]]
+    (folder / "validation" / "summary.json").write_text(json.dumps({"metric_per_case": cases}))
 """
 # A scan is 10 and, in the lesion, 100 (FLAIR), 200 (T1) or 250 (T1ce). The stub finds the lesion in the first file,
 # shifted by two voxels if it is of the weak trainer, and by one more in T1. For other files than NIfTI it has answers.
@@ -130,13 +153,22 @@ def write_preprocessed(root, dataset, labeled, unlabeled, modalities=None, chann
     ]
     configuration = {"data_identifier": "nnUNetPlans_2d", "architecture": {}}
     plans = {"plans_name": "nnUNetPlans", "configurations": {"2d": configuration}}
+    splits = [{"train": [c for c in labeled if c != case] or ["Z"], "val": [case]} for case in labeled] * 2
     described = {dataset: channels, **{m.dataset_name: [channels[c] for c in m.channels] for m in of_group}}
     for of_dataset, names in described.items():
-        (root / "preprocessed" / of_dataset / "nnUNetPlans_2d").mkdir(parents=True)
+        (root / "preprocessed" / of_dataset / "nnUNetPlans_2d").mkdir(parents=True, exist_ok=True)
         (root / "preprocessed" / of_dataset / "dataset.json").write_text(json.dumps(describe(names, len(labeled))))
         (root / "preprocessed" / of_dataset / "nnUNetPlans.json").write_text(json.dumps(plans))
-        (root / "results" / of_dataset).mkdir(parents=True)
-    ModalityGroup(dataset, of_group).save()
+        (root / "preprocessed" / of_dataset / "splits_final.json").write_text(json.dumps(splits))
+        (root / "preprocessed" / of_dataset / "dataset_fingerprint.json").write_text(json.dumps({"cases": [*labeled]}))
+        (root / "results" / of_dataset).mkdir(parents=True, exist_ok=True)
+    made = {
+        m.dataset_name: {"settings": "0123456789ab", "labeled": m.labeled, "unlabeled": m.unlabeled} for m in of_group
+    }
+    group = ModalityGroup(dataset, of_group, preprocessed={"nnUNetPlans_2d": made})
+    for modality in of_group:
+        group.alone(modality).save()
+    group.save()
 
 
 def describe(channels, number, file_ending=".nii.gz"):
@@ -158,6 +190,18 @@ def plan_anew(study, channels=CHANNELS, file_ending=".nii.gz", **options):
         file.write_text(json.dumps(content | {"file_ending": file_ending}))
 
 
+def write_provenance(job):
+    """What a trainer of the package notes, for the stub, which has no time to import it."""
+    group = ModalityGroup.load(job.dataset)
+    plans = read_json(Path(os.environ["nnUNet_preprocessed"], job.dataset, f"{job.model.plans}.json"))
+    fold = int(job.fold) if job.fold.isdecimal() else job.fold
+    made_of = group.provenance(plans, job.model.configuration, fold) | {"settings": SETTINGS, "first stage": None}
+    first = Path(str(job.target).replace(PREL, SEMI), "checkpoint_final.pth")
+    if PREL in str(job.target) and first.is_file():
+        made_of["first stage"] = content_digest(first)
+    Path(os.environ["CALLS"]).with_name("provenance.json").write_text(json.dumps(made_of))
+
+
 class InProcess:
     """Stands for submitit's executor: runs a job when it is submitted, in this process."""
 
@@ -168,6 +212,8 @@ class InProcess:
         pass
 
     def submit(self, job):
+        if isinstance(job, Train):
+            write_provenance(job)
         problem = job()
         return SimpleNamespace(
             done=lambda: True,
@@ -202,6 +248,12 @@ def study(tmp_path, monkeypatch):
         (programs / name).chmod(0o755)
     monkeypatch.setattr(leaderboard, "PROGRAMS", programs)
     monkeypatch.setattr(submitit, "AutoExecutor", InProcess)
+    # without nnU-Net's search for classes, which takes seconds
+    monkeypatch.setattr(
+        leaderboard,
+        "find_settings",
+        lambda trainer: (SETTINGS if SEMI in trainer else None, SEMI if trainer == PREL else None),
+    )
     return tmp_path
 
 
@@ -382,6 +434,161 @@ def test_what_is_out_of_date_is_made_again(study, call):
         ("Dataset501_Toy_FLAIR", SEMI),
         ("Dataset502_Toy_T1", SEMI),
     ]
+
+
+def plan_with(study, labeled):
+    write_preprocessed(study, "Dataset500_Toy", labeled, ["C", "D"])
+
+
+def edit_json(file, change):
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+def swap_folds(study):
+    for file in (study / "preprocessed").glob("*/splits_final.json"):
+        edit_json(file, lambda folds: folds[::-1])
+
+
+def change_architecture(study):
+    """In the plans of every dataset."""
+    plans = {"plans_name": "nnUNetPlans", "configurations": {"2d": {"data_identifier": "nnUNetPlans_2d"}}}
+    plans["configurations"]["2d"]["architecture"] = {"n_stages": 3}
+    for file in (study / "preprocessed").glob("*/nnUNetPlans.json"):
+        file.write_text(json.dumps(plans))
+
+
+CHANGES = {
+    "labeled cases": (lambda study: plan_with(study, ["A", "B", "E"]), "cases"),
+    "a case that is now a test case": (lambda study: plan_with(study, ["B", "E"]), "cases"),
+    "folds": (swap_folds, "members of the fold"),
+    "plans": (change_architecture, "plans"),
+}
+
+
+@pytest.mark.parametrize("method", [SEMI, STOCK])
+@pytest.mark.parametrize(("change", "named"), CHANGES.values(), ids=CHANGES)
+def test_what_was_trained_otherwise_is_trained_again(study, call, capsys, method, change, named):
+    first = trained(call("--methods", method))
+    digests = {file: content_digest(file) for file in (study / "results").rglob("checkpoint_final.pth")}
+    change(study)
+    assert trained(call("--methods", method)) == first
+    assert re.search(rf"train .* \(.*checkpoint_final.pth was trained with other .*{named}", capsys.readouterr().out)
+    assert re.search(rf"- Trained again: train .*, since .*{named}", (study / "out" / "leaderboard.md").read_text())
+    kept = {content_digest(file) for file in (study / "results").rglob("replaced_fold_0_*/checkpoint_final.pth")}
+    assert kept == ({*digests.values()} if method == STOCK else set())  # the package's trainers set theirs aside
+    assert not {content_digest(file) for file in digests} & {*digests.values()}
+    assert call("--methods", method) == []
+    assert "Trained again" not in (study / "out" / "leaderboard.md").read_text()
+
+
+def test_other_hyper_parameters_are_another_training(study, call, monkeypatch, capsys):
+    call("--methods", SEMI)
+    # what a later version of the package has besides is nothing to train again for
+    monkeypatch.setitem(SETTINGS, "mse_weight", 1.0)
+    assert call("--methods", SEMI) == []
+    monkeypatch.setitem(SETTINGS, "asc_weight", 0.1)
+    assert trained(call("--methods", SEMI)) == [("Dataset500_Toy", "0", SEMI, "")]
+    assert "hyper-parameters (asc_weight 0.35, now 0.1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", [SEMI, STOCK])
+def test_an_interrupted_training_with_other_cases_is_begun_anew(study, call, method):
+    first = trained(call("--methods", method))
+    for file in (study / "results").rglob("checkpoint_final.pth"):
+        file.rename(file.with_name("checkpoint_latest.pth"))
+    plan_with(study, ["A", "B", "E"])
+    assert trained(call("--methods", method)) == first  # without --c
+
+
+def test_a_second_stage_follows_a_first_one_that_was_made_anew(study, call, capsys):
+    methods = ["--methods", f"{SEMI}+{PREL}"]
+    call(*methods)
+    for folder in (study / "results").glob(f"*/{SEMI}__*"):
+        shutil.rmtree(folder)
+    assert call(*methods) == []
+    # PREL alone and the first stage besides: the second one waits for the first, and then is out of date
+    calls = trained(call("--methods", f"Second={PREL}", SEMI))
+    assert [trainer for _, _, trainer, _ in calls] == [SEMI, PREL]
+    assert "was trained with other first stage than the present ones" in capsys.readouterr().out
+    assert call(*methods) == []
+
+
+def test_a_stock_training_by_hand_is_compared_by_what_nnunet_leaves(study, call):
+    call("--methods", STOCK)
+    records = [*(study / "results").rglob("trained_on.json")]
+    assert len(records) == 2
+    for record in records:
+        record.unlink()
+    assert call("--methods", STOCK) == []
+    markdown = (study / "out" / "leaderboard.md").read_text()
+    assert "- Not known: " in markdown
+    assert "fold_0/checkpoint_final.pth was not begun by a leaderboard" in markdown
+    preprocessed = study / "preprocessed"
+    edit_json(
+        preprocessed / "Dataset501_Toy_FLAIR" / "dataset_fingerprint.json", lambda found: found | {"cases": ["E"]}
+    )
+    edit_json(preprocessed / "Dataset502_Toy_T1" / "splits_final.json", lambda folds: folds[::-1])
+    assert [dataset for dataset, *_ in trained(call("--methods", STOCK))] == [
+        "Dataset501_Toy_FLAIR",
+        "Dataset502_Toy_T1",
+    ]
+    assert "Not known" not in (study / "out" / "leaderboard.md").read_text()
+    assert call("--methods", STOCK) == []
+
+
+def test_a_record_is_of_its_checkpoint_alone(study, call):
+    """Whoever trains again by hand leaves the record of the training before."""
+    call("--methods", STOCK)
+    plan_with(study, ["A", "B", "E"])
+    for number, name in ((501, "FLAIR"), (502, "T1")):
+        folder = fold_folder(study, f"Dataset{number}_Toy_{name}", "nnUNetTrainer")
+        (folder / "checkpoint_final.pth").write_bytes(b"another training")
+        for file in ("dataset.json", "dataset_fingerprint.json"):
+            shutil.copy(study / "preprocessed" / f"Dataset{number}_Toy_{name}" / file, folder.parent)
+    assert trained(call("--methods", STOCK, error="found a damaged file")) == []
+
+
+def test_damage_is_noticed_before_predicting_and_named(study, call):
+    call("--methods", SEMI)
+    model = fold_folder(study, "Dataset501_Toy_FLAIR") / "checkpoint_final.pth"
+    content = bytearray(model.read_bytes())
+    content[len(content) // 2] ^= 1
+    model.write_bytes(content)
+    error = (
+        r"predict FLAIR .*Dataset501.*checkpoint_final.pth: found a damaged file .*; expected a whole checkpoint. Rest"
+    )
+    assert call("--methods", SEMI, error=error) == []
+    assert set(read_csv(study)["modality"]) == {"T1"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"metric_per_case": []}'])
+def test_what_was_written_half_is_made_again(study, call, capsys, content):
+    call("--methods", SEMI)
+    summary = fold_folder(study, "Dataset502_Toy_T1") / "validation" / "summary.json"
+    summary.write_text(content)
+    for file in [*(study / "out").rglob("inputs.json"), *(study / "out").glob("metrics/**/*.json")]:
+        file.write_text(content)
+    calls = call("--methods", SEMI)
+    assert trained(calls) == [("Dataset500_Toy", "0", SEMI, "--val")]
+    assert len(predicted(calls)) == 2
+    assert f"(damaged {summary})" in capsys.readouterr().out
+    assert len(read_csv(study)) == 8
+
+
+def test_scans_that_are_cut_off_are_not_predicted(study, call):
+    scan = study / "raw" / "Dataset500_Toy" / "imagesTs" / "P1_0001.nii.gz"
+    scan.write_bytes(scan.read_bytes()[:-20])
+    error = r"predict T1 .*P1_0001.nii.gz: found an unreadable file \(a gzip stream without its end\)"
+    assert predicted(call("--methods", SEMI, error=error)) == [("Dataset501_Toy_FLAIR", SEMI)]
+    assert set(read_csv(study)["modality"]) == {"FLAIR"}
+
+
+def test_settings_are_those_of_the_class_that_nnunet_finds(monkeypatch):
+    monkeypatch.setenv("nnUNet_extTrainer", str(Path(ext_trainers.__file__).parent))
+    settings, first_stage = leaderboard.find_settings(PREL)
+    assert (settings["num_epochs"], settings["asc_share"], first_stage) == (600, 0.1, SEMI)
+    assert leaderboard.find_settings("nnUNetTrainer") == (None, None)
+    assert leaderboard.find_settings("nnUNetTrainerOfNobody") == (None, None)
 
 
 def test_a_failed_fold_leaves_its_method_out_and_no_other(study, call, monkeypatch):
@@ -802,7 +1009,7 @@ def test_the_spacing_of_a_tiff_lies_beside_it(study, call, monkeypatch):
     for folder in (study / "raw" / "Dataset500_Toy" / "labelsTs", study / "answers"):
         for file in folder.glob("*.json"):
             file.write_text(json.dumps({"spacing": [3, 1, 4.5]}))
-    assert call("--methods", SEMI, error=r"P0.tiff: found spacing \[3, 1, 2\]; expected \[3.0, 1.0, 4.5\]") == []
+    assert call("--methods", SEMI, error=r"P0.tiff: found spacing \[3.0, 1.0, 2.0\]; expected \[3.0, 1.0, 4.5\]") == []
     (study / "raw" / "Dataset500_Toy" / "imagesTs" / "P0.json").write_text(json.dumps({"spacing": [3, 1, 4.5]}))
     assert predicted(call("--methods", SEMI)) == [("Dataset501_Toy_T1", SEMI)]
     assert read_csv(study)["hd95"].tolist() == pytest.approx([9] * 4)
@@ -865,16 +1072,135 @@ class Once(Nothing):
         self.target.touch(exist_ok=False)
 
 
-def test_a_job_waits_for_the_process_that_does_the_same(tmp_path, monkeypatch):
-    job, said = Once(name=str(tmp_path / "file")), threading.Event()
-    monkeypatch.setattr("builtins.print", lambda text, **_: said.set() if text.startswith("Waiting for") else None)
-    with ThreadPoolExecutor() as threads, FileLock(tmp_path / ".file.lock"):
-        waiting = threads.submit(job)
-        assert said.wait(60)
-        assert not waiting.done()
-        job.run()
-        # only now can the other go on, and finds nothing to do
-    assert waiting.result() == ""
+WORKER = """
+import sys
+from pathlib import Path
+from nnunetv2_semicml.evaluation.jobs import Job
+
+class Slow(Job):
+    target = Path(sys.argv[1], "target")
+
+    def missing(self):
+        return "" if self.target.is_file() else "no file"
+
+    def run(self):
+        self._call(Path(sys.argv[1], "program"))
+
+print(Slow(name="slow")() or "done", flush=True)
+"""
+PROGRAM = """#!{python} -S
+import os, time
+from pathlib import Path
+
+folder = Path(__file__).parent
+if not (loader := os.fork()):
+    time.sleep(600)
+    os._exit(0)
+with open(folder / "begun", "a") as begun:
+    begun.write(f"{{loader}}\\n")
+while not (folder / "go").is_file():
+    pass
+(folder / "target").touch()
+"""
+
+
+def test_a_program_that_outlives_its_job_is_waited_for_but_not_its_workers(tmp_path, monkeypatch):
+    (tmp_path / "program").write_text(PROGRAM.format(python=sys.executable))
+    (tmp_path / "program").chmod(0o755)
+    begun = tmp_path / "begun"
+
+    def start():
+        return subprocess.Popen([sys.executable, "-c", WORKER, tmp_path], stdout=subprocess.PIPE, text=True)
+
+    with start() as killed, ThreadPoolExecutor() as threads:
+        while not begun.is_file() or not begun.read_text().endswith("\n"):
+            pass
+        killed.kill()
+        with start() as second:
+            assert second.stdout.readline() == f"Waiting for another process that makes {tmp_path / 'target'}\n"
+            assert second.poll() is None
+            (tmp_path / "go").touch()
+            # the worker of the program lives for ten minutes
+            assert threads.submit(second.stdout.read).result(timeout=60) == "done\n"
+    (loader,) = begun.read_text().splitlines()  # the program ran once
+    os.kill(int(loader), signal.SIGKILL)
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_what_was_there(study, call, monkeypatch):
+    submitted, submit = [], InProcess.submit
+    monkeypatch.setattr(InProcess, "submit", lambda self, job: submitted.append(job) or submit(self, job))
+    call("--methods", SEMI)
+    tables = {file: file.read_bytes() for file in (study / "out").glob("leaderboard.*")}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        error = r"leaderboard.csv: found that it cannot be written \(File too large\); expected enough space"
+        assert call("--methods", SEMI, error=error) == []
+        metrics = next((study / "out").glob("metrics/**/*_FLAIR.json"))
+        metrics.unlink()
+        (job,) = (job for job in submitted if getattr(job, "out", None) == metrics)
+        assert re.search(r"FLAIR.json: found that it cannot be written .*Make room, and repeat", job())
+        assert not metrics.exists()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert {file: file.read_bytes() for file in (study / "out").glob("leaderboard.*")} == tables
+    assert not [file for file in (study / "out").rglob(".*") if file.is_file()]
+
+
+def test_names_are_shown_as_they_are(study, call):
+    name = r"<script>`x`|$\frac{$ *a* _b_ [c](d) & \n"
+    theirs = study / "theirs"
+    for i, case in enumerate(TEST_CASES):
+        write_image(theirs / f"{case}.nii.gz", lesion(4 + i))
+    call("--methods", SEMI, "--external", f"{name}=FLAIR={theirs}", "--reference", name, page=True)
+    page, markdown = study / "out" / "leaderboard.html", (study / "out" / "leaderboard.md").read_text()
+    assert name in text_of(page)
+    assert "<script" not in page.read_text()
+    escaped = r"\<script\>\`x\`\|\$\\frac{\$ \*a\* \_b\_ \[c\](d) \& \\n"
+    assert f"## Differences to {escaped}\n" in markdown
+    row = next(line for line in markdown.splitlines() if line.startswith(f"| FLAIR | tumor | {escaped} | 4 |"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 12
+    assert name in set(read_csv(study)["method"])
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "\x1b[31mred", " ", "\ud800"])
+def test_names_that_cannot_be_shown_are_refused(study, call, name):
+    (study / "theirs").mkdir()
+    error = "names of methods, modalities and classes: found '.*'; expected characters that can be printed"
+    assert call("--methods", SEMI, "--external", f"{name}=FLAIR={study / 'theirs'}", error=error) == []
+
+
+def test_external_names_have_files_of_their_own(study, call):
+    names = ["Net A", "Net-A", "net_a", "Net_A"]
+    for shift, name in enumerate(names):
+        for i, case in enumerate(TEST_CASES):
+            write_image(study / name / f"{case}.nii.gz", np.roll(lesion(4 + i), shift, 2))
+    call("--methods", SEMI, "--external", *(f"{name}=FLAIR={study / name}" for name in names))
+    files = [file.name.lower() for file in (study / "out" / "metrics" / "external").glob("*.json")]
+    assert len({*files}) == 4
+    dice = read_csv(study).groupby("method")["dice"].mean()
+    # nine voxels wide: a shift of s leaves 1 - s / 9
+    assert dice[names].tolist() == pytest.approx([1, 8 / 9, 7 / 9, 6 / 9], abs=1e-5)
+
+
+def test_names_that_pandas_takes_for_missing_are_names(tmp_path):
+    cases, file = ["NA", "null", "nan", "", "None", "1"], tmp_path / "leaderboard.csv"
+    number = {"seed": "", **dict.fromkeys(leaderboard.METRICS, ""), "n_ref": 0, "n_pred": 0, "diagonal": 1.5}
+    rows = [
+        {"dataset": "D", "method": "nan", "modality": "N/A", "case": c, "class": "null", "labeled": 1, "unlabeled": ""}
+        | number
+        for c in cases
+    ]
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, leaderboard.COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    table = leaderboard.read_table(file, {"N/A": leaderboard.Scans(["N/A"], [0], cases)})
+    assert table["case"].tolist() == cases
+    assert (table["method"] == "nan").all()
+    assert (table["class"] == "null").all()
+    assert table[["seed", "unlabeled", *leaderboard.METRICS]].isna().all(axis=None)
+    assert table["labeled"].tolist() == [1] * 6
 
 
 def test_jobs_run_side_by_side_and_after_those_that_they_need():

@@ -10,20 +10,23 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import submitit
-from filelock import FileLock, Timeout
 
 from nnunetv2_semicml.data import result_folders
-from nnunetv2_semicml.data.files import Json, link_file, read_json
+from nnunetv2_semicml.data.checkpoint_file import find_damage
+from nnunetv2_semicml.data.files import Json, explains_failed_writes, link_file, read_json, written_whole
+from nnunetv2_semicml.data.locks import LOCK_FILE, hold_lock, release_lock
 from nnunetv2_semicml.errors import UserError
 
 INPUTS_FILE = "inputs.json"
@@ -35,7 +38,7 @@ class Job:
 
     Attributes:
         name: what it does, unique within a leaderboard.
-        needs: names of the jobs before it.
+        needs: names of the jobs before it, of which only those count that are run with it.
         gpus: value of CUDA_VISIBLE_DEVICES; None: as the executor sets it.
     """
 
@@ -58,24 +61,49 @@ class Job:
 
     def __call__(self) -> str:
         """Run if something is missing, and return what went wrong, if anything, in words."""
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.target.with_name(f".{self.target.name}.lock"))
         try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            # e.g. a job of an earlier call that goes on in the cluster; when it ends, nothing is left to do here
-            print(f"Waiting for another process that makes {self.target}", flush=True)
-            lock.acquire()
-        with lock:
-            if not self.missing():
-                return ""
-            try:
+            with (
+                explains_failed_writes(self.target.parent, "Make room, and repeat the command: it goes on from here."),
+                self._alone(),
+            ):
+                if not self.missing():
+                    return ""
                 self.run()
-            except UserError as error:
-                return str(error)
-            except subprocess.CalledProcessError as error:
-                return f"{_last_words(error.output)} (exit status {error.returncode} of {shlex.join(error.cmd)})"
-            return self.missing()
+                return self.missing()
+        except UserError as error:
+            return str(error)
+        except subprocess.CalledProcessError as error:
+            return f"{_last_words(error.output)} (exit status {error.returncode} of {shlex.join(error.cmd)})"
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait for other processes that make the target, e.g. a job of an earlier call that goes on in the cluster."""
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        with self._waited_for(self._locks):
+            # the program of a process that was killed may live on
+            with self._waited_for(self._locks / "program"):
+                pass
+            try:
+                yield
+            finally:
+                shutil.rmtree(self._locks / "program", ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _waited_for(self, folder: Path) -> Iterator[None]:
+        try:
+            hold_lock(folder, "making it")
+        except UserError:
+            print(f"Waiting for another process that makes {self.target}", flush=True)
+            hold_lock(folder, "making it", wait=True)
+        try:
+            yield
+        finally:
+            release_lock(folder)
+
+    @property
+    def _locks(self) -> Path:
+        """The folder of the lock of the process that makes the target and, in a folder below, that of its program."""
+        return self.target.with_name(f".{self.target.name}.job")
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Let submitit submit the job again when SLURM's time limit or another user interrupts it."""
@@ -88,7 +116,8 @@ class Job:
         print("$", shlex.join(command), flush=True)
         with tempfile.TemporaryDirectory() as folder:
             show = partial(print, end="", flush=True)
-            run_program(command, os.environ | environment, Path(folder, "output.txt"), show)
+            lock = self._locks / "program" / LOCK_FILE
+            run_program(command, os.environ | environment, Path(folder, "output.txt"), show, lock)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +163,8 @@ class Train(Job):
         fold: 0, 1, … or all.
         validated: the datasets that have a validated network afterwards.
         options: more options of nnUNetv2_train.
+        settings: hyper-parameters that the trainer has now, if it is one of this package.
+        first: the training whose networks it goes on from, if it is a second stage.
     """
 
     model: Model
@@ -141,31 +172,113 @@ class Train(Job):
     fold: str
     validated: tuple[str, ...]
     options: tuple[str, ...]
+    settings: Json | None = None
+    first: "Train | None" = None
 
     @property
     def target(self) -> Path:
         """The fold's folder."""
         return self.model.fold_folder(self.dataset, self.fold)
 
+    @property
+    def _final(self) -> Path:
+        return result_folders.state_folder(self.target) / "checkpoint_final.pth"
+
+    @property
+    def _models(self) -> list[Path]:
+        return [self.model.fold_folder(dataset, self.fold) / "checkpoint_final.pth" for dataset in self.validated]
+
     def missing(self) -> str:
-        """A final checkpoint or a validation."""
-        files = [self.target / "checkpoint_final.pth"]
-        for dataset in self.validated:
-            folder = self.model.fold_folder(dataset, self.fold)
-            files += [folder / "checkpoint_final.pth", folder / "validation" / "summary.json"]
-        return next((f"no {file}" for file in files if not file.is_file()), "")
+        """A final checkpoint or a validation, or that these are of another training than would be made now."""
+        from nnunetv2_semicml.evaluation.trained_on import validated_files
+
+        if absent := [file for file in (self._final, *self._models) if not file.is_file()]:
+            return f"no {absent[0]}"
+        try:
+            if outdated := self.outdated():
+                return outdated
+        except UserError as error:
+            return str(error)
+        for summary in (model.parent / "validation" / "summary.json" for model in self._models):
+            if not validated_files(summary):
+                return f"{'damaged' if summary.is_file() else 'no'} {summary}"
+        return ""
+
+    def outdated(self) -> str:
+        """In what the training, finished or not, is another one than would be made now, in words; empty if in nothing.
+
+        Raises:
+            UserError: what would be trained on now is damaged.
+        """
+        from nnunetv2_semicml.evaluation import trained_on
+
+        if not (checkpoint := _to_go_on_from(self.target)):
+            return ""
+        expected = self._made_of()
+        made_of = {checkpoint: self._was_made_of(checkpoint)}
+        for model in self._models:
+            made_of.setdefault(model, (model.is_file() and trained_on.read_provenance_once(model)) or {})
+        for file, of_file in made_of.items():
+            if other := trained_on.difference(of_file, expected):
+                return f"{file} was {other}"
+        if self.first is not None and (outdated := self.first.outdated()):
+            return f"of the first stage, {outdated}"
+        return ""
+
+    def unknown(self) -> str:
+        """What is not known of what the training was made of, in words; empty if all is known or nothing is there."""
+        from nnunetv2_semicml.evaluation import trained_on
+
+        checkpoint = _to_go_on_from(self.target)
+        if checkpoint is None:
+            return ""
+        words = trained_on.unknown(self._was_made_of(checkpoint), self._made_of())
+        return words and f"{checkpoint} {words}"
+
+    def _was_made_of(self, checkpoint: Path) -> Json:
+        """What the training was made of, as far as that is known."""
+        from nnunetv2_semicml.evaluation import trained_on
+
+        if (provenance := trained_on.read_provenance_once(checkpoint)) is not None:
+            return provenance
+        if self.settings is not None:  # a damaged one of this package
+            return {}
+        return trained_on.noted(self.target, checkpoint, self.model.configuration)
+
+    def _made_of(self) -> Json:
+        """What the training would be made of now."""
+        from nnunetv2_semicml.evaluation.trained_on import current, digest_once
+
+        made_of = current(self.dataset, self.model.plans, self.model.configuration, self.fold)
+        first = self.first and digest_once(self.first._final)
+        return {**made_of, "settings": self.settings, "first stage": first}
 
     def run(self) -> None:
         """Train and validate, or what is left of it."""
-        checkpoints = result_folders.state_folder(self.target)
-        if (checkpoints / "checkpoint_final.pth").is_file():
-            how = ["--val"]
+        from nnunetv2_semicml.evaluation.trained_on import begin_record, finish_record, read_provenance_once
+
+        checkpoint = _to_go_on_from(self.target)
+        of_package = self.settings is not None or bool(checkpoint and read_provenance_once(checkpoint))
+        if checkpoint and (outdated := self.outdated()):
+            print(f"Trained again: {outdated}", flush=True)
+            how = []
+            if not of_package:  # those of the package set an earlier training aside themselves
+                aside = self.target.with_name(f"replaced_{self.target.name}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
+                self.target.rename(aside)
+                print(f"The earlier training is now in {aside}", flush=True)
+        elif checkpoint and checkpoint.name == "checkpoint_final.pth":
+            # the end of a training, which --c repeats, writes the models
+            how = ["--val"] if all(model.is_file() for model in self._models) else ["--c"]
         else:
-            how = ["--c"] if any(checkpoints.glob("checkpoint_*.pth")) else []
+            how = ["--c"] if checkpoint else []
+        if not how and not of_package:
+            begin_record(self.target, self._made_of())
         model = self.model
         arguments = [self.dataset, model.configuration, self.fold, "-tr", model.trainer, "-p", model.plans]
         arguments += ["-device", model.device, *how, *self.options]
         self._call(model.programs / "nnUNetv2_train", *arguments, **model.environment())
+        if not of_package:
+            finish_record(self.target, self._final)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,15 +320,26 @@ class Predict(Job):
 
     def missing(self) -> str:
         """Predictions of the current checkpoints and scans."""
-        if try_read_json(self.out / INPUTS_FILE) != self._inputs():
-            return f"no predictions of the current model in {self.out}"
+        file = self.out / INPUTS_FILE
+        if (content := try_read_json(file)) != self._inputs():
+            damaged = file.is_file() and content is None
+            return f"damaged {file}" if damaged else f"no predictions of the current model in {self.out}"
         return absent(self.out, self.scans, self.file_ending)
 
     def run(self) -> None:
         """Predict into a folder beside the target that then takes its place."""
+        from nnunetv2_semicml.evaluation.reading import require_whole
+
         inputs = self._inputs()
-        temporary = self.out.with_name(f".{self.out.name}.partial")
-        shutil.rmtree(temporary, ignore_errors=True)  # of an interrupted run
+        for fold in self.folds:
+            self._require_whole_checkpoint(self.model.fold_folder(self.dataset, fold) / "checkpoint_final.pth")
+        for scan in (file for files in self.scans.values() for file in files.values()):
+            require_whole(scan)
+        beside, suffix = f".{self.out.name}.", ".partial"
+        for left in self.out.parent.iterdir():
+            if left.name.startswith(beside) and left.name.endswith(suffix):  # by a run that was killed
+                shutil.rmtree(left)
+        temporary = Path(tempfile.mkdtemp(suffix, beside, self.out.parent))
         scans, predictions = temporary / "scans", temporary / "predictions"
         scans.mkdir(parents=True)
         for files in self.scans.values():
@@ -223,10 +347,16 @@ class Predict(Job):
                 link_file(file, scans / name)
         arguments: list[str | Path] = ["-i", scans, "-o", predictions, *self._arguments(), "-device", self.model.device]
         self._call(self.model.programs / "nnUNetv2_predict", *arguments, **self.model.environment())
-        (predictions / INPUTS_FILE).write_text(json.dumps(inputs))
+        (predictions / INPUTS_FILE).write_text(json.dumps(inputs), encoding="utf-8")
         shutil.rmtree(self.out, ignore_errors=True)
         predictions.rename(self.out)
         shutil.rmtree(temporary)
+
+    def _require_whole_checkpoint(self, file: Path) -> None:
+        if damage := find_damage(file):
+            raise UserError(
+                file, damage, "a whole checkpoint", "Restore it from a backup, or delete it: then it is made again."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +397,7 @@ class Evaluate(Job):
         if lacking := absent(self.predictions, self.references, self.dataset_json["file_ending"]):
             return lacking
         content = try_read_json(self.out)
-        return "" if content and content["inputs"] == self._inputs() else f"{self.predictions} is not evaluated"
+        return "" if content and content.get("inputs") == self._inputs() else f"{self.predictions} is not evaluated"
 
     def run(self) -> None:
         """Evaluate all cases."""
@@ -285,9 +415,8 @@ class Evaluate(Job):
             print("Evaluating", case, flush=True)
             prediction = self.predictions / f"{case}{self.dataset_json['file_ending']}"
             cases[case] = evaluate_files(Path(reference), prediction, reader, self.dataset_json["labels"])
-        temporary = self.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"inputs": inputs, "cases": cases}))
-        temporary.replace(self.out)
+        with written_whole(self.out) as unfinished:
+            unfinished.write_text(json.dumps({"inputs": inputs, "cases": cases}), encoding="utf-8")
 
     def results(self) -> dict[str, dict[str, dict[str, float]]]:
         """Case -> class -> metrics, once done."""
@@ -310,23 +439,25 @@ def run_jobs(
         The names of the jobs that failed, or were not run since one that they need failed -> what went wrong.
     """
     failures: dict[str, str] = {}
+    names = {job.name for job in jobs}
     waiting = list(jobs)
     finished: set[str] = set()
     running: dict[int, tuple[Job, submitit.Job]] = {}
     try:
         while waiting or running:
             for job in list(waiting):
-                if failed := next((need for need in job.needs if need in failures), None):
-                    failures[job.name] = f'not run, since "{failed}" failed'
-                elif len(running) == at_once or not finished.issuperset(job.needs):
+                needs = names.intersection(job.needs)
+                if len(running) == at_once or not needs <= finished | failures.keys():
                     continue
-                elif not job.missing():
+                if not (missing := job.missing()):
                     finished.add(job.name)
+                elif failed := sorted(needs & failures.keys()):
+                    failures[job.name] = f'not run, since "{failed[0]}" failed'
                 else:
                     slot = next(i for i in range(at_once) if i not in running)
                     handle = executor.submit(job if gpus is None else replace(job, gpus=_share(gpus, slot, at_once)))
                     running[slot] = job, handle
-                    print(f"{time.strftime('%H:%M:%S')} {job.name}: {handle.paths.stdout}", flush=True)
+                    print(f"{time.strftime('%H:%M:%S')} {job.name} ({missing}): {handle.paths.stdout}", flush=True)
                 waiting.remove(job)
             for slot, (job, handle) in list(running.items()):
                 if handle.done():
@@ -347,7 +478,13 @@ def run_jobs(
     return failures
 
 
-def run_program(command: Sequence[str], environment: Mapping[str, str], log: Path, show: Callable[[str], None]) -> str:
+def run_program(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    show: Callable[[str], None],
+    lock: Path | None = None,
+) -> str:
     """Run a program to its end, and end it if this is interrupted.
 
     Args:
@@ -356,6 +493,7 @@ def run_program(command: Sequence[str], environment: Mapping[str, str], log: Pat
         log: the file for what it prints and writes to its standard error. No pipe: the workers of a program that was
             killed would keep it open, and whoever reads it waiting.
         show: gets this text as it comes, in parts, which may be empty.
+        lock: a file that the program locks for as long as it lives, even if this process does not; not on Windows.
 
     Returns:
         All of this text.
@@ -363,8 +501,8 @@ def run_program(command: Sequence[str], environment: Mapping[str, str], log: Pat
     Raises:
         subprocess.CalledProcessError: its exit status is not 0; `output` is what would be returned.
     """
-    with log.open("wb") as output, log.open(errors="replace") as text:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    with log.open("wb") as output, log.open(errors="replace") as text, _locking(lock) as options:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, **options)
         try:
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -379,6 +517,25 @@ def run_program(command: Sequence[str], environment: Mapping[str, str], log: Pat
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, whole)
     return whole
+
+
+@contextlib.contextmanager
+def _locking(lock: Path | None) -> Iterator[dict[str, Any]]:
+    """Options of Popen with which the program, and none of the processes that it makes, has a lock."""
+    if lock is None or sys.platform == "win32":
+        yield {}
+        return
+    import fcntl
+
+    def take_lock() -> None:
+        # a file system without locks
+        with contextlib.suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as file:
+        # between fork and exec, after which the process is the same one
+        yield {"pass_fds": [file.fileno()], "preexec_fn": take_lock}
 
 
 def stamp(file: str | Path) -> list[str | int]:
@@ -399,12 +556,20 @@ def absent(folder: Path, cases: Collection[str], file_ending: str) -> str:
     return f"no prediction of {len(lacking)} of {len(cases)} cases in {folder}: {some}"
 
 
-def try_read_json(file: Path) -> Any | None:
-    """Content of a file that an earlier call may have written; None if it has not, or not to the end."""
+def try_read_json(file: Path) -> Json | None:
+    """The object in a file that an earlier call may have written; None if it has not, or not to the end."""
     try:
-        return read_json(file)
+        content = read_json(file)
     except (OSError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
+
+
+def _to_go_on_from(fold_folder: Path) -> Path | None:
+    """The checkpoint that nnU-Net predicts with or goes on from, if there is any."""
+    state = result_folders.state_folder(fold_folder)
+    files = [state / f"checkpoint_{name}.pth" for name in ("final", "latest", "best")]
+    return next((file for file in files if file.is_file()), None)
 
 
 def _last_words(output: str) -> str:

@@ -5,7 +5,10 @@ leaderboard.csv, .md and .html. May import nnU-Net, `errors`, `data`, `planning`
 """
 
 import argparse
+import contextlib
 import datetime
+import hashlib
+import io
 import os
 import platform
 import re
@@ -13,15 +16,18 @@ import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import submitit
 import torch
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semicml.data.environment import environment_folder
+from nnunetv2_semicml.data.files import Json, explains_failed_writes, written_whole
 from nnunetv2_semicml.data.modality_group import (
     MODALITIES_FILE,
     ModalityGroup,
@@ -293,20 +299,47 @@ def plan_method(
 def _plan_stages(method: Method, model: Model, dataset: str, fold: str, args: argparse.Namespace) -> list[Train]:
     """The trainings of a method on one dataset and fold, each of which needs the one before it, if it is not done."""
     jobs: list[Train] = []
+    first: Train | None = None
     for trainer in method.stages:
-        of_seed = "" if model.seed is None else f", seed {model.seed}"
-        job = Train(
-            name=f"train {trainer} on {dataset}, fold {fold}{of_seed}",
-            model=replace(model, trainer=trainer),
-            dataset=dataset,
-            fold=fold,
-            validated=method.trained[dataset],
-            options=tuple(shlex.split(args.train_options)),
-        )
+        settings, first_stage = find_settings(trainer)
+        if first_stage and (first is None or first.model.trainer != first_stage):
+            first = _plan_training(method, replace(model, trainer=first_stage), dataset, fold, args)
+        job = _plan_training(method, replace(model, trainer=trainer), dataset, fold, args)
+        job = replace(job, settings=settings, first=first, needs=(first.name,) if first else ())
         # what a finished training went on from is needed no more
-        before = jobs if job.missing() else []
-        jobs = [*before, replace(job, needs=tuple(earlier.name for earlier in before[-1:]))]
+        jobs = [*(jobs if job.missing() else []), job]
+        first = job
     return jobs
+
+
+def _plan_training(method: Method, model: Model, dataset: str, fold: str, args: argparse.Namespace) -> Train:
+    of_seed = "" if model.seed is None else f", seed {model.seed}"
+    return Train(
+        name=f"train {model.trainer} on {dataset}, fold {fold}{of_seed}",
+        model=model,
+        dataset=dataset,
+        fold=fold,
+        validated=method.trained[dataset],
+        options=tuple(shlex.split(args.train_options)),
+        settings=find_settings(model.trainer)[0],
+    )
+
+
+@lru_cache
+def find_settings(trainer: str) -> tuple[Json | None, str | None]:
+    """Hyper-parameters of a trainer of this package and the name of its first stage; None for others.
+
+    nnU-Net looks for it as `nnUNetv2_train` does. A trainer that is not found here cannot be compared with what was
+    trained before, and says itself what it lacks when it is to train.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = recursive_find_trainer_class_by_name(trainer)
+    except Exception:  # the folders of nnUNet_extTrainer hold whatever users wrote
+        return None, None
+    if not hasattr(found, "settings"):
+        return None, None
+    return found.settings(), getattr(getattr(found, "first_stage", None), "__name__", None)
 
 
 def plan_external(
@@ -329,7 +362,9 @@ def plan_external(
         )
     if not Path(folder).is_dir():
         raise UserError(folder, "no such folder", f"predictions of {name}", "Correct --external.")
-    file_name = re.sub(r"\W", "_", f"{name}_{modality}")
+    # the digest tells names apart that file systems, or the replaced characters, do not
+    digest = hashlib.sha256(repr((name, modality)).encode()).hexdigest()[:12]
+    file_name = f"{re.sub(r'[^a-zA-Z0-9]', '_', f'{name}_{modality}')[:80]}_{digest}"
     evaluate = Evaluate(
         name=f"evaluate {modality} of {name}",
         predictions=Path(folder).absolute(),
@@ -378,7 +413,10 @@ def read_table(file: Path, scans: Mapping[str, Scans]) -> pd.DataFrame:
     """
     try:
         names = dict.fromkeys(("dataset", "method", "modality", "case", "class"), str)
-        table = pd.read_csv(file, dtype=names | dict.fromkeys(("seed", "labeled", "unlabeled"), "Int64"))
+        numbers = dict.fromkeys(("seed", "labeled", "unlabeled"), "Int64")
+        # nothing but an empty number is missing: cases and modalities may be called NA or null
+        missing = {column: [""] for column in COLUMNS if column not in names}
+        table = pd.read_csv(file, dtype=names | numbers, keep_default_na=False, na_values=missing)
     except (OSError, ValueError) as error:
         raise UserError(file, f"an unreadable file ({error})", "a leaderboard.csv", "Correct --compare.") from error
     if list(table.columns) != COLUMNS:
@@ -542,6 +580,17 @@ def _require_own_networks(methods: Sequence[Method]) -> None:
                         )
 
 
+def _require_shown(names: Sequence[str]) -> None:
+    """Refuse names of methods, modalities or classes that no table can show."""
+    if hidden := [name for name in names if not name.isprintable() or not name.strip()]:
+        raise UserError(
+            "the names of methods, modalities and classes",
+            some_of(map(repr, hidden)),
+            "characters that can be printed, in one line",
+            "Correct --methods, --external or the dataset.json.",
+        )
+
+
 def _references(raw: RawDataset) -> dict[str, str]:
     references = {case: raw.folder / "labelsTs" / f"{case}{raw.file_ending}" for case in raw.test}
     if not references:
@@ -637,6 +686,7 @@ def leaderboard(args: argparse.Namespace, command: str) -> Path:
     rows = [(entry.method, entry.modality) for entry in entries]
     if twice := [f"{method} on {modality}" for method, modality in rows if rows.count((method, modality)) > 1]:
         raise UserError("--methods, --external", f"{twice[0]} twice", "different names", f"Write {NOTATION}.")
+    _require_shown([*(name for row in rows for name in row), *raw.dataset_json["labels"]])
     reference_method = args.reference or entries[0].method
     if reference_method not in {method for method, _ in rows}:
         names = ", ".join(dict.fromkeys(method for method, _ in rows))
@@ -648,32 +698,41 @@ def leaderboard(args: argparse.Namespace, command: str) -> Path:
     jobs: dict[str, Job] = {}
     for job in (job for entry in entries for chain in entry.chains.values() for job in chain.jobs):
         jobs.setdefault(job.name, job)
-    for job in jobs.values():
-        if isinstance(job, Train) and job.missing():
+    trainings = [job for job in jobs.values() if isinstance(job, Train)]
+    again = {}
+    for job in trainings:
+        if job.missing():
             _require_preprocessed(job)
-    logs = out / "logs" / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    failures = _run(list(jobs.values()), args, logs)
+            again[job.name] = job.outdated()
+    remedy = "Make room, and repeat the command: it goes on from here."
+    with explains_failed_writes(out, remedy):
+        logs = out / "logs" / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        failures = _run(list(jobs.values()), args, logs)
 
     cases, incomplete = collect(entries, failures, raw.name)
+    notes = {
+        "Trained again": [f"{name}, since {why}" for name, why in again.items() if why],
+        "Not known": [why for job in trainings if not job.missing() and (why := job.unknown())],
+    }
     report = Report(
         title=f"Leaderboard of {raw.name}",
         command=command,
-        facts=_facts(raw, group, scans, args),
+        facts=_facts(raw, group, scans, args)
+        | {name: "; ".join(of_name) for name, of_name in notes.items() if of_name},
         reference_method=reference_method,
         cases=cases,
         incomplete=incomplete,
         others=others,
         files=_files(entries, incomplete, raw, scans, references),
     )
-    out.mkdir(parents=True, exist_ok=True)
-    for name, write in (
-        ("csv", lambda file: cases.to_csv(file, index=False, float_format="%.6g")),
-        ("md", lambda file: write_markdown(file, report)),
-        ("html", lambda file: write_page(file, report)),
-    ):
-        temporary = out / f".leaderboard.{name}"
-        write(temporary)
-        temporary.replace(out / f"leaderboard.{name}")
+    with explains_failed_writes(out, remedy):
+        out.mkdir(parents=True, exist_ok=True)
+        with written_whole(out / "leaderboard.csv") as file:
+            cases.to_csv(file, index=False, float_format="%.6g")
+        with written_whole(out / "leaderboard.md") as file:
+            write_markdown(file, report)
+        with written_whole(out / "leaderboard.html") as file:
+            write_page(file, report)
     if incomplete:
         lacking, problem = next(iter(incomplete[0].missing.items()))
         raise UserError(
