@@ -1094,7 +1094,7 @@ from pathlib import Path
 
 folder = Path(__file__).parent
 if not (loader := os.fork()):
-    time.sleep(600)
+    time.sleep(120)
     os._exit(0)
 with open(folder / "begun", "a") as begun:
     begun.write(f"{{loader}}\\n")
@@ -1117,10 +1117,11 @@ def test_a_program_that_outlives_its_job_is_waited_for_but_not_its_workers(tmp_p
             pass
         killed.kill()
         with start() as second:
-            assert second.stdout.readline() == f"Waiting for another process that makes {tmp_path / 'target'}\n"
-            assert second.poll() is None
+            said, running = second.stdout.readline(), second.poll() is None
             (tmp_path / "go").touch()
-            # the worker of the program lives for ten minutes
+            assert said == f"Waiting for another process that makes {tmp_path / 'target'}\n"
+            assert running
+            # the worker of the program lives for two minutes
             assert threads.submit(second.stdout.read).result(timeout=60) == "done\n"
     (loader,) = begun.read_text().splitlines()  # the program ran once
     os.kill(int(loader), signal.SIGKILL)
