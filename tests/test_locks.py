@@ -5,36 +5,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from select import select
 
 import pytest
+from toy import held_elsewhere, lock_elsewhere
 
 from nnunetv2_semicml.data import locks
 from nnunetv2_semicml.data.locks import LOCK_FILE, hold_lock, locked, release_lock
 from nnunetv2_semicml.errors import UserError
-
-HOLD = """
-import os, sys, time
-from pathlib import Path
-from nnunetv2_semicml.data.locks import hold_lock
-hold_lock(Path(sys.argv[1]), "holding", shared=sys.argv[2] == "shared")
-child = os.fork() if "fork" in sys.argv else 1
-if child:
-    print(child, flush=True)
-time.sleep(60)
-"""
-
-
-@contextmanager
-def held_elsewhere(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen, int]]:
-    """Another process that has the lock of a folder, and the child that it has forked."""
-    command = [sys.executable, "-c", HOLD, str(folder), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process, int(process.stdout.readline())
-        finally:
-            process.kill()
 
 
 @pytest.fixture(autouse=True)
@@ -78,17 +57,12 @@ def test_a_killed_holder_has_no_lock_although_its_child_lives(tmp_path: Path):
 
 
 def test_waiting_ends_with_the_holder(tmp_path: Path):
-    code = (
-        "import sys; from pathlib import Path; from nnunetv2_semicml.data.locks import hold_lock\n"
-        "print('ready', flush=True); hold_lock(Path(sys.argv[1]), 'waiting', wait=True); print('has it')"
-    )
-    with held_elsewhere(tmp_path, "exclusive") as (process, _):
-        waiting = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        assert waiting.stdout.readline() == "ready\n"
+    with held_elsewhere(tmp_path, "exclusive") as (holder, _), lock_elsewhere(tmp_path, "exclusive", "wait") as waiting:
         with pytest.raises(subprocess.TimeoutExpired):
-            waiting.wait(0.5)
-        process.kill()
-        assert waiting.communicate(timeout=10)[0] == "has it\n"
+            waiting.wait(1)
+        assert not select([waiting.stdout], [], [], 0)[0]
+        holder.kill()
+        assert select([waiting.stdout], [], [], 10)[0]
 
 
 def test_a_process_has_a_lock_until_it_has_released_it_as_often(tmp_path: Path):
@@ -122,19 +96,13 @@ def test_who_waited_for_a_folder_that_is_gone_makes_it_again(tmp_path: Path):
     """Else two processes had a lock, one of them on a file that nobody else can find."""
     folder = tmp_path / "folder"
     hold_lock(folder, "first")
-    code = HOLD.replace('shared=sys.argv[2] == "shared"', "wait=True")
-    command = [sys.executable, "-c", f"print(0, flush=True)\n{code}", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            process.stdout.readline()
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(1)  # it waits for the file that is removed now
-            release_lock(folder)
-            process.stdout.readline()
-            with pytest.raises(UserError, match="another process"):
-                hold_lock(folder, "third")
-        finally:
-            process.kill()
+    with lock_elsewhere(folder, "exclusive", "wait") as waiting:
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(1)  # for the file that is removed now
+        release_lock(folder)
+        waiting.stdout.readline()
+        with pytest.raises(UserError, match="another process"):
+            hold_lock(folder, "third")
 
 
 def test_there_is_no_lock_where_none_can_be_made(tmp_path: Path):

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from toy import (
     Planned,
     contents,
     copy_planned,
+    held_elsewhere,
+    lock_elsewhere,
     plan,
     preprocessed,
     refusal,
@@ -774,3 +778,131 @@ def test_several_datasets_by_ids_and_names(raw, monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "Error: option --modality_ids: found it beside 2 datasets; expected one dataset. Plan each by itself.\n"
     )
+
+
+# beside other processes
+
+
+@pytest.mark.parametrize("name", [GROUP, TOY_T1, TOY_T2])
+def test_nothing_is_planned_during_a_training(toy, name):
+    before = contents(preprocessed(""))
+    with held_elsewhere(preprocessed(name), "shared") as (process, _):
+        for options in ({"keep_plans": True}, {"configurations": ["2d"]}, {"modalities": ["T2", "T1"]}):
+            assert refusal(plan, 500, **options).startswith(
+                f"{preprocessed(name)}: found another process at work there (holding, process {process.pid} on "
+            )
+    assert contents(preprocessed("")) == before
+    keep()
+
+
+def test_all_datasets_are_locked_while_they_are_written(raw, monkeypatch):
+    write_toy(raw)
+    refused = []
+
+    def preprocess_configuration(*_):
+        for name in (GROUP, TOY_T1, TOY_T2):
+            with lock_elsewhere(preprocessed(name), "shared") as process:
+                refused.append(process.wait(60))
+
+    monkeypatch.setattr(planning, "preprocess_configuration", preprocess_configuration)
+    plan(500, ["2d"])
+    assert refused == [1, 1, 1]
+    for name in (GROUP, TOY_T1, TOY_T2):
+        with held_elsewhere(preprocessed(name), "exclusive"):
+            pass
+
+
+def test_two_plannings_do_not_take_one_id(raw, monkeypatch):
+    """The other one, of Dataset400, begins between the choice of an id and its first file."""
+    write_toy(raw, shape=(9, 10, 8))
+    choose = planning.choose_modalities
+
+    def choose_and_be_late(*args):
+        chosen = choose(*args)
+        preprocessed("Dataset501_Other_T1").mkdir(exist_ok=True)
+        return chosen
+
+    monkeypatch.setattr(planning, "choose_modalities", choose_and_be_late)
+    assert "Dataset501_Toy_T1, Dataset502_Toy_T2: found that another planning has just taken their ids" in refusal(
+        plan, 500, ["2d"]
+    )
+    assert [f.name for f in preprocessed("").iterdir()] == ["Dataset501_Other_T1"]
+
+
+def test_ids_of_a_planning_that_was_killed_are_used_again(raw):
+    write_toy(raw)
+    for name in (GROUP, TOY_T1, TOY_T2):
+        preprocessed(name).mkdir()
+        (preprocessed(name) / ".lock").touch()
+    assert [m.dataset_name for m in plan(500, ["2d"], preprocess=False).modalities] == [TOY_T1, TOY_T2]
+
+
+def test_fingerprints_are_extracted_again_if_they_may_be_of_other_cases(toy, capsys):
+    def extracted():
+        before = {name: (preprocessed(name) / "dataset_fingerprint.json").stat().st_mtime_ns for name in names}
+        plan(500, ["2d"], preprocess=False)
+        return [n for n in names if (preprocessed(n) / "dataset_fingerprint.json").stat().st_mtime_ns != before[n]]
+
+    names = (GROUP, TOY_T1, TOY_T2)
+    assert extracted() == []
+    (preprocessed(TOY_T1) / "dataset_fingerprint.json").write_text("{")
+    assert extracted() == [TOY_T1]
+    (preprocessed(TOY_T2) / "dataset_fingerprint.json").touch()  # as by a run that was killed before it was planned
+    assert extracted() == [TOY_T2]
+    assert extracted() == []
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/evil", ".evil", "a/b", "a\0"])
+def test_plans_are_called_by_sound_names(toy, name):
+    before = contents(preprocessed("").parent)
+    sentence = f"found the names {name!r}; expected names for files: up to 200 bytes that can be printed, no / or "
+    assert f"option -overwrite_plans_name: {sentence}" in refusal(plan, 500, overwrite_plans_name=name)
+    plans = read(preprocessed(GROUP) / "nnUNetPlans.json")
+    plans["configurations"]["2d"]["data_identifier"] = name
+    (preprocessed(GROUP) / "nnUNetPlans.json").write_text(json.dumps(plans))
+    before = contents(preprocessed("").parent)
+    assert f"nnUNetPlans.json: {sentence}" in refusal(plan, 500, keep_plans=True)
+    assert contents(preprocessed("").parent) == before
+
+
+def test_links_are_replaced_and_what_they_lead_to_stays(toy, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "folder").mkdir(parents=True)
+    links = ("gt_segmentations/P00.nii.gz", "nnUNetPlans_2d/P00.b2nd", "nnUNetPlans_2d/folder", "dataset.json")
+    for link in links:
+        path = preprocessed(TOY_T1) / link
+        path.unlink(missing_ok=True)
+        target = elsewhere / path.name
+        if path.name != "folder":
+            target.write_text("precious")
+        path.symlink_to(target)
+    before = contents(elsewhere)
+    plan(500, ["2d"])
+    require_ready()
+    assert contents(elsewhere) == before
+    assert not any(path.is_symlink() for path in preprocessed(TOY_T1).rglob("*"))
+
+
+def test_a_full_disk_is_one_sentence_and_the_command_can_be_repeated(raw):
+    """A limit on the size of files stands for it: below that of preprocessed images, in processes of their own."""
+    write_toy(raw)
+    size = 30_000
+    code = (
+        f"import resource, sys, pytest; sys.path.append({str(Path(__file__).parent)!r}); import toy\n"
+        "from nnunetv2_semicml.planning.plan_and_preprocess import main\n"
+        "toy.draw_few_intensities(pytest.MonkeyPatch())\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); main()"
+    )
+    options = ["-d", "500", "-c", "2d", "-np", "1", "-npfp", "1"]
+    done = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"Error: {preprocessed(TOY_T1)}/nnUNetPlans_2d")
+    assert last.endswith(
+        ".b2nd: found that it cannot be written (blosc2 does not say why; probably the disk is full); expected enough "
+        "space and the right to write there. Make room, and repeat the command."
+    )
+    assert "modalities.json: found no such file" in refusal(require_ready)
+    plan(500, ["2d"])
+    require_ready()

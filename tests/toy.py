@@ -3,8 +3,11 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +18,7 @@ import pytest
 from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
 
 from nnunetv2_semicml.data import image_check
+from nnunetv2_semicml.data.locks import LOCK_FILE
 from nnunetv2_semicml.data.modality_group import ModalityGroup
 from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.planning import plan_and_preprocess as planning
@@ -126,9 +130,44 @@ def plan(*args, **options):
 
 
 def contents(*folders: Path) -> dict[Path, tuple]:
-    """Every file and folder below, with times of modification and the files' bytes."""
-    paths = [path for folder in folders for path in folder.rglob("*")]
-    return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in paths}
+    """Every file and folder below but locks, with the files' times of modification and bytes."""
+    paths = [path for folder in folders for path in folder.rglob("*") if path.name != LOCK_FILE]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) if path.is_file() else () for path in paths}
+
+
+_HOLD = """
+import os, sys, time
+from pathlib import Path
+from nnunetv2_semicml.data.locks import hold_lock
+hold_lock(Path(sys.argv[1]), "holding", shared=sys.argv[2] == "shared", wait="wait" in sys.argv)
+child = os.fork() if "fork" in sys.argv else 1
+if child:
+    print(child, flush=True)
+time.sleep(60)
+"""
+
+
+@contextmanager
+def lock_elsewhere(folder: Path, *options: str) -> Iterator[subprocess.Popen]:
+    """Another process that takes the lock of a folder; it prints the number of its child when it has it.
+
+    Args:
+        folder: the folder.
+        options: "shared" or "exclusive", and any of "wait", and "fork" for a child that outlives the process.
+    """
+    command = [sys.executable, "-c", _HOLD, str(folder), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def held_elsewhere(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen, int]]:
+    """A process, as `lock_elsewhere` makes it, that has the lock, and the child that it has forked."""
+    with lock_elsewhere(folder, *options) as process:
+        yield process, int(process.stdout.readline())
 
 
 def copy_planned(patch, root: Path, shared: Path) -> Path:

@@ -258,10 +258,10 @@ class ModalityGroup:
         plans_name = plans["plans_name"]
         group_file = preprocessed_folder(self.dataset_name) / f"{plans_name}.json"
         modality_plans = self.load_plans(plans_name)
-        shared = _settings(plans, configuration, group_file, _SHARED_SETTINGS, _SHARED_PLANS)
+        shared = settings_of(plans, configuration, group_file, _SHARED_SETTINGS, _SHARED_PLANS)
         for modality, (own, _) in zip(self.modalities, modality_plans, strict=True):
             file = preprocessed_folder(modality.dataset_name) / f"{plans_name}.json"
-            for key, value in _settings(own, configuration, file, _SHARED_SETTINGS, _SHARED_PLANS).items():
+            for key, value in settings_of(own, configuration, file, _SHARED_SETTINGS, _SHARED_PLANS).items():
                 if value != shared[key]:
                     raise UserError(
                         file,
@@ -368,14 +368,14 @@ def _require_type(value: Any, kind: Any) -> None:
 def _settings_digest(dataset_name: str, plans_name: str, plans: Json, dataset_json: Json, configuration: str) -> str:
     """Fingerprint of everything but the raw files that the preprocessed files of a configuration depend on."""
     file = preprocessed_folder(dataset_name) / f"{plans_name}.json"
-    settings = _settings(plans, configuration, file, _PREPROCESSING_SETTINGS, _PREPROCESSING_PLANS)
+    settings = settings_of(plans, configuration, file, _PREPROCESSING_SETTINGS, _PREPROCESSING_PLANS)
     if lacking := [key for key in ("labels", "channel_names") if key not in dataset_json]:
         raise UserError(file.with_name("dataset.json"), f"no {lacking[0]}", "some", _PREPROCESS)
     return _digest([*settings.values(), dataset_json["labels"], dataset_json["channel_names"]])
 
 
-def _settings(plans: Json, configuration: str, file: Path, own: Sequence[str], common: Sequence[str]) -> Json:
-    """What a configuration has under its own keys, and the plans under those that are common to all.
+def settings_of(plans: Json, configuration: str, file: Path, own: Sequence[str], common: Sequence[str] = ()) -> Json:
+    """What the plans in a file say about a configuration, under its own keys and under those that are common to all.
 
     Raises:
         UserError: there is no such configuration, or nnU-Net does not understand the plans.

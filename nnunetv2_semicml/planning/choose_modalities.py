@@ -182,8 +182,12 @@ def _taken_by(raw: RawDataset, dataset_id: int, modality: str) -> str | None:
 
 
 def _made_here(raw: RawDataset, dataset_name: str) -> bool:
+    """Whether planning has made, or begun, a dataset of this one's; one that it did not describe was begun."""
+    folder = preprocessed_folder(dataset_name)
     try:
-        described = read_json(preprocessed_folder(dataset_name) / "dataset.json")
+        described = read_json(folder / "dataset.json")
+    except FileNotFoundError:
+        return folder.is_dir() and not (raw.folder.parent / dataset_name).exists()
     except (OSError, ValueError):
         return False
-    return bool(described.get(SOURCE_KEY) == raw.name)
+    return isinstance(described, dict) and described.get(SOURCE_KEY) == raw.name

@@ -10,16 +10,16 @@ import argparse
 import inspect
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import nnunetv2
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semicml.data.environment import environment_folder
-from nnunetv2_semicml.data.files import Json, read_json, write_json
+from nnunetv2_semicml.data.files import Json, explains_failed_writes, read_json, require_sound_names, write_json
 from nnunetv2_semicml.data.folds import (
     SPLITS_FILE,
     Folds,
@@ -31,12 +31,14 @@ from nnunetv2_semicml.data.folds import (
     restrict,
 )
 from nnunetv2_semicml.data.image_check import check_images
+from nnunetv2_semicml.data.locks import locked
 from nnunetv2_semicml.data.modality_group import (
     MODALITIES_FILE,
     Modality,
     ModalityGroup,
     preprocessed_folder,
     read_preprocessed_json,
+    settings_of,
 )
 from nnunetv2_semicml.data.raw_dataset import (
     RawDataset,
@@ -131,9 +133,11 @@ def plan_and_preprocess(
         The group, as stored in modalities.json.
 
     Raises:
-        UserError: about whatever is wrong with the input, before anything is written.
+        UserError: about whatever is wrong with the input, before anything is written; or another process plans or
+            trains one of the datasets; or something cannot be written.
     """
-    _require_writable(environment_folder("nnUNet_preprocessed"))
+    root = environment_folder("nnUNet_preprocessed")
+    _require_writable(root)
     if get_allowed_n_proc_DA() < 1:
         raise UserError(
             "environment variable nnUNet_n_proc_DA",
@@ -145,84 +149,100 @@ def plan_and_preprocess(
     extractor_class = _find_class(fingerprint_extractor_name, "-fpe", "a fingerprint extractor", "the default")
     of_planner = inspect.signature(planner_class).parameters["plans_name"].default
     plans_name = overwrite_plans_name or ("nnUNetPlans" if plans_of is not None else of_planner)
+    require_sound_names([plans_name], "option -overwrite_plans_name")
     raw = read_raw_dataset(dataset, require_unlabeled=plans_of is None and not keep_plans)
-    previous = previous_group(raw.name)
-    done = previous.preprocessed if previous else {}
-    if keep_plans:
-        if modalities or modality_ids or one_modality or plans_of is not None or not preprocess:
-            raise UserError(
-                "option --keep_plans",
-                "options about modalities, plans or preprocessing beside it",
-                "none: an earlier run has decided these",
-                "Leave them out, or leave --keep_plans out to plan anew.",
-            )
-        chosen, plans = _planned_before(raw, plans_name)
-        trainable = [name for name, c in plans["configurations"].items() if "previous_stage" not in c]
-        configurations = configurations or [c for c in trainable if _identifiers(plans, [c]).keys() & done.keys()]
-    else:
-        chosen = choose_modalities(raw, modalities, modality_ids, one_modality)
-        configurations = configurations or CONFIGURATIONS
-    processes = _processes(configurations, num_processes)
-    group = ModalityGroup(raw.name, [with_cases(raw, modality) for modality in chosen])
-    given = None if plans_of is None else plans_of_other(group, plans_of, plans_name)
-    complete = complete_cases(raw, group)
-    print("\n".join([*group.describe(), *describe_left_out(raw, group)]))
-    if confusable := confusable_with_id(dataset_number(raw.name)):
-        print(
-            f"INFO: nnU-Net goes by the beginnings of names and takes one of {raw.name} and {confusable[0]} for the "
-            "other: give its commands names instead of ids."
-        )
-    if group.unlabeled:
-        group.require_common_cases()
-    folds = _folds(raw, group, keep_plans)
-    checked = check_images(raw, num_processes_fingerprint, modalities=[m.files for m in group.modalities])
-    require_foreground(raw, group, complete, folds, checked)
-    group.files = {os.path.relpath(file, raw_root()): state for file, state in checked.files.items()}
-    group.modalities = [with_digests(raw, modality, checked) for modality in group.modalities]
-
-    if not keep_plans:
-        known = previous is not None and _labeled_files(previous) == _labeled_files(group)
-        with raw_view(raw, group, complete, read_at_once(group, complete, checked)) as folder:
-            if verify_integrity:
-                verify_dataset_integrity(str(folder / raw.name), num_processes_fingerprint)
-            for name in dict.fromkeys([raw.name, *(m.dataset_name for m in group.modalities)]):
-                print(f"Extracting the fingerprint of {name}…")
-                extractor_class(name, num_processes_fingerprint, verbose).run(overwrite_existing=clean or not known)
-            if given is None:
-                print(f"Planning {raw.name} on its {len(complete)} labeled cases with all modalities…")
-                planner = planner_class(
-                    raw.name,
-                    preprocessor_name=preprocessor_name,
-                    overwrite_target_spacing=overwrite_target_spacing
-                    and [float(mm) for mm in overwrite_target_spacing],
-                    plans_name=plans_name,
-                    **({} if gpu_memory_target is None else {"gpu_memory_target_in_gb": gpu_memory_target}),
+    task = f"planning {raw.name}"
+    with explains_failed_writes(root, "Make room, and repeat the command."), ExitStack() as locks:
+        locks.enter_context(locked(preprocessed_folder(raw.name), task))
+        previous = previous_group(raw.name)
+        done = previous.preprocessed if previous else {}
+        if keep_plans:
+            if modalities or modality_ids or one_modality or plans_of is not None or not preprocess:
+                raise UserError(
+                    "option --keep_plans",
+                    "options about modalities, plans or preprocessing beside it",
+                    "none: an earlier run has decided these",
+                    "Leave them out, or leave --keep_plans out to plan anew.",
                 )
-                planner.plan_experiment()
-        plans = given[raw.name] if given else read_json(plans_file(raw.name, plans_name))
-        write_json(plans_file(raw.name, plans_name), plans)
-        for modality in [] if group.is_single else group.modalities:
-            own = given[modality.dataset_name] if given else modality_plans(plans, raw, modality, planner)
-            write_json(plans_file(modality.dataset_name, plans_name), own)
-    write_descriptions(raw, group, SOURCE_KEY)
-
-    identifiers = _identifiers(plans, configurations)
-    for configuration in set(configurations) - set(identifiers.values()):
-        print(f"INFO: configuration {configuration} is not in {plans_file(raw.name, plans_name)}: skipped.")
-    # what is going to be replaced counts as missing from here until it is done again
-    group.preprocessed = {k: v for k, v in done.items() if k not in identifiers or not preprocess}
-    if keep_plans:
-        for identifier, configuration in identifiers.items():
-            group.preprocessed[identifier] = still_valid(
-                group, identifier, done.get(identifier, {}), plans_name, configuration
+            chosen, plans = _planned_before(raw, plans_name)
+            trainable = [name for name, c in plans["configurations"].items() if "previous_stage" not in c]
+            planned = _identifiers(plans, trainable, plans_file(raw.name, plans_name))
+            configurations = configurations or [c for identifier, c in planned.items() if identifier in done]
+        else:
+            chosen = choose_modalities(raw, modalities, modality_ids, one_modality)
+            configurations = configurations or CONFIGURATIONS
+        processes = _processes(configurations, num_processes)
+        for modality in [*chosen, *(previous.modalities if previous else [])]:
+            locks.enter_context(locked(preprocessed_folder(modality.dataset_name), task))
+        if not keep_plans and choose_modalities(raw, modalities, modality_ids, one_modality) != chosen:
+            raise UserError(
+                f"the datasets {', '.join(m.dataset_name for m in chosen)}",
+                "that another planning has just taken their ids",
+                "free ids",
+                "Repeat the command.",
             )
-    if previous is not None or not preprocess:
-        _save(group)
-    _write_folds(group, folds)
-    for identifier, configuration in identifiers.items() if preprocess else ():
-        preprocess_configuration(raw, group, plans_name, configuration, identifier, processes[configuration], verbose)
-        group.preprocessed[identifier] = group.sources(plans_name, configuration)
-        _save(group)
+        group = ModalityGroup(raw.name, [with_cases(raw, modality) for modality in chosen])
+        given = None if plans_of is None else plans_of_other(group, plans_of, plans_name)
+        complete = complete_cases(raw, group)
+        print("\n".join([*group.describe(), *describe_left_out(raw, group)]))
+        if confusable := confusable_with_id(dataset_number(raw.name)):
+            print(
+                f"INFO: nnU-Net goes by the beginnings of names and takes one of {raw.name} and {confusable[0]} for "
+                "the other: give its commands names instead of ids."
+            )
+        if group.unlabeled:
+            group.require_common_cases()
+        folds = _folds(raw, group, keep_plans)
+        checked = check_images(raw, num_processes_fingerprint, modalities=[m.files for m in group.modalities])
+        require_foreground(raw, group, complete, folds, checked)
+        group.files = {os.path.relpath(file, raw_root()): state for file, state in checked.files.items()}
+        group.modalities = [with_digests(raw, modality, checked) for modality in group.modalities]
+
+        if not keep_plans:
+            with raw_view(raw, group, complete, read_at_once(group, complete, checked)) as folder:
+                if verify_integrity:
+                    verify_dataset_integrity(str(folder / raw.name), num_processes_fingerprint)
+                for name in dict.fromkeys([raw.name, *(m.dataset_name for m in group.modalities)]):
+                    print(f"Extracting the fingerprint of {name}…")
+                    known = previous is not None and _has_fingerprint(name, group, previous)
+                    extractor_class(name, num_processes_fingerprint, verbose).run(overwrite_existing=clean or not known)
+                if given is None:
+                    print(f"Planning {raw.name} on its {len(complete)} labeled cases with all modalities…")
+                    planner = planner_class(
+                        raw.name,
+                        preprocessor_name=preprocessor_name,
+                        overwrite_target_spacing=overwrite_target_spacing
+                        and [float(mm) for mm in overwrite_target_spacing],
+                        plans_name=plans_name,
+                        **({} if gpu_memory_target is None else {"gpu_memory_target_in_gb": gpu_memory_target}),
+                    )
+                    planner.plan_experiment()
+            plans = given[raw.name] if given else read_json(plans_file(raw.name, plans_name))
+            write_json(plans_file(raw.name, plans_name), plans)
+            for modality in [] if group.is_single else group.modalities:
+                own = given[modality.dataset_name] if given else modality_plans(plans, raw, modality, planner)
+                write_json(plans_file(modality.dataset_name, plans_name), own)
+        write_descriptions(raw, group, SOURCE_KEY)
+
+        identifiers = _identifiers(plans, configurations, plans_file(raw.name, plans_name))
+        for configuration in set(configurations) - set(identifiers.values()):
+            print(f"INFO: configuration {configuration} is not in {plans_file(raw.name, plans_name)}: skipped.")
+        # what is going to be replaced counts as missing from here until it is done again
+        group.preprocessed = {k: v for k, v in done.items() if k not in identifiers or not preprocess}
+        if keep_plans:
+            for identifier, configuration in identifiers.items():
+                group.preprocessed[identifier] = still_valid(
+                    group, identifier, done.get(identifier, {}), plans_name, configuration
+                )
+        if previous is not None or not preprocess:
+            _save(group)
+        _write_folds(group, folds)
+        for identifier, configuration in identifiers.items() if preprocess else ():
+            preprocess_configuration(
+                raw, group, plans_name, configuration, identifier, processes[configuration], verbose
+            )
+            group.preprocessed[identifier] = group.sources(plans_name, configuration)
+            _save(group)
     return group
 
 
@@ -258,11 +278,12 @@ def _find_class(name: str, option: str, kind: str, example: str) -> type:
     return found
 
 
-def _identifiers(plans: Json, configurations: Sequence[str]) -> dict[str, str]:
-    """Data identifier -> configuration, of those that the plans have."""
-    manager = PlansManager(plans)
+def _identifiers(plans: Json, configurations: Sequence[str], file: Path) -> dict[str, str]:
+    """Data identifier, by which folders are called -> configuration, of those that the plans in a file have."""
     available = [c for c in configurations if c in plans["configurations"]]
-    return {manager.get_configuration(c).data_identifier: c for c in available}
+    identifiers = {settings_of(plans, c, file, ["data_identifier"])["data_identifier"]: c for c in available}
+    require_sound_names(identifiers, file)
+    return identifiers
 
 
 def _planned_before(raw: RawDataset, plans_name: str) -> tuple[list[Modality], Json]:
@@ -287,7 +308,23 @@ def _planned_before(raw: RawDataset, plans_name: str) -> tuple[list[Modality], J
             f"the plans to keep; there are {', '.join(others) or 'none'}",
             "Name them with -overwrite_plans_name, or their planner with -pl.",
         )
-    return previous.modalities, read_preprocessed_json(plans_file(raw.name, plans_name), "the plans to keep")
+    plans = read_preprocessed_json(plans_file(raw.name, plans_name), "the plans to keep")
+    if not isinstance(plans.get("configurations"), dict):
+        raise UserError(
+            plans_file(raw.name, plans_name), "no configurations", "the plans to keep", "Leave --keep_plans out."
+        )
+    return previous.modalities, plans
+
+
+def _has_fingerprint(dataset_name: str, group: ModalityGroup, previous: ModalityGroup) -> bool:
+    """Whether a dataset's fingerprint is of these cases: not damaged, nor made by a later run that was interrupted."""
+    file = preprocessed_folder(dataset_name) / "dataset_fingerprint.json"
+    try:
+        read_json(file)
+    except (OSError, ValueError):
+        return False
+    finished = file.stat().st_mtime_ns <= previous.file.stat().st_mtime_ns
+    return finished and _labeled_files(previous) == _labeled_files(group)
 
 
 def _labeled_files(group: ModalityGroup) -> list[tuple[str, list[int], dict[str, str]]]:

@@ -15,6 +15,7 @@ from typing import Literal
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
+from nnunetv2_semicml.data.files import copy_file, explains_failed_writes
 from nnunetv2_semicml.data.modality_group import (
     MadeOf,
     Modality,
@@ -71,9 +72,9 @@ def preprocess_configuration(
     """Make what `group.preprocessed` does not have yet of a configuration, and remove what does not belong to it.
 
     Raises:
-        UserError: a process was killed.
+        UserError: a process was killed, or something cannot be written.
     """
-    jobs: list[Future[None]] = []
+    jobs: dict[Path, Future[None]] = {}  # file of a case, without its end -> who makes it
     num_kept = 0
     nothing: MadeOf = {"settings": "", "labeled": {}, "unlabeled": {}}
     executor = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"))
@@ -85,12 +86,12 @@ def preprocess_configuration(
             preprocessor = manager.preprocessor_class(verbose=verbose)
             valid = group.preprocessed.get(identifier, {}).get(modality.dataset_name, nothing)
             for kind, output in _folders(modality.dataset_name, identifier).items():
-                _remove_cases_but(output, valid[kind])
                 output.mkdir(exist_ok=True)
+                _remove_cases_but(output, valid[kind])
                 num_kept += len(valid[kind])
                 cases = raw.labeled if kind == "labeled" else raw.unlabeled
                 for case in getattr(modality, kind).keys() - valid[kind].keys():
-                    job = executor.submit(
+                    jobs[output / case] = executor.submit(
                         preprocessor.run_case_save,
                         str(output / case),
                         [cases[case]["images"][i] for i in modality.files],
@@ -99,12 +100,12 @@ def preprocess_configuration(
                         manager,
                         str(folder / "dataset.json"),
                     )
-                    jobs.append(job)
             _copy_labels(raw, modality, folder / "gt_segmentations")
         if num_kept:
             print(f"{configuration}: {num_kept} preprocessed images stay, {len(jobs)} are new or have changed.")
-        for job in tqdm(jobs, desc=f"Preprocessing {configuration}"):
-            job.result()
+        for file, job in tqdm(jobs.items(), desc=f"Preprocessing {configuration}"):
+            with explains_failed_writes(f"{file}.b2nd", "Make room, and repeat the command."):
+                job.result()
     except BrokenProcessPool as error:
         raise UserError(
             preprocessed_folder(raw.name),
@@ -123,13 +124,12 @@ def _folders(dataset_name: str, identifier: str) -> dict[Literal["labeled", "unl
 
 
 def _remove_cases_but(folder: Path, kept: Collection[str]) -> None:
-    """Remove the preprocessed files of other cases, whose number may have shrunk."""
-    if not kept:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
+    """Remove the preprocessed files of other cases, whose number may have shrunk, and links, not what they lead to."""
     names = {f"{case}{end}" for case in kept for end in _ENDS}
     for file in folder.iterdir():
-        if file.name not in names:
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        elif file.name not in names:
             file.unlink()
 
 
@@ -142,4 +142,4 @@ def _copy_labels(raw: RawDataset, modality: Modality, folder: Path) -> None:
             file.unlink()
     for name, label in wanted.items():
         if not (folder / name).is_file() or not filecmp.cmp(label, folder / name, shallow=False):
-            shutil.copyfile(label, folder / name)
+            copy_file(label, folder / name)
