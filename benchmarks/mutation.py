@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("benchmarks", "dataset_conversion", "nnunetv2_semicml", "tests")
 SEED = 0
-SURVIVED, WITHOUT_TESTS = 0, (5, 33)  # exit codes as mutmut keeps them
+# exit codes as mutmut keeps them; whatever else is noticed
+UNNOTICED = {0: "survived", 5: "no tests", 33: "no tests"} | dict.fromkeys((24, -24, 36, 152), "timed out")
 # part -> sources, and the quick tests that should notice
 PARTS = {
     "losses": (["losses/*"], ["losses"]),
@@ -90,17 +91,13 @@ def main() -> None:
         mutmut(folder, "none")  # makes the mutants, finds out which tests execute which function, and stops
         names = sorted(results(folder))
         drawn = set(random.Random(SEED).sample(names, len(names) // args.sample))
-        unnoticed = (SURVIVED, *WITHOUT_TESTS) if args.again else ()
-        if todo := [n for n, code in results(folder).items() if n in drawn and (code is None or code in unnoticed)]:
+        untested = {None} | (UNNOTICED.keys() if args.again else set())
+        if todo := [name for name, code in results(folder).items() if name in drawn and code in untested]:
             mutmut(folder, *todo)
-        codes = {name: code for name, code in results(folder).items() if name in drawn}
-        kinds = Counter(
-            "survived" if c == SURVIVED else "no tests" if c in WITHOUT_TESTS else "noticed"
-            for c in codes.values()
-            if c is not None
-        )
-        print(f"{part}: {len(codes)} of {len(names)} mutants: {dict(kinds)}")
-        print("\n".join(f"  {name}" for name, code in sorted(codes.items()) if code == SURVIVED))
+        codes = {name: code for name, code in results(folder).items() if name in drawn and code is not None}
+        kinds = {name: UNNOTICED.get(code, "noticed") for name, code in codes.items()}
+        print(f"{part}: {len(kinds)} of {len(names)} mutants tested: {dict(Counter(kinds.values()))}")
+        print("\n".join(f"  {name}: {kind}" for name, kind in sorted(kinds.items()) if kind != "noticed"), flush=True)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def test_teacher_has_no_gradient_one_output_and_keeps_its_dropout():
     teacher = Teacher(student)
     image = torch.randn(2, 1, 8, 8)
     first, second = teacher.network(image), teacher.network(image)
+    assert teacher.predict is teacher.network  # not compiled, which would take minutes
     assert isinstance(first, torch.Tensor)
     assert not first.requires_grad
     assert not torch.equal(first, second)
@@ -111,6 +112,12 @@ def test_pool_without_a_measurement_follows_the_network():
     pool = BestModelPool(2)
     assert pool.update(NAN) == 0.0
     assert pool.values == []
+
+
+def test_smallest_pool_keeps_the_best_value():
+    pool = BestModelPool(1)
+    assert [pool.update(dice) for dice in (0.5, 0.4, 0.8)] == [0.0, 1.0, pytest.approx(0.5 / 0.8)]
+    assert pool.values == [0.8]
 
 
 @pytest.mark.parametrize(("size", "values"), [(0, []), (1, [0.1, 0.2])])
