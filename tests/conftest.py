@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from toy import use_threads
 
+from nnunetv2_semicml.data.locks import locked
 from nnunetv2_semicml.data.modality_group import ModalityGroup
 from nnunetv2_semicml.data.phantom import write_phantom_dataset
 from nnunetv2_semicml.planning.plan_and_preprocess import plan_and_preprocess
@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items):
 
 def once(root, name, make):
     """Let one of the processes of pytest-xdist make what the session shares, without processes of its own."""
-    with FileLock(root / f"{name}.lock"), pytest.MonkeyPatch.context() as patch:
+    with locked(root / f"{name}.locked", f"making {name}", wait=True), pytest.MonkeyPatch.context() as patch:
         if not (done := root / f"{name}.done").is_file():
             use_threads(patch)
             make()

@@ -42,8 +42,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock
 
+from nnunetv2_semicml.data.locks import locked
 from nnunetv2_semicml.data.result_folders import fold_folder, model_folder
 from nnunetv2_semicml.evaluation.leaderboard import COLUMNS
 
@@ -197,7 +197,7 @@ def write_source(data: Path, work: Path, purpose: str) -> list[object]:
     source = raw / f"Dataset{SOURCE[purpose]}_{purpose}"
     options = ["--test_fraction", 0.3] if purpose == "validation" else ["--test_cases", tests]
     options += [] if purpose == "phantom" else ["--stratify", sites]
-    with FileLock(work / f".{purpose}.lock"):
+    with locked(work / f".{purpose}.locked", f"making {purpose}", wait=True):
         if tests.is_file():
             return options
         shutil.rmtree(source, ignore_errors=True)  # of an interrupted run
@@ -226,7 +226,7 @@ def write_source(data: Path, work: Path, purpose: str) -> list[object]:
 def prepare(data: Path, work: Path, split: Split) -> None:
     """Split the patients, plan and preprocess, once."""
     prepared = work / f"{split.name}.prepared"
-    with FileLock(prepared.with_suffix(".lock")):
+    with locked(prepared.with_suffix(".locked"), f"preparing {split.name}", wait=True):
         if not prepared.is_file():
             plan_split(data, work, split)
             prepared.touch()
@@ -296,7 +296,7 @@ def run_task(data: Path, work: Path, task: Task) -> str:
     result = task.result(work)
     result.parent.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    with FileLock(result.with_suffix(".lock")):
+    with locked(result.with_suffix(".locked"), f"making {result.name}", wait=True):
         if not result.is_file():
             with (result.with_suffix(".log")).open("a") as log, contextlib.redirect_stdout(log):
                 for trainer in task.trainers:
@@ -324,7 +324,7 @@ def train(work: Path, split: Split, trainer: str) -> None:
         dataset = split.dataset(modality)
         folder = fold_folder(model_folder(work / "nnUNet_results", dataset, trainer, "nnUNetPlans", "2d"), "all")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / ".lock"):
+        with locked(folder.parent, f"training {trainer}", wait=True):
             if not (folder / "checkpoint_final.pth").is_file():
                 shutil.rmtree(folder, ignore_errors=True)
                 if trainer == MULTI_CHANNEL:  # the group's own preprocessing is of every modality alone
