@@ -6,12 +6,16 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from pickle import UnpicklingError
 
+import numpy as np
 import pytest
+import torch
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_semicml.data.phantom import write_phantom_dataset
 from nnunetv2_semicml.demo.report import ModalityResults, write_report
+from nnunetv2_semicml.demo.run import read_checkpoint
 from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.evaluation.figures import Volumes, draw_case
 
@@ -113,3 +117,26 @@ def test_overlays_show_no_damaged_file(results, tmp_path, damaged):
     file[damaged].write_bytes(file[damaged].read_bytes()[:-20])
     with pytest.raises(UserError, match=rf"{file[damaged]}: found an unreadable file \(a gzip stream without its end"):
         draw_case("worst", case, volumes, {"PReL": 0.5}, {"PReL": "#e69f00"})
+
+
+class Code:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_checkpoints_are_read_without_running_code(tmp_path):
+    """Of stock nnU-Net, whose log has NumPy's numbers, too."""
+    log = {"mean_fg_dice": [np.float64(0.5)], "train_losses": [np.float32(-0.25)], "lrs": [0.01]}
+    stock = {"logging": log, "init_args": {"device": torch.device("cpu"), "plans": {}}, "current_epoch": 2}
+    torch.save({**stock, "network_weights": {"a": torch.ones(2)}}, tmp_path / "a.pth")
+    read = read_checkpoint(tmp_path / "a.pth")
+    assert (read["logging"], read["current_epoch"]) == (log, 2)
+    torch.save({**stock, "network_weights": Code(tmp_path / "ran")}, tmp_path / "b.pth")
+    with pytest.raises(UnpicklingError):
+        read_checkpoint(tmp_path / "b.pth")
+    assert not (tmp_path / "ran").exists()

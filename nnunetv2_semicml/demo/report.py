@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from nnunetv2_semicml.data.files import read_json
+from nnunetv2_semicml.data.files import read_json, written_whole
 from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.evaluation.figures import CasePanels, Volumes, colors_of, data_uri, draw_case, themed
 from nnunetv2_semicml.evaluation.leaderboard_page import number_text
@@ -117,7 +117,8 @@ def write_report(
         commands=commands,
         signed=lambda difference: number_text(difference, "dice", "+"),
     )
-    file.write_text(page, encoding="utf-8")
+    with written_whole(file) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
     return file
 
 

@@ -18,8 +18,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from nnunetv2_semicml.data.files import explains_failed_writes
 from nnunetv2_semicml.data.phantom import write_phantom_dataset
 from nnunetv2_semicml.data.result_folders import fold_folder, model_folder
 from nnunetv2_semicml.demo.report import ModalityResults, write_report
@@ -190,9 +192,7 @@ class Demo:
         return fold_folder(model_folder(results, dataset, TRAINERS[method], "nnUNetPlans", CONFIGURATION), 0)
 
     def _checkpoint(self, dataset: str, method: str) -> dict[str, Any]:
-        checkpoint = self._fold(dataset, method) / "checkpoint_final.pth"
-        # nnU-Net's checkpoints hold NumPy numbers, which weights_only refuses; these were written a minute ago
-        return torch.load(checkpoint, map_location="cpu", weights_only=False)
+        return read_checkpoint(self._fold(dataset, method) / "checkpoint_final.pth")
 
     def _report(self) -> Path:
         group = f"Dataset{GROUP}_Phantom"
@@ -239,6 +239,19 @@ class Demo:
         return write_report(file, title, facts, results, explanation, terms, exports, self.commands)
 
 
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """Read a checkpoint of this package or of nnU-Net, without running code that may be in it.
+
+    Raises:
+        pickle.UnpicklingError: it holds more than tensors, numbers and text.
+    """
+    # nnU-Net's log has NumPy's numbers, too
+    numbers = [np.dtype, *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64))]
+    with torch.serialization.safe_globals([np.float64().__reduce__()[0], *numbers]):
+        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return content
+
+
 def _show_status(text: str) -> None:
     """Show the latest line of a running command where a terminal can take it back."""
     if sys.stdout.isatty() and text.strip():
@@ -259,7 +272,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the synthetic patients (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
     args = parser.parse_args()
-    report = Demo(args.out, args.device, args.seed).run()
+    with explains_failed_writes(args.out, "Make room, or choose another folder with --out."):
+        report = Demo(args.out, args.device, args.seed).run()
     print(f"\nReport: {report}")
 
 
