@@ -354,6 +354,7 @@ def test_pages_show_every_method_and_difference_and_need_no_other_file(study, ca
     for text in (page, markdown):
         assert "nnUNetv2_semicml_leaderboard -d 500 -c 2d" in text
         assert "Differences to Supervised only" in text
+        assert "Supervised only has no results on FLAIR + T1, where nothing is compared with it." in text
         assert "0.667 ± 0.000" in text  # T1, shifted by three of nine voxels
         assert "+0.222" in text
         assert "nan" not in text.lower()
@@ -1149,7 +1150,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_what_was_there(study, call, monkey
 
 
 def test_names_are_shown_as_they_are(study, call):
-    name = r"<script>`x`|$\frac{$ *a* _b_ [c](d) & \n"
+    name = r"<script>'`x`|$\frac{$ *a* _b_ [c](d) & \n"
     theirs = study / "theirs"
     for i, case in enumerate(TEST_CASES):
         write_image(theirs / f"{case}.nii.gz", lesion(4 + i))
@@ -1157,7 +1158,7 @@ def test_names_are_shown_as_they_are(study, call):
     page, markdown = study / "out" / "leaderboard.html", (study / "out" / "leaderboard.md").read_text()
     assert name in text_of(page)
     assert "<script" not in page.read_text()
-    escaped = r"\<script\>\`x\`\|\$\\frac{\$ \*a\* \_b\_ \[c\](d) \& \\n"
+    escaped = r"\<script\>'\`x\`\|\$\\frac{\$ \*a\* \_b\_ \[c\](d) \& \\n"
     assert f"## Differences to {escaped}\n" in markdown
     row = next(line for line in markdown.splitlines() if line.startswith(f"| FLAIR | tumor | {escaped} | 4 |"))
     assert len(re.findall(r"(?<!\\)\|", row)) == 12

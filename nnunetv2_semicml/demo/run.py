@@ -246,7 +246,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         pickle.UnpicklingError: it holds more than tensors, numbers and text.
     """
     # nnU-Net's log has NumPy's numbers, too
-    numbers = [np.dtype, *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64))]
+    numbers: list[Any] = [np.dtype, *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64))]
     with torch.serialization.safe_globals([np.float64().__reduce__()[0], *numbers]):
         content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return content

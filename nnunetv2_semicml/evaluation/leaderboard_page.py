@@ -109,6 +109,15 @@ class Report:
         """Of every method to the reference method."""
         return compare(self.scores, self.reference_method)
 
+    @cached_property
+    def not_compared(self) -> str:
+        """The modalities with results but none of the reference method, in a sentence; empty if there are none."""
+        compared = {*self.cases.loc[self.cases["method"] == self.reference_method, "modality"]}
+        others = [modality for modality in self.cases["modality"].unique() if modality not in compared]
+        if not others:
+            return ""
+        return f"{self.reference_method} has no results on {', '.join(others)}, where nothing is compared with it."
+
 
 def write_markdown(file: Path, report: Report) -> None:
     """Write all tables as Markdown."""
@@ -132,6 +141,7 @@ def write_markdown(file: Path, report: Report) -> None:
             cells.append(f"{mean} ± {sd} {_seed_range(row, metric)}".rstrip())
         lines.append(_line([*cells, _count(row["missed"]), _count(row["invented"])]))
     lines += ["", f"## Differences to {_plain(report.reference_method)}", ""]
+    lines += [_plain(report.not_compared), ""] if report.not_compared else []
     columns = [
         "metric",
         "modality",
