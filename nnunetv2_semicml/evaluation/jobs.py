@@ -232,8 +232,7 @@ class Train(Job):
         checkpoint = _to_go_on_from(self.target)
         if checkpoint is None:
             return ""
-        words = trained_on.unknown(self._was_made_of(checkpoint), self._made_of())
-        return words and f"{checkpoint} {words}"
+        return trained_on.unknown(self._was_made_of(checkpoint), self._made_of())
 
     def _was_made_of(self, checkpoint: Path) -> Json:
         """What the training was made of, as far as that is known."""

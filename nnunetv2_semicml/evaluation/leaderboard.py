@@ -710,9 +710,13 @@ def leaderboard(args: argparse.Namespace, command: str) -> Path:
         failures = _run(list(jobs.values()), args, logs)
 
     cases, incomplete = collect(entries, failures, raw.name)
+    unknown: dict[str, list[str]] = {}
+    for job in trainings:
+        if not job.missing() and (why := job.unknown()):
+            unknown.setdefault(why, []).append(job.name)
     notes = {
         "Trained again": [f"{name}, since {why}" for name, why in again.items() if why],
-        "Not known": [why for job in trainings if not job.missing() and (why := job.unknown())],
+        "Not known": [f"{some_of(names)}: {why}" for why, names in unknown.items()],
     }
     report = Report(
         title=f"Leaderboard of {raw.name}",

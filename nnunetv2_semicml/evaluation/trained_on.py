@@ -91,18 +91,18 @@ def finish_record(fold_folder: Path, checkpoint: Path) -> None:
 
 
 def unknown(made_of: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """What cannot be compared, in words; empty if all can."""
+    """What cannot be compared, in words on trainings like this one; empty if all can."""
     if not made_of:
-        return "cannot be read"
+        return "their checkpoint cannot be read"
     if "digest of fingerprint" in made_of:
         return (
-            "was not begun by a leaderboard, nor by a trainer that notes its cases: that these are the present ones is "
-            "known from nnU-Net's plans, fingerprint and validation alone"
+            "they were not begun by a leaderboard, nor by a trainer that notes its cases: that these are the present "
+            "ones is known from nnU-Net's plans, fingerprint and validation alone"
         )
     if "digest of cases" in made_of and "settings" not in made_of:
-        return "does not say its hyper-parameters, which were not noted at its time"
+        return "their checkpoint does not say the hyper-parameters, which were not noted at its time"
     if "settings" in made_of and expected.get("settings") is None:
-        return "has hyper-parameters that cannot be compared, since nnU-Net does not find its trainer here"
+        return "their hyper-parameters cannot be compared, since nnU-Net does not find their trainer here"
     return ""
 
 
