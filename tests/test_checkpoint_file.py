@@ -1,6 +1,8 @@
 """Damage of checkpoints is found, down to a single bit, and the same content is known again under another name."""
 
 import struct
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,14 @@ def test_a_part_is_damaged(tmp_path: Path, kept: int):
     assert find_damage(file) == ""
     file.write_bytes(file.read_bytes()[:kept])
     assert "damaged file (BadZipFile: File is not a zip file)" in find_damage(file)
+
+
+def test_a_damaged_checkpoint_has_a_digest_or_is_none(tmp_path: Path):
+    whole = save(tmp_path / "whole.pth").read_bytes()
+    for place in range(whole.index(b"PK\1\2"), len(whole)):  # the directory of the archive, by which it is read
+        (tmp_path / "a.pth").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with suppress(zipfile.BadZipFile):
+            assert len(content_digest(tmp_path / "a.pth")) == 12
 
 
 def test_what_is_not_there_is_an_error_of_the_system(tmp_path: Path):

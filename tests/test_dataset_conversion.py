@@ -6,6 +6,8 @@ A miniature is written by its function into a folder, as it would be found after
 import gzip
 import json
 import locale
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -1250,6 +1252,28 @@ def test_interruption_leaves_nothing(raw: Path, source: Path, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         brats.convert_brats(source / "train", 500, 2021)
     assert len(written) == 3
+    assert not [*raw.iterdir()]
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(raw: Path, source: Path):
+    """A limit on the size of files stands for it; ITK writes a part of an image then, and does not say so."""
+    brats_2021(source)
+    code = (
+        "import resource; from dataset_conversion.brats import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (150, 150)); main()"
+    )
+    command = [sys.executable, "-c", code, str(source / "train"), "-d", "500", "--year", "2021"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        f"Error: {raw}/.Dataset500_BraTS2021.unfinished/Dataset500_BraTS2021/imagesTr/BraTS2021_0000"
+    )
+    assert last.endswith(
+        "_0000.nii.gz: found that it cannot be written (No space left on device); expected enough space and the right "
+        "to write there. Make room, and repeat the command: nothing is left of what it has written."
+    )
     assert not [*raw.iterdir()]
 
 

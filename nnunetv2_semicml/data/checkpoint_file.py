@@ -40,9 +40,14 @@ def content_digest(file: str | Path) -> str:
         OSError: it cannot be read.
         zipfile.BadZipFile: it is no checkpoint.
     """
-    with zipfile.ZipFile(file) as archive:
-        # the first folder is called like the file
-        entries = sorted((info.filename.partition("/")[2], info.CRC) for info in archive.infolist())
+    try:
+        with zipfile.ZipFile(file) as archive:
+            # the first folder is called like the file
+            entries = sorted((info.filename.partition("/")[2], info.CRC) for info in archive.infolist())
+    except OSError:
+        raise
+    except Exception as error:  # see `find_damage`
+        raise zipfile.BadZipFile(f"{type(error).__name__}: {error}") from error
     return hashlib.sha256(repr(entries).encode()).hexdigest()[:12]
 
 
