@@ -513,6 +513,14 @@ def test_a_second_stage_follows_a_first_one_that_was_made_anew(study, call, caps
     assert call(*methods) == []
 
 
+def test_a_second_stage_does_not_go_on_from_a_first_one_that_is_out_of_date(study, call, monkeypatch):
+    call("--methods", f"{SEMI}+{PREL}")
+    monkeypatch.setitem(SETTINGS, "asc_weight", 0.1)
+    error = rf"found a first stage that is out of date: .*asc_weight.*Write {SEMI}\+{PREL}, which trains it again, too"
+    assert trained(call("--methods", PREL, error=error)) == []
+    assert [trainer for _, _, trainer, _ in trained(call("--methods", f"{SEMI}+{PREL}"))] == [SEMI, PREL]
+
+
 def test_a_stock_training_by_hand_is_compared_by_what_nnunet_leaves(study, call):
     call("--methods", STOCK)
     records = [*(study / "results").rglob("trained_on.json")]

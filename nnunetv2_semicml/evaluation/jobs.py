@@ -253,9 +253,21 @@ class Train(Job):
         return {**made_of, "settings": self.settings, "first stage": first}
 
     def run(self) -> None:
-        """Train and validate, or what is left of it."""
+        """Train and validate, or what is left of it.
+
+        Raises:
+            UserError: the first stage would be trained otherwise now, and nobody has trained it again.
+        """
         from nnunetv2_semicml.evaluation.trained_on import begin_record, finish_record, read_provenance_once
 
+        if self.first is not None and (outdated := self.first.outdated()):
+            stages = f"{self.first.model.trainer}+{self.model.trainer}"
+            raise UserError(
+                self.first.target,
+                f"a first stage that is out of date: {outdated}",
+                "one that was trained as it would be now",
+                f"Write {stages}, which trains it again, too.",
+            )
         checkpoint = _to_go_on_from(self.target)
         of_package = self.settings is not None or bool(checkpoint and read_provenance_once(checkpoint))
         if checkpoint and (outdated := self.outdated()):
