@@ -487,6 +487,7 @@ def on_ranks(monkeypatch):
         own, brought, barrier = threading.local(), {}, threading.Barrier(ranks, timeout=20)
 
         def exchange(tensor):
+            assert tensor.is_contiguous()  # as the backends want it
             brought[own.rank] = tensor.clone()
             barrier.wait()
             everything = [brought[rank] for rank in range(ranks)]
@@ -495,6 +496,7 @@ def on_ranks(monkeypatch):
 
         def all_gather(gathered, tensor):
             for place, value in zip(gathered, exchange(tensor), strict=True):
+                assert place.is_contiguous()
                 place.copy_(value)
 
         def start(rank):
@@ -567,6 +569,14 @@ def test_case_by_case_losses_of_ranks_average_to_those_of_the_joint_batch(on_ran
     found = on_ranks(2, lambda rank: losses(logits.chunk(2)[rank], target.chunk(2)[rank], True))
     torch.testing.assert_close(sum(found) / 2, losses(logits, target, False))
     assert not torch.equal(*found)
+
+
+def test_predictions_are_exchanged_in_whatever_order_they_lie_in_memory(on_ranks):
+    torch.manual_seed(0)
+    predictions = [torch.rand(4, 5, 4).permute(2, 0, 1).unsqueeze(1) for _ in range(2)]  # voxels before cases
+    asc = AreaSimilarityContrastiveLoss(distributed=True)
+    found = on_ranks(2, lambda rank: asc([p.chunk(2)[rank] for p in predictions]))
+    torch.testing.assert_close(found, [AreaSimilarityContrastiveLoss()(predictions)] * 2)
 
 
 def test_too_few_cases_on_all_ranks_together_are_refused(on_ranks):
