@@ -164,6 +164,15 @@ def test_networks_have_the_channels_of_their_modality(groups):
     assert {name: image.shape[1] for name, image in images.items()} == {"MR": 2, "T1": 1}
 
 
+def test_a_draw_has_at_least_two_cases(groups):
+    """Which a contrast needs; as many as the plans say otherwise, unless the trainer says how many."""
+    trainer = initialized(LABELS, "2d", nnUNetTrainerMeanTeacher)
+    for planned, own, cases in ((1, None, 2), (3, None, 3), (3, 1, 1), (1, 5, 5)):
+        trainer.configuration_manager.configuration["batch_size"] = planned
+        trainer.unlabeled_batch_size = own
+        assert trainer.cases_per_draw == cases
+
+
 def test_how_many_cases_have_what_stands_in_the_log(groups):
     log = Path(initialized(PATTERNS, "2d").log_file).read_text()
     assert "7 labeled cases: 5 with FLAIR + T1 + T2, 1 with FLAIR + T1, 1 with T2" in log

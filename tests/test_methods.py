@@ -171,12 +171,30 @@ def test_without_unsupervised_weight_every_step_is_that_of_the_stock_trainer(row
     assert_steps_of_the_stock_trainer(initialized(dataset, configuration, row.method, recompute=recompute, **off))
 
 
-def assert_steps_of_the_stock_trainer(trainer):
+class nnUNetTrainerSteep(nnUNetTrainer):
+    """A loss whose gradients have to be clipped."""
+
+    def _build_loss(self):
+        loss = super()._build_loss()
+        return lambda output, target: 1000 * loss(output, target)
+
+
+@pytest.mark.parametrize("method", [nnUNetTrainerSemiCML, nnUNetTrainerCPS])
+def test_gradients_are_clipped_as_by_the_stock_trainer(method):
+    own = type(method.__name__, (method,), {"network_trainer": nnUNetTrainerSteep})
+    trainer = initialized(LABELS, "2d", own, **all_weights(method, 0.0))
+    (batch,) = draw_batches(trainer, 1)
+    for of_network in step_gradients(trainer, batch)[1]:
+        assert torch.stack([g.norm() for g in of_network]).norm() > 2 * 12
+    assert_steps_of_the_stock_trainer(trainer, nnUNetTrainerSteep)
+
+
+def assert_steps_of_the_stock_trainer(trainer, stock_trainer=nnUNetTrainer):
     """In three steps."""
     stock = []
     for own in trainer.trainers:
         plans, dataset_json = load_plans(own.modality.dataset_name)
-        reference = nnUNetTrainer(plans, trainer.configuration_name, 0, dataset_json, torch.device("cpu"))
+        reference = stock_trainer(plans, trainer.configuration_name, 0, dataset_json, torch.device("cpu"))
         reference.initialize()
         reference.network.load_state_dict(own.network.state_dict())
         stock.append(reference)
@@ -474,6 +492,13 @@ def test_micro_batches_give_the_gradients_of_the_formula(method):
     (batch,) = draw_batches(trainer, 1)
     for trainer.micro_batch_size in (3, 1):
         assert_step_equals_reference(trainer, batch)
+    seen = []
+    for t in trainer.trainers:
+        t.network.encoder.stages[0].register_forward_hook(lambda _, images, __: seen.append(len(images[0])))
+    for trainer.micro_batch_size in (4, 3, 1):
+        seen.clear()
+        trainer.train_step(batch)
+        assert max(seen) == trainer.micro_batch_size
 
 
 @pytest.mark.parametrize("method", [nnUNetTrainerMeanTeacher, nnUNetTrainerSECLRegion, nnUNetTrainerSECLAnatomical])

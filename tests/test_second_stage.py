@@ -117,3 +117,16 @@ def test_terms_compare_and_contrast_probabilities(results, dataset, configuratio
         expected[f"{name} ce"] = entropy[:2].mean()
         expected[f"{name} dice"] = 1 - ((2 * overlap + 1) / (areas + 1)).mean()
     torch.testing.assert_close(trainer.unsupervised_terms([outputs], q), expected)
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "join_fraction", "joins_at"), [(10, 0.2, 8), (7, 0.2, 6), (1, 0.2, 1), (4, 1.0, 0), (4, 0.0, 4)]
+)
+def test_better_modality_joins_for_the_last_share_of_the_epochs(results, num_epochs, join_fraction, joins_at):
+    """At most; where the share is no whole number of epochs it rests for one more."""
+    trainer = started(results, LABELS, "2d", join_fraction=join_fraction)
+    trainer.num_epochs = num_epochs
+    learning = []
+    for trainer.current_epoch in range(num_epochs):
+        learning.append([t.name for t in trainer.learners()])
+    assert learning == [["FLAIR"] if epoch < joins_at else ["FLAIR", "T1"] for epoch in range(num_epochs)]

@@ -168,6 +168,15 @@ def test_training_averages_the_best_networks(labels_group, results, start, expec
         assert trainer.pools[name].values == pytest.approx(pools[name])
 
 
+def test_pools_begin_after_the_warm_up(labels_group, results):
+    """Of two of six epochs, whose Dice is not among the best, however high; 10 is capped at a fifth of the others."""
+    schedule = {"num_epochs": 6, "num_iterations_per_epoch": 1, "warmup_fraction": 1 / 3, "bma_pool_size": 2}
+    trainer = initialized(LABELS, "2d", nnUNetTrainerSemiCMLScripted, **schedule)
+    trainer.run_training()
+    for name, values in (("FLAIR", [0.5, 0.8]), ("T1", [0.25, 0.4])):
+        assert sorted(trainer.pools[name].values) == pytest.approx(values)
+
+
 def test_training_averages_over_steps_instead(labels_group, results):
     trainer = initialized(LABELS, "2d", teacher_averaging="ema", ema_decay=0.7, num_iterations_per_epoch=2)
     expected = weights(trainer)
