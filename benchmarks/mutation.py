@@ -29,7 +29,7 @@ PARTS = {
         ["teacher", "photometry", "schedules"],
     ),
     "data": (["data/grid.py", "data/folds.py", "data/stored_file.py"], ["grid", "folds", "stored_file"]),
-    "evaluation": (["evaluation/metrics.py", "evaluation/statistics.py"], ["metrics", "statistics"]),
+    "evaluation": (["evaluation/metrics.py", "evaluation/statistics.py"], ["metrics", "statistics", "tables"]),
     "streams": (["data/paired_dataset.py", "data/streams.py", "training/loaders.py"], ["data"]),
     "terms": (
         [

@@ -1,4 +1,4 @@
-"""What the tables of a leaderboard say beside their numbers, and predictions where nothing is to be predicted.
+"""What the tables of a leaderboard say beside their numbers, and metrics of unusual predictions.
 
 Found by mutation (tests/README.md); the numbers themselves: test_statistics, test_metrics.
 """
@@ -10,7 +10,7 @@ from test_metrics import LABELS, write
 from test_statistics import rows, table
 
 from nnunetv2_semicml.errors import UserError
-from nnunetv2_semicml.evaluation.metrics import evaluate_files
+from nnunetv2_semicml.evaluation.metrics import compute_metrics, evaluate_files
 from nnunetv2_semicml.evaluation.statistics import ALL_CLASSES, compare, interval, score, summarize
 
 
@@ -67,3 +67,19 @@ def test_ignored_label_is_nothing_to_predict(tmp_path):
     write(files[1], ignored)
     with pytest.raises(UserError, match=r"prediction.nii.gz: found the label values 3; expected only 0, 1, 2, as in"):
         evaluate_files(*files, SimpleITKIO(), LABELS | {"ignore": 3})
+
+
+@pytest.mark.parametrize(("moved", "hits"), [(0, 8), (1, 4), (2, 0)])
+def test_distances_are_measured_however_many_voxels_are_hit(moved, hits):
+    """Also if as many are right as wrong."""
+    reference = np.zeros((6, 8, 8), bool)
+    reference[2:4, 2:4, 2:4] = True
+    found = compute_metrics(reference, np.roll(reference, moved, 2), (1.0, 1.0, 1.5))
+    assert (found["sensitivity"], found["n_ref"], found["n_pred"]) == (hits / 8, 8, 8)
+    assert found["hd95"] == pytest.approx(1.5 * moved)
+
+
+def test_diagonal_leaves_out_the_axis_of_a_single_slice():
+    for shape, diagonal in (((1, 6, 4), (18**2 + 8**2) ** 0.5), ((2, 6, 4), (10**2 + 18**2 + 8**2) ** 0.5)):
+        mask = np.zeros(shape, bool)
+        assert compute_metrics(mask, mask, (5.0, 3.0, 2.0))["diagonal"] == pytest.approx(diagonal)
