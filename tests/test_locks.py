@@ -105,6 +105,14 @@ def test_who_waited_for_a_folder_that_is_gone_makes_it_again(tmp_path: Path):
             hold_lock(folder, "third")
 
 
+def test_nothing_is_written_through_a_link(tmp_path: Path):
+    (tmp_path / "precious").write_text("voxels")
+    (tmp_path / LOCK_FILE).symlink_to(tmp_path / "precious")
+    with locked(tmp_path, "training"):
+        assert (tmp_path / "precious").read_text() == "voxels"
+        assert (tmp_path / LOCK_FILE).read_text().startswith("training, process ")
+
+
 def test_there_is_no_lock_where_none_can_be_made(tmp_path: Path):
     (tmp_path / "file").touch()
     with locked(tmp_path / "file", "training", shared=True):  # no folder, also for root, who may write everywhere

@@ -44,6 +44,8 @@ def hold_lock(folder: Path, task: str, shared: bool = False, wait: bool = False)
     while file not in _held:
         lock = InterProcessReaderWriterLock(file)
         try:
+            if file.is_symlink():
+                file.unlink()  # what it leads to is no lock of ours, and would be written to
             acquired = lock.acquire_read_lock(blocking=wait) if shared else lock.acquire_write_lock(blocking=wait)
             if acquired and os.path.samestat(os.fstat(lock.lockfile.fileno()), file.stat()):
                 _held[file] = lock, 1
