@@ -364,6 +364,13 @@ WRONG_FILES = {
         f"file_ending {ending!r}": (with_json(file_ending=ending), "dataset.json", repr(ending), "e.g. .nii.gz", "")
         for ending in ("", "/../../x.nii.gz", "\0", "*\\")
     },
+    "reader without a name": (
+        with_json(overwrite_image_reader_writer=None),
+        "dataset.json",
+        "the overwrite_image_reader_writer None",
+        "one of nnU-Net's readers",
+        "Correct it",
+    ),
     "channel without a name": (with_json(channel_names={"0": None}), "dataset.json", "None", "T1", "Correct it"),
     "case with a line break": (
         lambda folder: [file.rename(file.with_name(f"a\n{file.name}")) for file in folder.glob("imagesUn/*")],

@@ -315,6 +315,8 @@ def _read_dataset_json(file: Path) -> Json:
             raise refuse(f"no usable {key}", f"{key} of type {kind.__name__}")
     if not is_sound_name(f"CASE{content['file_ending']}") or not content["file_ending"]:
         raise refuse(f"the file_ending {content['file_ending']!r}", "e.g. .nii.gz")
+    if not isinstance(reader := content.get("overwrite_image_reader_writer", ""), str):
+        raise refuse(f"the overwrite_image_reader_writer {reader!r}", "the name of one of nnU-Net's readers, or none")
     channels = content["channel_names"]
     if wrong := [name for name in channels.values() if not isinstance(name, str)]:
         raise refuse(f"the name {wrong[0]!r} in channel_names", 'e.g. {"0": "T1", "1": "T2"}')
