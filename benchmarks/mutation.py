@@ -71,12 +71,13 @@ def results(folder: Path) -> dict[str, int | None]:
     return {name: code for file in files for name, code in json.loads(file.read_text())["exit_code_by_key"].items()}
 
 
-def mutmut(folder: Path, *names: str) -> None:
+def mutmut(folder: Path, *names: str, quiet: bool = False) -> None:
     """Run the tests of some mutants, in one process at a time."""
     # pytest-xdist's variable lets all runs of the tests share one set of phantoms, see tests/conftest.py
     environment = {"PYTEST_XDIST_WORKER": "gw0", "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
     command = [str(Path(sys.executable).with_name("mutmut")), "run", "--max-children", "1", *names]
-    subprocess.run(command, cwd=folder, env={**os.environ, **environment}, check=False)
+    output = subprocess.DEVNULL if quiet else None
+    subprocess.run(command, cwd=folder, env={**os.environ, **environment}, stdout=output, stderr=output, check=False)
 
 
 def main() -> None:
@@ -88,7 +89,8 @@ def main() -> None:
     args = parser.parse_args()
     for part in args.parts or PARTS:
         folder = prepare(part)
-        mutmut(folder, "none")  # makes the mutants, finds out which tests execute which function, and stops
+        # makes the mutants, finds out which tests execute which function, and stops, since none has this name
+        mutmut(folder, "none", quiet=True)
         names = sorted(results(folder))
         drawn = set(random.Random(SEED).sample(names, len(names) // args.sample))
         untested = {None} | (UNNOTICED.keys() if args.again else set())
