@@ -1068,20 +1068,6 @@ def _no_waiting(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
-class Once(Nothing):
-    """A job that makes a file, once."""
-
-    @property
-    def target(self):
-        return Path(self.name)
-
-    def missing(self):
-        return "" if self.target.is_file() else "no file"
-
-    def run(self):
-        self.target.touch(exist_ok=False)
-
-
 WORKER = """
 import sys
 from pathlib import Path
@@ -1235,6 +1221,27 @@ def test_jobs_after_a_failed_one_are_not_run():
     failures = run_jobs(jobs, executor, at_once=1, gpus=[])
     assert failures == {"broken": "memory (log: LOG)", "next": 'not run, since "broken" failed'}
     assert executor.order == ["broken", "other"]
+
+
+class Killed(Nothing):
+    """A job whose program is killed."""
+
+    @property
+    def target(self):
+        return Path(self.name)
+
+    def run(self):
+        self._call(Path("/bin/sh"), "-c", "echo Epoch 13; kill -9 $$")
+
+
+def test_what_was_killed_is_called_so(tmp_path):
+    problem = Killed(name=str(tmp_path / "file"))()
+    assert problem.startswith("Epoch 13 (end by SIGKILL, e.g. for lack of memory, of /bin/sh -c")
+    local = submitit.LocalExecutor(folder=tmp_path / "logs")
+    local.update_parameters(timeout_min=5, stderr_to_stdout=True)
+    executor = SimpleNamespace(submit=lambda job: local.submit(os.abort))
+    failures = run_jobs([Nothing(name="job")], executor, at_once=1, gpus=[])
+    assert failures["job"].startswith("its process was ended before it was done, e.g. for lack of memory")
 
 
 @pytest.mark.parametrize(("gpus", "canceled"), [([], ["interrupted"]), (None, [])])

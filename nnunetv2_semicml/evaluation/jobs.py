@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import UncompletedJobError
 
 from nnunetv2_semicml.data import result_folders
 from nnunetv2_semicml.data.checkpoint_file import find_damage
@@ -73,7 +75,7 @@ class Job:
         except UserError as error:
             return str(error)
         except subprocess.CalledProcessError as error:
-            return f"{_last_words(error.output)} (exit status {error.returncode} of {shlex.join(error.cmd)})"
+            return f"{_last_words(error.output)} ({_end_of(error.returncode)} of {shlex.join(error.cmd)})"
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -592,8 +594,18 @@ def _last_words(output: str) -> str:
     return (sentences or lines)[-1].strip()
 
 
+def _end_of(returncode: int) -> str:
+    """How a program has ended, in words."""
+    if returncode >= 0:
+        return f"exit status {returncode}"
+    return f"end by {signal.Signals(-returncode).name}, e.g. for lack of memory,"
+
+
 def _problem(handle: submitit.Job) -> str:
-    if error := handle.exception():
+    error = handle.exception()
+    if isinstance(error, UncompletedJobError):
+        return "its process was ended before it was done, e.g. for lack of memory or by the limits of the cluster"
+    if error:
         return (str(error).strip() or repr(error)).splitlines()[-1]
     return handle.result()
 
