@@ -28,7 +28,7 @@ PARTS = {
         ["training/teacher.py", "training/photometry.py", "training/schedules.py"],
         ["teacher", "photometry", "schedules"],
     ),
-    "data": (["data/grid.py", "data/folds.py", "data/stored_file.py"], ["grid", "folds", "stored_file"]),
+    "data": (["data/grid.py", "data/folds.py", "data/stored_file.py"], ["grid", "places", "folds", "stored_file"]),
     "evaluation": (["evaluation/metrics.py", "evaluation/statistics.py"], ["metrics", "statistics", "tables"]),
     "streams": (["data/paired_dataset.py", "data/streams.py", "training/loaders.py"], ["data"]),
     "terms": (
