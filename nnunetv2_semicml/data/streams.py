@@ -28,6 +28,9 @@ _GEOMETRIC = (SpatialTransform, MirrorTransform, Convert3DTo2DTransform, Convert
 _VOXELWISE = (ImageOnlyTransform, SegOnlyTransform, MaskImageTransform)
 
 
+_MOST_DRAWS = 20  # of a patch
+
+
 class Patches(TypedDict):
     """A draw of B patches; a dict, since nnU-Net's loader pins tensors in dicts and lists alone.
 
@@ -99,7 +102,9 @@ class PairedDataLoader(nnUNetDataLoader):
     """Draws patches of a `PairedDataset`; takes what nnU-Net's loader takes.
 
     Unlabeled cases are drawn without foreground oversampling and without their placeholder targets. The first ones of a
-    batch are different cases, as many as there are, since contrastive losses take two patches for two cases.
+    batch are different cases, as many as there are, since contrastive losses take two patches for two cases. A patch in
+    which a modality has the same value everywhere, such as one beyond its field of view, is drawn again from the same
+    case: there is nothing to compare, and instance normalization multiplies its gradient until float16 overflows.
 
     Args:
         data: the cases.
@@ -109,12 +114,16 @@ class PairedDataLoader(nnUNetDataLoader):
 
     def __init__(self, data: PairedDataset, *args: Any, channels: Mapping[str, int], **kwargs: Any):
         super().__init__(data, *args, **kwargs)
+        self.batch_size: int
         self.channels = channels
+        self._wanted: list[str] = []  # cases, if they are given
         if not data.labeled:
             self.has_ignore = False  # an ignore label is looked for through labels; there are none
 
     def get_indices(self) -> Sequence[str]:
         """Draw the cases of a batch."""
+        if self._wanted:
+            return self._wanted
         if self._data.labeled:
             return list(super().get_indices())
         rounds = ceil(self.batch_size / len(self.indices))
@@ -124,6 +133,8 @@ class PairedDataLoader(nnUNetDataLoader):
     def generate_train_batch(self) -> Patches:
         """Draw nnU-Net's batch and split it by modality."""
         batch = super().generate_train_batch()
+        if not self._data.labeled:
+            self._replace_empty(batch)
         sizes = list(self.channels.values())
         *images, positions = batch["data"].split([*sizes, batch["data"].shape[1] - sum(sizes)], dim=1)
         targets = {}
@@ -138,6 +149,23 @@ class PairedDataLoader(nnUNetDataLoader):
             "targets": targets,
             "positions": positions if self._data.positions else None,
         }
+
+    def _replace_empty(self, batch: dict[str, Any]) -> None:
+        """Draw patches again that show nothing of a modality, unless their cases seem to have no others."""
+        planned = self.batch_size
+        for _ in range(_MOST_DRAWS):
+            empty = [place for place, patch in enumerate(batch["data"]) if self._is_empty(patch)]
+            if not empty:
+                break
+            self._wanted = [batch["keys"][place] for place in empty]
+            self.batch_size = len(empty)
+            again = super().generate_train_batch()["data"]
+            self._wanted, self.batch_size = [], planned
+            batch["data"][empty] = again
+
+    def _is_empty(self, patch: Tensor) -> bool:
+        *images, _ = patch.flatten(1).split([*self.channels.values(), len(patch) - sum(self.channels.values())])
+        return any(bool((image == image[:, :1]).all()) for image in images)
 
 
 class SemiSupervisedDataLoader(SlimDataLoaderBase):
