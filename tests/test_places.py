@@ -85,3 +85,9 @@ def test_as_many_digits_are_shown_as_tell_apart():
         assert describe_difference("spacing", grid, expected) == Difference("spacing", shown, "[1.0]")
     counts = describe_difference("shape", Grid(np.array([2]), np.ones(1)), Grid(np.array([3]), np.ones(1)))
     assert counts == Difference("shape", "[2]", "[3]")
+
+
+def test_grid_with_a_place_is_compared_with_one_without_by_spacing():
+    with_place, without = Grid.of_image(make_image()), Grid(np.array([4, 5, 6]), np.array([3.0, 2.0, 1.0]))
+    assert with_place.difference(without) is None
+    assert without.difference(with_place) is None
