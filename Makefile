@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint mutate clean
+.PHONY: demo test lint mutate chaos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nnUNetv2_semicml_demo --out demo_output
@@ -15,6 +15,10 @@ test: $(VENV)/.installed lint
 mutate: $(VENV)/.installed
 	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[mutate]'
 	$(BIN)/python benchmarks/mutation.py $(PARTS)
+
+# Kill trainings at random moments, fill disks, start everything twice: half an hour, and it goes on where it ended.
+chaos: $(VENV)/.installed
+	$(BIN)/python tests/chaos/chaos.py --work $${TMPDIR:-/tmp}/semicml_chaos
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
