@@ -512,6 +512,7 @@ def test_compiled_networks_and_teachers_learn_the_same(method, monkeypatch):
     (t,) = compiled.trainers
     assert isinstance(t.network, OptimizedModule)
     assert isinstance(compiled.teachers["FLAIR"].predict, OptimizedModule)
+    assert all(isinstance(student, OptimizedModule) for student in getattr(compiled, "_projected", {}).values())
     pair = [trainer.student(trainer.trainers[0]).parameters() for trainer in (compiled, eager)]
     with torch.no_grad():
         for own, reference in zip(*pair, strict=True):
