@@ -36,6 +36,23 @@ def test_every_row_of_a_comparison_says_what_it_is_of():
     assert set(keys["method"]) == {"B"}
 
 
+def test_comparisons_are_in_the_order_in_which_things_appear():
+    parts = []
+    for modality in ("T2", "FLAIR"):
+        for method in ("Reference", "Z", "A"):
+            for class_name in ("tumor", "edema"):
+                parts.append(rows(method, [0.5, 0.6], modality=modality, class_name=class_name))
+    compared = compare(score(table(*parts)), "Reference")
+    assert list(dict.fromkeys(compared["modality"])) == ["T2", "FLAIR"]
+    assert list(dict.fromkeys(compared["method"])) == ["Z", "A"]
+    assert list(dict.fromkeys(compared["class"])) == ["tumor", "edema", ALL_CLASSES]
+
+
+def test_two_patients_have_an_interval():
+    low, high = interval(np.array([0.1, 0.3]))
+    assert 0.1 <= low < 0.2 < high <= 0.3
+
+
 def test_rows_of_scores_are_numbered():
     """Means over classes come after them, and no two rows have one number."""
     scored = score(table(rows("A", [0.2, 0.4]), rows("A", [0.6, 1.0], class_name="edema")))
