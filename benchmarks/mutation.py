@@ -30,7 +30,7 @@ PARTS = {
     ),
     "data": (["data/grid.py", "data/folds.py", "data/stored_file.py"], ["grid", "places", "folds", "stored_file"]),
     "evaluation": (["evaluation/metrics.py", "evaluation/statistics.py"], ["metrics", "statistics", "tables"]),
-    "streams": (["data/paired_dataset.py", "data/streams.py", "training/loaders.py"], ["data"]),
+    "streams": (["data/paired_dataset.py", "data/streams.py", "training/loaders.py"], ["data", "empty_patches"]),
     "terms": (
         [
             *(f"trainers/nnUNetTrainer{n}.py" for n in ("*CPS", "MeanTeacher", "SECL*", "SemiCML", "*Plus", "UAMT")),

@@ -33,7 +33,8 @@ from nnunetv2_semicml.data.paired_dataset import PairedArray, _class_locations, 
 from nnunetv2_semicml.data.streams import PairedTransform
 from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
-from nnunetv2_semicml.training.loaders import make_loader
+from nnunetv2_semicml.training import loaders as loaders_of_training
+from nnunetv2_semicml.training.loaders import make_loader, start_loading
 
 SHAPE = (20, 30, 34)
 MARKERS = [(6, 9, 8), (10, 15, 17), (14, 21, 26)]
@@ -557,3 +558,16 @@ def test_unlabeled_cases_are_drawn_alike(groups):
         first = Counter(batch[0] for batch in drawn)
         assert all(first[case] == pytest.approx(100, abs=40) for case in trainer.group.unlabeled)
         assert len(set(drawn)) > 10
+
+
+@pytest.mark.parametrize(("workers", "cached"), [(1, 3), (7, 3), (12, 6)])
+def test_workers_load_as_many_batches_in_advance_as_half_of_them(monkeypatch, workers, cached):
+    """Three at least."""
+    started = []
+    monkeypatch.setattr(
+        loaders_of_training, "NonDetMultiThreadedAugmenter", lambda *own, **named: started.append((own, named))
+    )
+    loader = object()
+    start_loading(loader, workers, pin_memory=True)
+    options = {"num_processes": workers, "num_cached": cached, "pin_memory": True, "wait_time": 0.002}
+    assert started == [((loader, None), options)]
