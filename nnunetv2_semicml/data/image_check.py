@@ -1,7 +1,6 @@
 """Opens every image and label of a raw dataset once: what cannot work is refused before anything is written.
 
-The judge of what is readable is nnU-Net's reader; `stored_file` knows what that reader passes over. May import nnU-Net,
-`errors` and its neighbors in data/. Only reads, never writes.
+May import nnU-Net, `errors` and its neighbors in data/. Only reads, never writes.
 """
 
 import hashlib
@@ -12,26 +11,19 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from nnunetv2_semicml.data.grid import Difference, Grid, describe_difference
 from nnunetv2_semicml.data.raw_dataset import CaseFiles, RawDataset, allowed_labels
-from nnunetv2_semicml.data.stored_file import FileState, check_stored_file, state_of
+from nnunetv2_semicml.data.reading import Voxels, not_finite, read_image
+from nnunetv2_semicml.data.stored_file import FileState, state_of
 from nnunetv2_semicml.errors import UserError, some_of
-
-Voxels = NDArray[Any]  # (channels, *spatial), of whatever type a reader returns
-
-
-class _Problem(Exception):
-    """Holds the arguments of a UserError on their way out of another process."""
 
 
 @dataclass
@@ -43,14 +35,14 @@ class _Checked:
         label_values: that occur.
         files: file -> its state.
         apart: why nnU-Net does not read the files of all modalities at once, if so.
-        problem: arguments of a UserError.
+        problem: what cannot work, if anything.
     """
 
     digests: list[tuple[str, bytes] | None] = field(default_factory=list)
     label_values: set[int] = field(default_factory=set)
     files: dict[str, FileState] = field(default_factory=dict)
     apart: str = ""
-    problem: tuple[str, ...] | None = None
+    problem: UserError | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +105,7 @@ def check_images(
             "Use fewer processes.",
         ) from error
 
-    problems: dict[str, tuple[str, ...]] = {}
+    problems: dict[str, UserError] = {}
     seen: dict[tuple[int, bytes], tuple[str, str]] = {}  # modality, digest -> the first such file and its folder
     for (folder, case, _), result in zip(cases, checked, strict=True):
         if result.problem:
@@ -126,7 +118,7 @@ def check_images(
             if twins_folder != folder:
                 problems.setdefault(
                     case,
-                    (
+                    UserError(
                         file,
                         f"the same voxels as in {twin}",
                         "every image in one of imagesTr, imagesUn and imagesTs only",
@@ -134,7 +126,7 @@ def check_images(
                     ),
                 )
     if problems:
-        where, found, expected, remedy = next(iter(problems.values()))
+        where, found, expected, remedy = next(iter(problems.values())).parts
         others = list(problems)[1:]
         raise UserError(
             where, found, expected, remedy + (f" (and {len(others)} more: {some_of(others)})" if others else "")
@@ -158,8 +150,8 @@ def _check_case(
     checked = _Checked()
     try:
         _check_voxels(checked, files, raw, reader, allowed, modalities)
-    except _Problem as problem:
-        return _Checked(problem=problem.args)
+    except UserError as problem:
+        return _Checked(problem=problem)
     return checked
 
 
@@ -198,7 +190,7 @@ def _check_voxels(
             voxels.update(np.ascontiguousarray(image).data)
             constant = constant and all(channel.min() == channel.max() for channel in image)
         if constant:
-            raise _Problem(
+            raise UserError(
                 images[0],
                 f"the value {image.flat[0]:g} in every voxel",
                 "an image",
@@ -206,7 +198,7 @@ def _check_voxels(
             )
         digest = voxels.digest()
         if twins := [other for other, of_other in filter(None, checked.digests) if of_other == digest]:
-            raise _Problem(
+            raise UserError(
                 images[0],
                 f"the same voxels as in {Path(twins[0]).name}",
                 "another image of the patient in every modality",
@@ -230,27 +222,27 @@ def _check_image(file: str, channel_names: Sequence[str], reader: type[BaseReade
     image, grid = _read(file, reader)
     if len(image) != len(channel_names):
         single = len(channel_names) == 1
-        raise _Problem(
+        raise UserError(
             file,
             f"{len(image)} channels",
             "one channel per file" if single else f"the {len(channel_names)} channels {some_of(channel_names)}",
             "Store every channel in its own file, or name all channels of such files in dataset.json.",
         )
-    if not_finite := np.count_nonzero(~np.isfinite(image)):
-        raise _not_finite(file, int(not_finite))
+    if number := np.count_nonzero(~np.isfinite(image)):
+        raise not_finite(file, int(number))
     return image, grid
 
 
 def _check_label(file: str, label: Voxels, allowed: Sequence[int]) -> set[int]:
     """Find the values that occur in a label."""
     if len(label) != 1:
-        raise _Problem(
+        raise UserError(
             file, f"{len(label)} channels", "one, with a whole number in every voxel", "Store the label like that."
         )
     values = np.unique(label)
     if (unexpected := values[~np.isin(values, allowed)]).size:
         nearly = np.isin(np.rint(unexpected), allowed).all()
-        raise _Problem(
+        raise UserError(
             file,
             f"the label values {some_of(f'{i:.9g}' for i in unexpected)}",
             f"only the values of dataset.json: {some_of(map(str, allowed))}",
@@ -261,38 +253,17 @@ def _check_label(file: str, label: Voxels, allowed: Sequence[int]) -> set[int]:
     return set(values.astype(int).tolist())
 
 
-def _not_finite(file: str, number: int) -> _Problem:
-    return _Problem(
-        file,
-        f"{number} voxels that are NaN or infinite",
-        "finite numbers",
-        "Replace them by a meaningful value, e.g. that of the background.",
-    )
-
-
 def _read(file: str, reader: type[BaseReaderWriter], is_label: bool = False) -> tuple[Voxels, Grid]:
     """Read one file: its voxels (channels, *spatial) and its grid."""
-
-    def unreadable(why: str) -> _Problem:
-        return _Problem(file, f"an unreadable file ({why})", "an image", "Replace the file.")
-
-    try:
-        stored = check_stored_file(file)
-        voxels, properties = reader().read_seg(file) if is_label else reader().read_images([file])
-    except Exception as error:  # every reader raises the errors of its own library
-        raise unreadable(f"{type(error).__name__}: {error}") from error
-    if stored.damage:
-        raise unreadable(stored.damage)
-    if stored.not_finite:
-        raise _not_finite(file, stored.not_finite)
+    voxels, grid = read_image(file, reader(), is_label)
     if issubclass(reader, SimpleITKIO) and (components := _components(file)) > 1:
-        raise _Problem(
+        raise UserError(
             file,
             f"{components} values in every voxel (a color or vector image), which nnU-Net takes for slices",
             "one value",
             "Store every channel in its own file.",
         )
-    return voxels, Grid.of_properties(voxels, properties)
+    return voxels, grid
 
 
 def _components(file: str) -> int:
@@ -306,7 +277,7 @@ def _require_grid(file: str, grid: Grid, reference: str, expected: Grid) -> None
     """Refuse another grid than that of the reference, a file of the same case.
 
     Raises:
-        _Problem: naming what differs.
+        UserError: naming what differs.
     """
     if difference := grid.difference(expected):
         remedy = "Register and resample all images and the label of a case to one grid."
@@ -318,6 +289,6 @@ def _read_at_once(grid: Grid, other: Grid) -> bool:
     return np.allclose(grid.spacing, other.spacing)
 
 
-def _another_grid(file: str, difference: Difference, reference: str, remedy: str) -> _Problem:
+def _another_grid(file: str, difference: Difference, reference: str, remedy: str) -> UserError:
     attribute, found, expected = difference
-    return _Problem(file, f"{attribute} {found}", f"{expected} as in {Path(reference).name}", remedy)
+    return UserError(file, f"{attribute} {found}", f"{expected} as in {Path(reference).name}", remedy)

@@ -22,6 +22,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_semicml.data.environment import FOLDER_VARIABLES, environment_folder
 from nnunetv2_semicml.data.files import Json, is_sound_name, read_json, require_sound_names
+from nnunetv2_semicml.data.reading import read_image
 from nnunetv2_semicml.errors import UserError, some_of
 
 
@@ -422,14 +423,8 @@ def _find_channels(folder: Path, dataset_json: Json, cases: dict[str, dict[int, 
     one_each: list[tuple[int, ...]] = [(i,) for i in range(num_channels)]
     if max(examples) + 1 >= num_channels or examples.keys() != {*range(len(examples))}:
         return one_each  # files too many are refused by name; cases lack others
-    reader, counts = _find_reader(dataset_json, examples[0]), []
-    for _, file in sorted(examples.items()):
-        try:
-            counts.append(len(reader().read_images([file])[0]))
-        except Exception as error:  # every reader raises the errors of its own library
-            raise UserError(
-                file, f"an unreadable file ({type(error).__name__}: {error})", "an image", "Replace the file."
-            ) from error
+    reader = _find_reader(dataset_json, examples[0])
+    counts = [len(read_image(file, reader())[0]) for _, file in sorted(examples.items())]
     if max(counts) == 1:
         return one_each  # cases lack the others
     if sum(counts) != num_channels:

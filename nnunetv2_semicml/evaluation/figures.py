@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
-from nnunetv2_semicml.evaluation.reading import read_image, require_grid
+from nnunetv2_semicml.data.reading import read_image, require_grid
 
 # Okabe and Ito's colors, which people with color vision deficiencies can tell apart too.
 COLORS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2", "#8a6d00", "#7a7a7a")

@@ -341,7 +341,7 @@ class Predict(Job):
 
     def run(self) -> None:
         """Predict into a folder beside the target that then takes its place."""
-        from nnunetv2_semicml.evaluation.reading import require_whole
+        from nnunetv2_semicml.data.reading import require_whole
 
         inputs = self._inputs()
         for fold in self.folds:

@@ -13,8 +13,8 @@ import numpy as np
 from nnunetv2.evaluation.evaluate_predictions import compute_tp_fp_fn_tn, region_or_label_to_mask
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
+from nnunetv2_semicml.data.reading import read_image, require_grid
 from nnunetv2_semicml.errors import UserError
-from nnunetv2_semicml.evaluation.reading import read_image, require_grid
 
 
 @dataclass(frozen=True)

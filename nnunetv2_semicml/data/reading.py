@@ -1,16 +1,20 @@
 """Reads scans and label maps as nnU-Net does, and refuses what its readers pass over: damage, and NaN read as zeros.
 
-May import nnU-Net, `errors` and `data`.
+The judge of what is readable is nnU-Net's reader; `stored_file` knows what that reader passes over. May import nnU-Net,
+`errors` and its neighbors in data/. Only reads, never writes.
 """
 
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from numpy.typing import NDArray
 
 from nnunetv2_semicml.data.grid import Grid
 from nnunetv2_semicml.data.stored_file import check_stored_file
 from nnunetv2_semicml.errors import UserError
+
+Voxels = NDArray[Any]  # (channels, *spatial), of whatever type a reader returns
 
 
 def require_whole(file: str | Path) -> None:
@@ -26,15 +30,10 @@ def require_whole(file: str | Path) -> None:
     if stored.damage:
         raise _unreadable(file, stored.damage)
     if stored.not_finite:
-        raise UserError(
-            file,
-            f"{stored.not_finite} voxels that are NaN or infinite",
-            "finite numbers",
-            "Replace them by a meaningful value, e.g. that of the background.",
-        )
+        raise not_finite(file, stored.not_finite)
 
 
-def read_image(file: str | Path, reader: BaseReaderWriter, is_label: bool = False) -> tuple[np.ndarray, Grid]:
+def read_image(file: str | Path, reader: BaseReaderWriter, is_label: bool = False) -> tuple[Voxels, Grid]:
     """Read one file: its voxels (channels, Z, Y, X) and its grid.
 
     Raises:
@@ -65,4 +64,14 @@ def require_grid(file: str | Path, grid: Grid, reference: str | Path, expected: 
 
 
 def _unreadable(file: str | Path, why: str) -> UserError:
-    return UserError(file, f"an unreadable file ({' '.join(why.split())})", "a whole image", "Replace the file.")
+    return UserError(file, f"an unreadable file ({' '.join(why.split())})", "an image", "Replace the file.")
+
+
+def not_finite(file: str | Path, number: int) -> UserError:
+    """The error of an image with so many voxels that are no numbers."""
+    return UserError(
+        file,
+        f"{number} voxels that are NaN or infinite",
+        "finite numbers",
+        "Replace them by a meaningful value, e.g. that of the background.",
+    )
