@@ -35,6 +35,8 @@ LACKING_PATTERNS = {
 
 # without fixtures of their own that take long: they need not stay on one process of pytest-xdist
 SPREAD = (
+    "test_earlier_training",
+    "test_empty_patches",
     "test_failing_inputs",
     "test_methods",
     "test_terms",
@@ -42,6 +44,7 @@ SPREAD = (
     "test_modality_group",
     "test_planning",
     "test_raw_dataset",
+    "test_second_stage",
     "test_step",
     "test_withhold_labels",
 )
