@@ -31,6 +31,8 @@ from typing import ClassVar
 
 import torch
 
+from nnunetv2_semicml.data.locks import hold_lock
+
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 REPORT = REPOSITORY / "benchmarks" / "reliability.md"
@@ -547,6 +549,7 @@ def code() -> str:
 def run(args: argparse.Namespace) -> list[dict[str, object]]:
     """Do what is not done yet, one trial of every kind after the other."""
     chaos, file = Chaos(args.work, args.seed), args.work / "trials.jsonl"
+    hold_lock(args.work, "running chaos.py")
     mountable, same = can_mount(args.work), args.work / "code"
     if same.is_file() and same.read_text() != code():
         sys.exit(f"{args.work} is of {same.read_text()}, and this is {code()}: give another folder.")
