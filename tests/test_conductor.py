@@ -403,6 +403,23 @@ def test_full_disk_ends_in_a_sentence(groups, monkeypatch):
         make_trainer(LABELS, "2d").run_training()
 
 
+@pytest.mark.parametrize("left", [0, 200])
+def test_validation_that_was_not_written_to_its_end_has_no_summary(groups, monkeypatch, left):
+    """On a full disk ITK writes a part of a prediction, and says nothing."""
+    trainer = initialized(LABELS, "2d")
+    original = nnUNetTrainer.perform_actual_validation
+
+    def validate(self, *options):
+        original(self, *options)
+        file = sorted(Path(self.output_folder, "validation").glob("*.nii.gz"))[0]
+        file.write_bytes(file.read_bytes()[:left])
+
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", validate)
+    with pytest.raises(UserError, match=r"nii.gz: found a part of a file; expected all of it.* validate with --val"):
+        trainer.perform_actual_validation()
+    assert not (Path(trainer.trainers[0].output_folder) / "validation" / "summary.json").exists()
+
+
 # hooks of nnU-Net
 
 

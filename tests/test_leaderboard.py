@@ -593,6 +593,19 @@ def test_scans_that_are_cut_off_are_not_predicted(study, call):
     assert set(read_csv(study)["modality"]) == {"FLAIR"}
 
 
+def test_predictions_that_are_cut_off_are_not_taken(study, call, monkeypatch, tmp_path):
+    """On a full disk ITK writes a part, and nnU-Net's command ends as if all was well."""
+    answers = tmp_path / "answers"
+    answers.mkdir()
+    for label in (study / "raw" / "Dataset500_Toy" / "labelsTs").iterdir():
+        (answers / label.name).write_bytes(label.read_bytes()[:-20])
+    monkeypatch.setenv("ANSWERS", str(answers))
+    call("--methods", SEMI, error="found a part of a file; expected all of it: the disk was full")
+    monkeypatch.delenv("ANSWERS")
+    assert len(predicted(call("--methods", SEMI))) == 2
+    assert len(read_csv(study)) == 8
+
+
 def test_settings_are_those_of_the_class_that_nnunet_finds(monkeypatch):
     monkeypatch.setenv("nnUNet_extTrainer", str(Path(ext_trainers.__file__).parent))
     settings, first_stage = leaderboard.find_settings(PREL)

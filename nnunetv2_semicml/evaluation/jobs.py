@@ -341,6 +341,7 @@ class Predict(Job):
 
     def run(self) -> None:
         """Predict into a folder beside the target that then takes its place."""
+        from nnunetv2_semicml.data.image_file import require_written
         from nnunetv2_semicml.data.reading import require_whole
 
         inputs = self._inputs()
@@ -360,6 +361,8 @@ class Predict(Job):
                 link_file(file, scans / name)
         arguments: list[str | Path] = ["-i", scans, "-o", predictions, *self._arguments(), "-device", self.model.device]
         self._call(self.model.programs / "nnUNetv2_predict", *arguments, **self.model.environment())
+        made = [predictions / f"{case}{self.file_ending}" for case in self.scans]
+        require_written([file for file in made if file.is_file()], "Make room, and repeat the command.")
         (predictions / INPUTS_FILE).write_text(json.dumps(inputs), encoding="utf-8")
         shutil.rmtree(self.out, ignore_errors=True)
         predictions.rename(self.out)

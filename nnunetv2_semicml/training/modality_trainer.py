@@ -1,6 +1,7 @@
 """A stock nnU-Net trainer as one member of a group: it keeps its network and records, and is given its batches."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+from nnunetv2_semicml.data.image_file import require_written
 from nnunetv2_semicml.data.modality_group import Modality
+from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.training.checkpoint import read_checkpoint, save_atomically, use_builtin_numbers
 
 
@@ -56,12 +59,24 @@ class ModalityTrainer(nnUNetTrainer):
         use_builtin_numbers(self.logger)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Validate as nnU-Net does, on the console, too."""
+        """Validate as nnU-Net does, on the console, too.
+
+        Raises:
+            UserError: a prediction was not written to its end; there is no summary then.
+        """
         self.print_to_console = True
         self._exchange_weights()
         super().perform_actual_validation(save_probabilities)
         self._exchange_weights()
         self.print_to_console = False
+        if self.local_rank == 0:
+            folder = Path(self.output_folder) / "validation"
+            try:
+                predictions = sorted(folder.glob(f"*{self.dataset_json['file_ending']}"))
+                require_written(predictions, "Make room, and validate with --val.")
+            except UserError:
+                (folder / "summary.json").unlink(missing_ok=True)
+                raise
 
     @torch.no_grad()
     def _exchange_weights(self) -> None:
