@@ -50,6 +50,7 @@ SPREAD = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
     """Keep the tests of the other files together, for --dist loadgroup."""
     for item in items:

@@ -89,12 +89,13 @@ def single_modality_scans(folder, channel):
 def test_planning_is_that_of_the_function(channels_group, tmp_path):
     """With nnU-Net's real fingerprint, planner and processes, without writing to nnUNet_raw."""
     raw, own = Path(os.environ["nnUNet_raw"]), {"nnUNet_preprocessed": str(tmp_path)}
-    before = sorted(raw.rglob("*"))
+    before = sorted((raw / channels_group.dataset_name).rglob("*"))  # others are being made
     options = ("--modalities", "MR=FLAIR,T2", "T1", "-c", "2d", "-np", 2, "-npfp", 2)
     done = run("nnUNetv2_semicml_plan_and_preprocess", "-d", channels_group.dataset_name, *options, **own)
     assert "7 labeled cases: 5 with MR + T1, 1 with MR, 1 with T1" in done.stdout
     assert "MR: Dataset551_Channels_MR (_0000 FLAIR, _0001 T2)" in done.stdout
-    assert sorted(raw.rglob("*")) == before
+    assert sorted((raw / channels_group.dataset_name).rglob("*")) == before
+    assert not list(raw.glob("Dataset55[12]*"))
     for modality in channels_group.modalities:
         folders = [Path(root) / modality.dataset_name for root in (os.environ["nnUNet_preprocessed"], tmp_path)]
         function, command = (json.loads((folder / "nnUNetPlans.json").read_text()) for folder in folders)

@@ -309,13 +309,12 @@ def other_process(folder):
         "import time; from pathlib import Path; from nnunetv2_semicml.data.locks import hold_lock\n"
         f"hold_lock(Path({str(folder)!r}), 'planning'); print('held', flush=True); time.sleep(600)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "held\n"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
 
 
 def folders_of(trainer):
@@ -323,7 +322,7 @@ def folders_of(trainer):
 
 
 @pytest.mark.parametrize("which", [0, 1, 2, "plans", "plans of T1"])
-def test_what_another_process_uses_is_refused(groups, which):
+def test_what_another_process_uses_is_refused(copy_of_labels, which):
     """The folders that are written to, those of modalities included, and the preprocessed cases."""
     trainer = initialized(LABELS, "2d")
     preprocessed = Path(os.environ["nnUNet_preprocessed"])

@@ -125,6 +125,7 @@ def process(rank, folder, port):
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
     batches = torch.load(folder / "batches.pt", weights_only=False)
     found = {"losses": example_losses(slice(2 * rank, 2 * rank + 2), distributed=True)}
+    os.environ["nnUNet_results"] = str(folder / "examples")  # others may train the same
 
     for name, (dataset, configuration, attributes) in EXAMPLES.items():
         os.environ["nnUNet_semicml_seed"] = "0"
@@ -196,7 +197,7 @@ def ranks(labels_group, batches, tmp_path_factory):
     """What the processes found, and the folder of their results."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(batches, folder / "batches.pt")
-    for name in ("whole", "parts"):
+    for name in ("examples", "whole", "parts"):
         (folder / name).mkdir()
     with socket.socket() as s:
         s.bind(("localhost", 0))

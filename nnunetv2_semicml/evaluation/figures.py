@@ -105,7 +105,7 @@ def themed(plot: Callable[[Figure], None], size: tuple[float, float]) -> dict[st
             "text.parse_math": False,  # names of methods and modalities may hold $
             "figure.constrained_layout.use": True,
         }
-        with style.context(settings):
+        with style.context(["default", settings]):  # nnU-Net sets large letters where it has plotted
             figure = Figure(figsize=size)
             plot(figure)
             images[theme] = _draw(figure, transparent=True)
