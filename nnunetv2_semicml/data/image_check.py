@@ -19,11 +19,13 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from tqdm import tqdm
 
-from nnunetv2_semicml.data.grid import Difference, Grid, describe_difference
+from nnunetv2_semicml.data.grid import Grid, describe_difference
 from nnunetv2_semicml.data.raw_dataset import CaseFiles, RawDataset, allowed_labels
-from nnunetv2_semicml.data.reading import Voxels, not_finite, read_image
+from nnunetv2_semicml.data.reading import Voxels, another_grid, not_finite, read_image, require_grid
 from nnunetv2_semicml.data.stored_file import FileState, state_of
 from nnunetv2_semicml.errors import UserError, some_of
+
+_REGISTER = "Register and resample all images and the label of a case to one grid."
 
 
 @dataclass
@@ -173,13 +175,13 @@ def _check_voxels(
         for i, file in zip(indices, images, strict=True):
             image, grid = _check_image(file, [raw.channel_names[c] for c in raw.channels_of_files[i]], reader)
             reference = reference or (file, len(image), grid)
-            _require_grid(file, grid, reference[0], reference[2])
+            require_grid(file, grid, Path(reference[0]).name, reference[2], _REGISTER)
             first_grid = first_grid or grid
             if not _read_at_once(grid, first_grid):
-                raise _another_grid(
+                raise another_grid(
                     file,
                     describe_difference("spacing", grid, first_grid),
-                    images[0],
+                    Path(images[0]).name,
                     "No voxel lies elsewhere by that, but nnU-Net does not read such files of one modality together: "
                     "copy the header of one file to the others, e.g. with SimpleITK's CopyInformation.",
                 )
@@ -214,7 +216,7 @@ def _check_voxels(
             # that of CASE.json, which need not lie beside a label, too
             grid = replace(grid, spacing=reference[2].spacing)
         checked.label_values = _check_label(files["label"], label, allowed)
-        _require_grid(files["label"], grid, reference[0], reference[2])
+        require_grid(files["label"], grid, Path(reference[0]).name, reference[2], _REGISTER)
 
 
 def _check_image(file: str, channel_names: Sequence[str], reader: type[BaseReaderWriter]) -> tuple[Voxels, Grid]:
@@ -273,22 +275,6 @@ def _components(file: str) -> int:
     return int(header.GetNumberOfComponents())
 
 
-def _require_grid(file: str, grid: Grid, reference: str, expected: Grid) -> None:
-    """Refuse another grid than that of the reference, a file of the same case.
-
-    Raises:
-        UserError: naming what differs.
-    """
-    if difference := grid.difference(expected):
-        remedy = "Register and resample all images and the label of a case to one grid."
-        raise _another_grid(file, difference, reference, remedy)
-
-
 def _read_at_once(grid: Grid, other: Grid) -> bool:
     """Whether nnU-Net's readers, which compare spacings so, take two files for those of one image."""
     return np.allclose(grid.spacing, other.spacing)
-
-
-def _another_grid(file: str, difference: Difference, reference: str, remedy: str) -> UserError:
-    attribute, found, expected = difference
-    return UserError(file, f"{attribute} {found}", f"{expected} as in {Path(reference).name}", remedy)

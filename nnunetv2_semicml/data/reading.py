@@ -10,11 +10,12 @@ from typing import Any
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from numpy.typing import NDArray
 
-from nnunetv2_semicml.data.grid import Grid
+from nnunetv2_semicml.data.grid import Difference, Grid
 from nnunetv2_semicml.data.stored_file import check_stored_file
 from nnunetv2_semicml.errors import UserError
 
 Voxels = NDArray[Any]  # (channels, *spatial), of whatever type a reader returns
+_RESAMPLE = "Resample it to the grid of that file, with nearest-neighbor interpolation."
 
 
 def require_whole(file: str | Path) -> None:
@@ -47,20 +48,20 @@ def read_image(file: str | Path, reader: BaseReaderWriter, is_label: bool = Fals
     return voxels, Grid.of_properties(voxels, properties)
 
 
-def require_grid(file: str | Path, grid: Grid, reference: str | Path, expected: Grid) -> None:
-    """Refuse a segmentation on another grid than that of the reference.
+def require_grid(file: str | Path, grid: Grid, reference: str | Path, expected: Grid, remedy: str = _RESAMPLE) -> None:
+    """Refuse an image on another grid than that of the reference.
 
     Raises:
         UserError: naming what differs.
     """
     if difference := grid.difference(expected):
-        attribute, found, other = difference
-        raise UserError(
-            file,
-            f"{attribute} {found}",
-            f"{other} as in {reference}",
-            "Resample it to the grid of that file, with nearest-neighbor interpolation.",
-        )
+        raise another_grid(file, difference, reference, remedy)
+
+
+def another_grid(file: str | Path, difference: Difference, reference: str | Path, remedy: str) -> UserError:
+    """The error of an image whose grid differs from that of the reference."""
+    attribute, found, expected = difference
+    return UserError(file, f"{attribute} {found}", f"{expected} as in {reference}", remedy)
 
 
 def _unreadable(file: str | Path, why: str) -> UserError:
