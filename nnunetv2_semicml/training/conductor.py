@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import isclass, isroutine
 from itertools import combinations
 from math import ceil
@@ -518,7 +519,7 @@ class Conductor(nnUNetTrainer):
         """The micro-batch size, as set or as the plans were made for."""
         return self.micro_batch_size or int(self.trainers[0].batch_size)
 
-    @property
+    @cached_property  # what the training began with, whatever is written to the folds' file meanwhile
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must belong to, to be of use for this trainer."""
         return {
