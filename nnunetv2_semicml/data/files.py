@@ -1,6 +1,7 @@
 """Files that are whole or absent, JSON, links and names, for all parts of the package. Imports `errors` and `locks`."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -165,6 +166,11 @@ def write_json(file: Path, content: Json | list[Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(file) as unfinished:
         unfinished.write_text(json.dumps(content, indent=4), encoding="utf-8")
+
+
+def json_digest(content: Any) -> str:
+    """Digest of what a JSON file could hold; the order of the keys does not matter."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def link_file(source: str | Path, target: Path) -> None:

@@ -5,8 +5,6 @@ of finished preprocessing. Trainers read it and refuse to start if anything has 
 also a group of its own, for methods that need no other modality.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
@@ -18,7 +16,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semicml.data.environment import environment_folder
-from nnunetv2_semicml.data.files import Json, read_json, require_sound_names, write_json
+from nnunetv2_semicml.data.files import Json, json_digest, read_json, require_sound_names, write_json
 from nnunetv2_semicml.data.folds import SPLITS_FILE, read_folds, require_cases, require_modalities, restrict, same_folds
 from nnunetv2_semicml.data.stored_file import FileState, digest_of
 from nnunetv2_semicml.errors import UserError
@@ -219,7 +217,7 @@ class ModalityGroup:
                 {part: sorted(cases) for part, cases in members.items()} if isinstance(members, dict) else members
             ],
         }
-        return {f"digest of {name}": _digest(content)[:12] for name, content in parts.items()}
+        return {f"digest of {name}": json_digest(content)[:12] for name, content in parts.items()}
 
     def common_cases(self, modalities: Sequence[str], labeled: bool) -> list[str]:
         """The cases that have all of these modalities, sorted."""
@@ -341,10 +339,6 @@ def unlabeled_identifier(data_identifier: str) -> str:
     return f"{data_identifier}_unlabeled"
 
 
-def _digest(content: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _require_type(value: Any, kind: Any) -> None:
     """Raise a TypeError unless the content of a JSON file is of a type made of dictionaries, lists and tuples."""
     origin, parts = get_origin(kind) or kind, get_args(kind)
@@ -371,7 +365,7 @@ def _settings_digest(dataset_name: str, plans_name: str, plans: Json, dataset_js
     settings = settings_of(plans, configuration, file, _PREPROCESSING_SETTINGS, _PREPROCESSING_PLANS)
     if lacking := [key for key in ("labels", "channel_names") if key not in dataset_json]:
         raise UserError(file.with_name("dataset.json"), f"no {lacking[0]}", "some", _PREPROCESS)
-    return _digest([*settings.values(), dataset_json["labels"], dataset_json["channel_names"]])
+    return json_digest([*settings.values(), dataset_json["labels"], dataset_json["channel_names"]])
 
 
 def settings_of(plans: Json, configuration: str, file: Path, own: Sequence[str], common: Sequence[str] = ()) -> Json:

@@ -5,8 +5,6 @@ it begins a training; of one that was begun by hand there is only what nnU-Net l
 `jobs`, which imports this where it needs it, since it is slow.
 """
 
-import hashlib
-import json
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -16,7 +14,7 @@ from typing import Any, TypeVar
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semicml.data.checkpoint_file import content_digest, read_provenance
-from nnunetv2_semicml.data.files import Json, write_json
+from nnunetv2_semicml.data.files import Json, json_digest, write_json
 from nnunetv2_semicml.data.folds import SPLITS_FILE, read_folds
 from nnunetv2_semicml.data.modality_group import MODALITIES_FILE, ModalityGroup, preprocessed_folder
 from nnunetv2_semicml.evaluation.jobs import stamp, try_read_json
@@ -192,6 +190,4 @@ def _digest_of_configuration(folder: Path, plans: Json | None, configuration: st
 
 
 def _digest(content: Any) -> str | None:
-    if content is None:
-        return None
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return None if content is None else json_digest(content)[:12]
