@@ -322,8 +322,8 @@ def change_tensors(batch, change):
 
 def unsupervised_terms(trainer, batch):
     """The terms of a step, with a graph: each is the mean over the draws that have it."""
-    found, labeled = {}, trainer.labeled_patches(batch)
-    for draw in trainer.unlabeled_draws(batch):
+    found = {}
+    for draw, labeled in zip(trainer.unlabeled_draws(batch), trainer.mixing_partners(batch), strict=True):
         views, targets = trainer.views_and_targets(draw, labeled)
         for name, term in trainer.unsupervised_terms(unlabeled_outputs(trainer, views), targets).items():
             found.setdefault(name, []).append(term)
@@ -350,14 +350,16 @@ def reference_gradients(trainer, batch):
     terms = unsupervised_terms(trainer, batch)
     total = sum(trainer.unsupervised_weights()[name] * term for name, term in terms.items())
     supervised = {}
-    if trainer.supervised_weight:
+    later = trainer.supervised_weight_after_warmup
+    weight = trainer.supervised_weight if trainer.warming_up or later is None else later
+    if weight:
         labeled = {t.name: LabeledPatches(*labeled_of(batch)[t.modality.name]) for t in trainer.trainers}
         taught = trainer.labeled_views(labeled, trainer.unlabeled_draws(batch))
         with trainer._autocast():
             for t in trainer.learners():
                 image, target = taught[t.name]
                 supervised[t.name] = t.loss(t.network(image), target)
-    (total + trainer.supervised_weight * sum(supervised.values())).backward()
+    (total + weight * sum(supervised.values())).backward()
     return {**terms, **supervised}, gradients(trainer)
 
 
@@ -365,10 +367,10 @@ def step_gradients(trainer, batch):
     """The same of a step of the trainer, before clipping."""
     for t in trainer.trainers:
         t.optimizer.zero_grad()
-    draws, labeled = trainer.unlabeled_draws(batch), trainer.labeled_patches(batch)
-    losses, _ = trainer._unsupervised_step(trainer.learners(), draws, labeled)
-    if trainer.supervised_weight:
-        taught = trainer.labeled_views(labeled, draws)
+    draws = trainer.unlabeled_draws(batch)
+    losses, _ = trainer._unsupervised_step(trainer.learners(), draws, trainer.mixing_partners(batch))
+    if trainer.labeled_weight:
+        taught = trainer.labeled_views(trainer.labeled_patches(batch), draws)
         for t in trainer.learners():
             losses[t.name] = trainer._supervised_step(t, taught[t.name])
     return losses, gradients(trainer)

@@ -295,6 +295,6 @@ def test_network_that_rests_has_no_loss_that_is_nan(groups, capsys):
     shown = capsys.readouterr().out
     logs = [Path(t.log_file).read_text() for t in trainer.trainers]
     better = [t.name for t in trainer.trainers].index(trainer.better_modality)
-    assert "train_loss: none, since the network rests in this epoch" in logs[better]
+    assert "train_loss: none, since the network learned from no labeled patches in this epoch" in logs[better]
     assert "rests" not in logs[1 - better]
     assert not any("loss nan" in text for text in (shown, *logs))

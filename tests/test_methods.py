@@ -6,7 +6,7 @@ A new method is a row of METHODS. The second stage, PReL: test_prel.
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -44,8 +44,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch._dynamo import OptimizedModule
 
 from nnunetv2_semicml.ext_trainers import semicml_trainers
+from nnunetv2_semicml.trainers.nnUNetTrainerBCP import nnUNetTrainerBCP
 from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
+from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalBCP import nnUNetTrainerCrossModalBCP
 from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalCPS import nnUNetTrainerCrossModalCPS
+from nnunetv2_semicml.trainers.nnUNetTrainerFilterMatch import nnUNetTrainerFilterMatch
+from nnunetv2_semicml.trainers.nnUNetTrainerFixMatch import nnUNetTrainerFixMatch
 from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLAnatomical import nnUNetTrainerSECLAnatomical
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLRegion import nnUNetTrainerSECLRegion
@@ -53,6 +57,7 @@ from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPlus import nnUNetTrainerSemiCMLPlus
 from nnunetv2_semicml.trainers.nnUNetTrainerSupervisedEMA import nnUNetTrainerSupervisedEMA
 from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
+from nnunetv2_semicml.trainers.nnUNetTrainerUniMatch import nnUNetTrainerUniMatch
 
 FLAIR, REGIONS_T1 = "Dataset501_Labels_FLAIR", "Dataset522_Regions_T1"
 
@@ -73,12 +78,22 @@ def encoder_seen(trainer, t):
 
 @dataclass(frozen=True)
 class Row:
-    """A method, and which weights of a network each of its terms reaches."""
+    """A method in the tests.
+
+    Attributes:
+        method: its trainer.
+        reached: which weights of a network each of its terms reaches.
+        attributes: with which every part of it is switched on.
+        stock: with which, beside weights of 0 for all terms, it learns from nothing but nnU-Net's labeled batch.
+    """
 
     method: type
     reached: Callable = output_seen
+    attributes: dict = field(default_factory=dict)
+    stock: dict = field(default_factory=dict)
 
 
+UNMIXED = {"supervised_weight_after_warmup": None, "box_side": 0.0}
 METHODS = [
     Row(nnUNetTrainerMeanTeacher),
     Row(nnUNetTrainerUAMT),
@@ -88,6 +103,11 @@ METHODS = [
     Row(nnUNetTrainerSemiCMLPlus),
     Row(nnUNetTrainerSECLRegion, encoder_seen),
     Row(nnUNetTrainerSECLAnatomical, encoder_seen),
+    Row(nnUNetTrainerBCP, stock=UNMIXED),
+    Row(nnUNetTrainerCrossModalBCP, attributes={"asc_weight": 0.35}, stock=UNMIXED),
+    Row(nnUNetTrainerFixMatch),
+    Row(nnUNetTrainerUniMatch),
+    Row(nnUNetTrainerFilterMatch, stock={"warmup_fraction": 1.0}),
 ]
 ALONE = [(LABELS, "2d"), (LABELS, "3d_fullres"), (REGIONS, "3d_fullres"), *INCOMPLETE]
 SETTINGS = [
@@ -122,7 +142,9 @@ def test_every_offered_method_is_in_the_table():
 
 @each_setting
 def test_unsupervised_gradient_reaches_the_networks_and_no_teacher(row, dataset, configuration):
-    trainer = with_something_seen(initialized(dataset, configuration, row.method, rampup_fraction=0.0))
+    trainer = with_something_seen(
+        initialized(dataset, configuration, row.method, rampup_fraction=0.0, **row.attributes)
+    )
     (batch,) = draw_batches(trainer, 1)
     terms = unsupervised_terms(trainer, batch)
     assert terms.keys() == trainer.unsupervised_weights().keys()
@@ -167,7 +189,7 @@ def test_teacher_follows_its_closed_form(row):
 @pytest.mark.parametrize("recompute", [False, True])
 @each_setting
 def test_without_unsupervised_weight_every_step_is_that_of_the_stock_trainer(row, dataset, configuration, recompute):
-    off = all_weights(row.method, 0.0)
+    off = {**row.attributes, **all_weights(row.method, 0.0), **row.stock}
     assert_steps_of_the_stock_trainer(initialized(dataset, configuration, row.method, recompute=recompute, **off))
 
 
@@ -211,11 +233,10 @@ def assert_steps_of_the_stock_trainer(trainer, stock_trainer=nnUNetTrainer):
 @each_method
 def test_unsupervised_weight_changes_the_step(row, dataset, configuration):
     """The counterpart: the equality above is not that of a dead term."""
+    on, off = all_weights(row.method, 1.0), {**all_weights(row.method, 0.0), **row.stock}
     trainers = [
-        with_something_seen(
-            initialized(dataset, configuration, row.method, rampup_fraction=0.0, **all_weights(row.method, w))
-        )
-        for w in (1.0, 0.0)
+        with_something_seen(initialized(dataset, configuration, row.method, rampup_fraction=0.0, **weighted))
+        for weighted in (on, off)
     ]
     (batch,) = draw_batches(trainers[0], 1)
     for trainer in trainers:
@@ -225,7 +246,7 @@ def test_unsupervised_weight_changes_the_step(row, dataset, configuration):
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
-@each_method
+@pytest.mark.parametrize(("row", "dataset", "configuration"), [p for p in FIRST if p.values[0].method.term_weights])
 def test_weights_are_ramped(row, dataset, configuration, warmup):
     full = all_weights(row.method, 0.7)
     schedule = {"num_epochs": 10, "rampup_fraction": 0.4, "warmup_fraction": warmup / 10}
@@ -254,7 +275,8 @@ def test_every_term_has_its_own_weight():
 
 @each_method
 def test_resumed_training_equals_uninterrupted_training(row, dataset, configuration, tmp_path, monkeypatch):
-    assert_resumes(row.method, dataset, configuration, tmp_path, monkeypatch, num_epochs=3, save_every=2)
+    schedule = {"num_epochs": 3, "save_every": 2}
+    assert_resumes(row.method, dataset, configuration, tmp_path, monkeypatch, **schedule, **row.attributes)
 
 
 def assert_resumes(method, dataset, configuration, tmp_path, monkeypatch, **attributes):
@@ -283,7 +305,7 @@ def assert_resumes(method, dataset, configuration, tmp_path, monkeypatch, **attr
 @each_setting
 def test_whole_training_runs_and_deploys_a_stock_model(row, dataset, configuration):
     method = row.method
-    trainer = initialized(dataset, configuration, method)
+    trainer = initialized(dataset, configuration, method, **row.attributes)
     before = weights(trainer)
     trainer.run_training()
     for old, new in zip(before, weights(trainer), strict=True):
@@ -413,14 +435,14 @@ def test_supervised_reference_is_the_stock_training(dataset):
 @each_method
 def test_warm_up_is_stock_training_and_teachers_start_from_it(row, dataset, configuration, tmp_path, monkeypatch):
     schedule = {"num_epochs": 4, "warmup_fraction": 0.5, "rampup_fraction": 0.0, "num_iterations_per_epoch": 1}
-    trainer = initialized(dataset, configuration, row.method, **schedule)
+    trainer = initialized(dataset, configuration, row.method, **{**row.stock, **schedule})
     assert_steps_of_the_stock_trainer(trainer)  # with the weights of the method as they are
-    trainer = initialized(dataset, configuration, row.method, **schedule)
+    trainer = initialized(dataset, configuration, row.method, **schedule, **row.attributes)
     snapshots = []
     end = trainer.on_train_epoch_end
 
     def record(outputs):
-        assert bool(outputs[0]["unsupervised"]) == (trainer.current_epoch >= 2)
+        assert bool(outputs[0]["unsupervised"]) == (trainer.current_epoch >= 2 and bool(row.method.term_weights))
         end(outputs)
         of_teachers = {n: [p.clone() for p in t.network.parameters()] for n, t in trainer.teachers.items()}
         of_students = {
@@ -463,7 +485,7 @@ def test_warm_up_without_labels_is_refused():
 @each_method
 def test_labels_of_unlabeled_cases_change_nothing(row, dataset, configuration, copy_of_labels):
     assert_labels_of_unlabeled_cases_change_nothing(
-        lambda: initialized(dataset, configuration, row.method, rampup_fraction=0.0)
+        lambda: initialized(dataset, configuration, row.method, rampup_fraction=0.0, **row.attributes)
     )
 
 
@@ -472,7 +494,9 @@ def test_labels_of_unlabeled_cases_change_nothing(row, dataset, configuration, c
 
 @each_setting
 def test_step_gives_the_gradients_of_the_formula(row, dataset, configuration):
-    trainer = with_something_seen(initialized(dataset, configuration, row.method, rampup_fraction=0.0))
+    trainer = with_something_seen(
+        initialized(dataset, configuration, row.method, rampup_fraction=0.0, **row.attributes)
+    )
     (batch,) = draw_batches(trainer, 1)
     assert_step_equals_reference(trainer, batch)
 
@@ -480,18 +504,19 @@ def test_step_gives_the_gradients_of_the_formula(row, dataset, configuration):
 @each_method
 def test_step_with_dropout_gives_the_gradients_of_the_formula(row, dataset, configuration):
     trainer_class = type(row.method.__name__, (row.method,), {"network_trainer": nnUNetTrainerWithDropout})
-    trainer = with_something_seen(initialized(dataset, configuration, trainer_class, rampup_fraction=0.0))
+    own = {"rampup_fraction": 0.0, "micro_batch_size": 8, **row.attributes}
+    trainer = with_something_seen(initialized(dataset, configuration, trainer_class, **own))
     assert any("Dropout" in type(m).__name__ for m in trainer.trainers[0].network.modules())
     (batch,) = draw_batches(trainer, 1)
     assert_step_equals_reference(trainer, batch)
 
 
-@pytest.mark.parametrize("method", ONE_MODALITY)
+@pytest.mark.parametrize("method", [m for m in ONE_MODALITY if m is not nnUNetTrainerUniMatch])  # it drops at random
 def test_micro_batches_give_the_gradients_of_the_formula(method):
-    trainer = with_something_seen(initialized(FLAIR, "3d_fullres", method, rampup_fraction=0.0, unlabeled_batch_size=4))
+    trainer = with_something_seen(initialized(FLAIR, "3d_fullres", method, rampup_fraction=0.0, unlabeled_batch_size=8))
     (batch,) = draw_batches(trainer, 1)
     for trainer.micro_batch_size in (3, 1):
-        assert_step_equals_reference(trainer, batch)
+        assert_step_equals_reference(trainer, batch, tolerance=5e-5)
     seen = []
     for t in trainer.trainers:
         t.network.encoder.stages[0].register_forward_hook(lambda _, images, __: seen.append(len(images[0])))

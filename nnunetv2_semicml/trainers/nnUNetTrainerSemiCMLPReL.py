@@ -70,6 +70,7 @@ class nnUNetTrainerSemiCMLPReL(WithAreaContrast):
     # Published: four passes, noise N(0, 0.1^2) clamped to [0, 0.2]; here in standard deviations of the image.
     teacher_passes = 4
     noise_bounds = (0.0, 0.2)
+    makes_pseudo_labels = True
     better_modality = ""
     labeler: Teacher
 
@@ -205,6 +206,7 @@ class nnUNetTrainerSemiCMLPReL(WithAreaContrast):
         (logits,) = outputs
         terms = {}
         for name, z in logits.items():
+            self.count_pseudo_labels(name, labels)
             prediction = self.foreground(self.probabilities(z))
             terms[f"{name} asc"] = self.area_contrast([foreground, prediction])
             terms[f"{name} ce"] = soft_cross_entropy(self.in_batch(z), labels, regions)

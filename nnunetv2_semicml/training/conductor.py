@@ -4,7 +4,7 @@ nnU-Net's command line instantiates a trainer for the multi-modal dataset, or fo
 nnU-Net's own loop on it. The trainer is a conductor of stock trainers, one for every network. It draws a labeled batch
 of every modality and unlabeled batches of modalities that are compared, computes
 
-    supervised_weight * sum_m L_sup(m, labeled) + sum_terms weight_term(epoch) * mean_draws L_term(draw of unlabeled)
+    labeled_weight(epoch) * sum_m L_sup(m, labeled) + sum_terms weight_term(epoch) * mean_draws L_term(unlabeled draw)
 
 and passes every other hook on to the stock trainers, which write complete stock model folders of their own.
 """
@@ -41,7 +41,7 @@ from nnunetv2_semicml.data.folds import SPLITS_FILE, read_folds
 from nnunetv2_semicml.data.locks import hold_lock, release_lock
 from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup, preprocessed_folder
 from nnunetv2_semicml.data.result_folders import TRAINING_STATE, fold_folder, model_folder
-from nnunetv2_semicml.data.streams import Patches, SemiSupervisedDataLoader
+from nnunetv2_semicml.data.streams import PairedDataLoader, Patches, SemiSupervisedDataLoader
 from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.training.checkpoint import (
     CHECKPOINT_FORMAT,
@@ -158,11 +158,14 @@ class Conductor(nnUNetTrainer):
         needs_positions: whether draws tell where in its case a patch lies.
         mixes_labeled: whether `views_and_targets` looks at labeled patches, which are drawn then even if
             `supervised_weight` is 0.
+        pairs_labeled: whether these show the same places of the same cases for all networks of a draw; otherwise every
+            network has labeled patches of its own.
         term_weights: every term that `unsupervised_terms` may return -> the attribute that is its weight, which the
             base ramps and logs.
         unlabeled_batch_size: unlabeled cases per draw; None takes the plans' batch size, but at least the two cases
             that a contrast needs.
         supervised_weight: weight of nnU-Net's loss on labeled cases; 0 leaves these out.
+        supervised_weight_after_warmup: the same from the end of the warm-up on; None: it stays as it is.
         warmup_fraction: share of the schedule in which networks learn from labeled cases alone.
         rampup_fraction: share of the schedule after that over which `ramp` rises.
         recompute: whether activations are recomputed in the backward pass instead of held, see `train_step`; None
@@ -180,6 +183,7 @@ class Conductor(nnUNetTrainer):
     was_initialized: bool
     current_epoch: int
     num_epochs: int = 1000
+    dataloader_train: Any
 
     schedules: ClassVar[dict[int, type["Conductor"]]] = {}  # of a method, see `with_schedules`
     network_trainer: type[nnUNetTrainer] = nnUNetTrainer
@@ -189,9 +193,11 @@ class Conductor(nnUNetTrainer):
     networks_per_modality = 1
     needs_positions = False
     mixes_labeled = False
+    pairs_labeled = False
     term_weights: ClassVar[Mapping[str, str]] = {}
     unlabeled_batch_size: int | None = None
     supervised_weight = 1.0
+    supervised_weight_after_warmup: float | None = None
     warmup_fraction = 0.0
     rampup_fraction = 0.4
     recompute: bool | None = None
@@ -242,7 +248,9 @@ class Conductor(nnUNetTrainer):
         if self.group.is_single:  # the model folder is the modality trainer's
             self.output_folder = join(self.output_folder, TRAINING_STATE)
             Path(self.output_folder).mkdir(exist_ok=True)
-            self.log_file = join(self.output_folder, basename(self.log_file))
+            begun, self.log_file = self.log_file, join(self.output_folder, basename(self.log_file))
+            if isfile(begun):
+                Path(begun).replace(self.log_file)
         self.network = _NoSingleNetwork(name)
         self.trainers: list[ModalityTrainer] = []
         self.distinct_cases = 0  # that every unlabeled draw can have, in all processes together
@@ -315,7 +323,8 @@ class Conductor(nnUNetTrainer):
 
         Args:
             unlabeled: the draw.
-            labeled: network -> the labeled patches of the step; nothing without `mixes_labeled`.
+            labeled: network -> the labeled patches of the step, or those that belong to the draw (`pairs_labeled`);
+                nothing without `mixes_labeled`.
 
         Returns:
             The views, and anything without gradient that `unsupervised_terms` needs.
@@ -395,7 +404,13 @@ class Conductor(nnUNetTrainer):
             return 0.0
         return sigmoid_rampup(self.current_epoch - self.warmup_epochs, self.rampup_fraction * self.num_epochs)
 
-    # the draws of unlabeled cases
+    @property
+    def labeled_weight(self) -> float:
+        """Weight of nnU-Net's loss on labeled cases in this epoch."""
+        later = self.supervised_weight_after_warmup
+        return self.supervised_weight if self.warming_up or later is None else later
+
+    # the draws of unlabeled cases, and of labeled ones
 
     def draws(self) -> list[tuple[str, ...]]:
         """Which modalities the unlabeled patches of a step show together; the same in every step and process."""
@@ -405,6 +420,19 @@ class Conductor(nnUNetTrainer):
         pairs: list[tuple[str, ...]] = list(combinations(names, 2))
         common = [self.group.common_cases(pair, labeled=False) for pair in pairs]
         return [tuple(names)] if all(cases == common[0] for cases in common) else pairs
+
+    def labeled_draws(self) -> list[tuple[str, ...]]:
+        """Which modalities the labeled patches of a step show together; with `pairs_labeled` first as `draws` does."""
+        own: list[tuple[str, ...]] = [(modality.name,) for modality in self.group.modalities]
+        if not self.pairs_labeled:
+            return own
+        draws = self.draws()
+        complete = len(draws) == 1 and len(self.group.patterns(labeled=True)) == 1
+        return draws if complete else [*draws, *own]  # no case is left out of the supervised loss
+
+    def unlabeled_cases(self, draw: Sequence[str]) -> list[str]:
+        """The unlabeled cases that patches of these modalities are drawn from."""
+        return self.group.common_cases(draw, labeled=False)
 
     @property
     def cases_per_draw(self) -> int:
@@ -460,7 +488,7 @@ class Conductor(nnUNetTrainer):
             for number in range(1, self.networks_per_modality + 1):
                 self.trainers.append(self._make_trainer(modality, modality_plans, number))
         self._choose_micro_batches()
-        for key in self._term_keys():
+        for key in self.log_keys():
             self.logger.local_logger.my_fantastic_logging.setdefault(key, [])
         self.was_initialized = True
 
@@ -558,7 +586,8 @@ class Conductor(nnUNetTrainer):
             for seed_generator in (torch.manual_seed, np.random.seed, random.seed):
                 seed_generator(int(seed) + rank)
 
-    def _term_keys(self) -> list[str]:
+    def log_keys(self) -> list[str]:
+        """What is logged in every epoch beside nnU-Net's own: the terms and their weights."""
         weights = self.unsupervised_weights()
         return [f"unsupervised/{term}" for term in weights] + [f"weight/{term}" for term in weights]
 
@@ -570,48 +599,70 @@ class Conductor(nnUNetTrainer):
         Every modality has labeled patches of its own, of all of its cases. It is validated on patches that all
         modalities show together, so that their Dice can be compared, unless no validation case has all modalities.
         """
+        return self._training_stream(), self._validation_stream()
+
+    def _training_stream(self) -> SingleThreadedAugmenter | NonDetMultiThreadedAugmenter:
         deployed = self._deployed_trainers()
         batch_size, unlabeled = deployed[0].batch_size, self.cases_here(self.cases_per_draw)
-        split = {trainer: trainer.do_split() for trainer in deployed}
-        together = set.intersection(*(set(validation) for _, validation in split.values()))
+        cases = {t.name: t.do_split()[0] for t in deployed}
+
+        def labeled_loader(draw: tuple[str, ...]) -> PairedDataLoader:
+            together = set.intersection(*(set(cases[name]) for name in draw))
+            if not together:
+                raise UserError(
+                    self.group.file.with_name(SPLITS_FILE),
+                    f"no training case of fold {self.fold} with {' and '.join(draw)}",
+                    f"one at least, whose patches {type(self).__name__} mixes with unlabeled ones in all of these",
+                    "Train another fold or another method.",
+                )
+            own = [case for case in cases[draw[0]] if case in together]
+            return make_loader([t for t in deployed if t.name in draw], own, batch_size, labeled=True, augment=True)
+
+        def unlabeled_loader(draw: tuple[str, ...]) -> PairedDataLoader:
+            return make_loader(
+                [t for t in deployed if t.name in draw],
+                # each process draws from cases of its own, so that no two contrast a case with itself
+                self.unlabeled_cases(draw)[self.local_rank :: self._world_size],
+                unlabeled,
+                labeled=False,
+                augment=True,
+                positions=self.needs_positions,
+            )
+
+        loader = SemiSupervisedDataLoader(
+            [labeled_loader(draw) for draw in self.labeled_draws()] if self._draws_labeled else [],
+            [unlabeled_loader(draw) for draw in self.draws()],
+        )
+        return self._start_loading(loader, get_allowed_n_proc_DA())
+
+    def _validation_stream(self) -> SingleThreadedAugmenter | NonDetMultiThreadedAugmenter:
+        deployed = self._deployed_trainers()
+        cases = {t: t.do_split()[1] for t in deployed}
+        together = set.intersection(*map(set, cases.values()))
         if not together:
             self.print_to_log_file(
                 "WARNING: no validation case has all modalities: each is validated on its own cases, and the Dice of "
                 "different modalities cannot be compared."
             )
-        train = SemiSupervisedDataLoader(
-            [
-                make_loader([t], cases, batch_size, labeled=True, augment=True)
-                for t, (cases, _) in split.items()
-                if self._draws_labeled
-            ],
-            [
-                make_loader(
-                    [t for t in deployed if t.name in draw],
-                    # each process draws from cases of its own, so that no two contrast a case with itself
-                    self.group.common_cases(draw, labeled=False)[self.local_rank :: self._world_size],
-                    unlabeled,
-                    labeled=False,
-                    augment=True,
-                    positions=self.needs_positions,
-                )
-                for draw in self.draws()
-            ],
+        of_draws = [(deployed, sorted(together))] if together else [([t], own) for t, own in cases.items()]
+        loader = SemiSupervisedDataLoader(
+            [make_loader(who, own, deployed[0].batch_size, labeled=True, augment=False) for who, own in of_draws]
         )
-        of_validation = (
-            [(deployed, sorted(together))] if together else [([t], cases) for t, (_, cases) in split.items()]
-        )
-        validation = SemiSupervisedDataLoader(
-            [make_loader(who, cases, batch_size, labeled=True, augment=False) for who, cases in of_validation]
-        )
-        workers, pin = get_allowed_n_proc_DA(), self.device.type == "cuda"
-        augmenters = (
-            start_loading(train, workers, pin),
-            start_loading(validation, workers // 2 if workers > 1 else workers, pin),
-        )
-        for augmenter in augmenters:
-            next(augmenter)  # as nnU-Net does: the workers start here, and what is wrong with the data shows now
-        return augmenters
+        workers = get_allowed_n_proc_DA()
+        return self._start_loading(loader, workers // 2 if workers > 1 else workers)
+
+    def _start_loading(
+        self, loader: SemiSupervisedDataLoader, workers: int
+    ) -> SingleThreadedAugmenter | NonDetMultiThreadedAugmenter:
+        augmenter = start_loading(loader, workers, pin_memory=self.device.type == "cuda")
+        next(augmenter)  # as nnU-Net does: the workers start here, and what is wrong with the data shows now
+        return augmenter
+
+    def restart_training_stream(self) -> None:
+        """Draw from the cases that `unlabeled_cases` names now."""
+        if isinstance(self.dataloader_train, NonDetMultiThreadedAugmenter):
+            self.dataloader_train._finish()
+        self.dataloader_train = self._training_stream()
 
     @property
     def _draws_labeled(self) -> bool:
@@ -619,14 +670,27 @@ class Conductor(nnUNetTrainer):
 
     def labeled_patches(self, batch: Mapping[str, Sequence[Patches]]) -> dict[str, LabeledPatches]:
         """The labeled part of a batch, on the device, by network."""
-        of_modality = {}
-        for patches in batch["labeled"]:
-            for modality, image in patches["images"].items():
-                target = patches["targets"][modality]
-                scales = [self._on_device(scale) for scale in (target if isinstance(target, list) else [target])]
-                moved = scales if isinstance(target, list) else scales[0]
-                of_modality[modality] = LabeledPatches(self._on_device(image), moved)
-        return {t.name: of_modality[t.modality.name] for t in self.trainers if t.modality.name in of_modality}
+        of_modality = {name: patches for patches in batch["labeled"] for name in patches["images"]}
+        return self._labeled_on_device(of_modality)
+
+    def mixing_partners(self, batch: Mapping[str, Sequence[Patches]]) -> list[dict[str, LabeledPatches]]:
+        """For every unlabeled draw of a batch the labeled patches that `views_and_targets` is given, on the device."""
+        draws = len(batch["unlabeled"])
+        if not self.mixes_labeled:
+            return [{} for _ in range(draws)]
+        if not self.pairs_labeled:
+            return [self.labeled_patches(batch)] * draws
+        return [self._labeled_on_device(dict.fromkeys(p["images"], p)) for p in batch["labeled"][:draws]]
+
+    def _labeled_on_device(self, of_modality: Mapping[str, Patches]) -> dict[str, LabeledPatches]:
+        """Network -> labeled patches, of the draw that each modality is taken from."""
+        moved = {}
+        for modality, patches in of_modality.items():
+            target = patches["targets"][modality]
+            scales = [self._on_device(scale) for scale in (target if isinstance(target, list) else [target])]
+            image = self._on_device(patches["images"][modality])
+            moved[modality] = LabeledPatches(image, scales if isinstance(target, list) else scales[0])
+        return {t.name: moved[t.modality.name] for t in self.trainers if t.modality.name in moved}
 
     def unlabeled_draws(self, batch: Mapping[str, Sequence[Patches]]) -> list[UnlabeledDraw]:
         """The unlabeled part of a batch, on the device."""
@@ -694,20 +758,18 @@ class Conductor(nnUNetTrainer):
         network at the planned batch size. The labeled cases follow, network by network.
         """
         draws = self.unlabeled_draws(batch)
-        # otherwise they come to the device when they are needed
-        labeled = self.labeled_patches(batch) if self.mixes_labeled else {}
         learners = self.learners()
         for trainer in learners:
             trainer.optimizer.zero_grad(set_to_none=True)
-        terms, total = self._unsupervised_step(learners, draws, labeled)
-        taught = self.labeled_views(labeled or self.labeled_patches(batch), draws) if self.supervised_weight else {}
+        terms, total = self._unsupervised_step(learners, draws, [] if self.warming_up else self.mixing_partners(batch))
+        taught = self.labeled_views(self.labeled_patches(batch), draws) if self.labeled_weight else {}
         supervised = {}
         exchanges = []
         for trainer in learners:
-            if self.supervised_weight:
+            if self.labeled_weight:
                 loss = self._supervised_step(trainer, taught[trainer.name])
                 supervised[trainer.name] = loss
-                total = total + self.supervised_weight * loss
+                total = total + self.labeled_weight * loss
             if self.is_ddp:
                 exchanges += self._average_gradients(trainer)  # while the next network computes
         for exchange in exchanges:
@@ -734,10 +796,10 @@ class Conductor(nnUNetTrainer):
         self,
         learners: Sequence[ModalityTrainer],
         draws: Sequence[UnlabeledDraw],
-        labeled: Mapping[str, LabeledPatches],
+        partners: Sequence[Mapping[str, LabeledPatches]],
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Add the gradient of the unsupervised loss; return its terms and their weighted sum, detached."""
-        terms = {} if self.warming_up else self._unsupervised_loss(learners, draws, labeled)
+        terms = {} if self.warming_up else self._unsupervised_loss(learners, draws, partners)
         weights = self.unsupervised_weights()
         self._require_live(terms, weights)
         total = sum((weights[name] * term for name, term in terms.items()), start=torch.zeros((), device=self.device))
@@ -749,11 +811,11 @@ class Conductor(nnUNetTrainer):
         self,
         learners: Sequence[ModalityTrainer],
         draws: Sequence[UnlabeledDraw],
-        labeled: Mapping[str, LabeledPatches],
+        partners: Sequence[Mapping[str, LabeledPatches]],
     ) -> dict[str, Tensor]:
         """The terms of a step, with their graph."""
         of_draws: dict[str, list[Tensor]] = {}
-        for draw in draws:
+        for draw, labeled in zip(draws, partners, strict=True):
             views, targets = self.views_and_targets(draw, labeled)
             outputs = []
             for number, view in enumerate(views):
@@ -803,7 +865,7 @@ class Conductor(nnUNetTrainer):
         outputs = self._in_micro_batches(compute, patches.image, hold=True)
         with self._autocast():
             loss: Tensor = trainer.loss(outputs if isinstance(patches.target, list) else outputs[0], patches.target)
-        self._scale(self.supervised_weight * loss).backward()
+        self._scale(self.labeled_weight * loss).backward()
         return loss.detach()
 
     def _in_micro_batches(self, compute: Callable[[Tensor], list[Tensor]], images: Tensor, hold: bool) -> list[Tensor]:
@@ -889,7 +951,7 @@ class Conductor(nnUNetTrainer):
         if means:
             self.print_to_log_file("unsupervised:", ", ".join(terms))
         super().on_epoch_end()
-        if means and self.local_rank == 0:
+        if self.local_rank == 0:
             plot_terms(self.logger.get_checkpoint(), join(self.output_folder, "unsupervised_terms.png"))
 
     def on_train_end(self) -> None:

@@ -27,6 +27,7 @@ class WithCrossPseudoSupervision(nnUNetTrainerSemiSupervised):
     # (benchmarks/study/validation.md at commit 8d54f3c).
     pseudo_label_weight = 0.25
     term_weights = {"ce": "pseudo_label_weight", "dice": "pseudo_label_weight"}
+    makes_pseudo_labels = True
 
     def labelers(self, learner: ModalityTrainer) -> list[ModalityTrainer]:
         """Whose segmentations a network learns from: those of the other modalities."""
@@ -45,6 +46,7 @@ class WithCrossPseudoSupervision(nnUNetTrainerSemiSupervised):
         for trainer in (t for t in self.trainers if t.name in outputs):
             prediction = self.foreground(probabilities[trainer.name])
             others = [labels[t.name] for t in self.labelers(trainer) if t.name in labels]
+            self.count_pseudo_labels(trainer.name, torch.cat(others))
             ce_of = [soft_cross_entropy(outputs[trainer.name], label, regions) for label in others]
             dice_of = [
                 soft_dice_loss(prediction, self.foreground(label), batch_dice, distributed=self.is_ddp)

@@ -40,7 +40,7 @@ class ModalityTrainer(nnUNetTrainer):
     def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
         """Write to this modality's log file and, warnings always and all during validation, to the console."""
         if args[:1] == ("train_loss",) and np.isnan(args[1]):
-            args = ("train_loss: none, since the network rests in this epoch",)
+            args = ("train_loss: none, since the network learned from no labeled patches in this epoch",)
         warning = any("WARNING" in str(arg) for arg in args)
         also_print_to_console = also_print_to_console and (self.print_to_console or warning)
         super().print_to_log_file(

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
+from torch.nn.functional import interpolate, one_hot
 
-from nnunetv2_semicml.training.conductor import Conductor
+from nnunetv2_semicml.training.class_volumes import LABELED, PSEUDO, ClassVolumes
+from nnunetv2_semicml.training.conductor import Conductor, LabeledPatches
 from nnunetv2_semicml.training.modality_trainer import ModalityTrainer
 from nnunetv2_semicml.training.teacher import BestModelPool, Teacher, add_noise
 
@@ -43,6 +45,10 @@ class nnUNetTrainerSemiSupervised(Conductor):
         bma_start_epoch: first epoch after the warm-up that the pool takes part in, at most a fifth of the schedule.
         noise_std: of the images of a teacher, in their standard deviations, see `add_noise`.
         noise_bounds: likewise.
+        makes_pseudo_labels: whether networks learn from pseudo-labels, of which `count_pseudo_labels` is told then, so
+            that the log can say what they show.
+        vanishing_share: of the labeled volume of a class, below which the log says that the class has all but vanished
+            from the pseudo-labels.
         teachers: of every network, by name, from `initialize` on; empty if there are none.
         pools: of every network that has a teacher, its best validation Dice values.
     """
@@ -56,6 +62,8 @@ class nnUNetTrainerSemiSupervised(Conductor):
     bma_start_epoch = 10
     noise_std = 0.1
     noise_bounds = (-0.2, 0.2)
+    makes_pseudo_labels = False
+    vanishing_share = 0.1
 
     def initialize(self) -> None:
         """Build the networks and a teacher of each."""
@@ -68,6 +76,7 @@ class nnUNetTrainerSemiSupervised(Conductor):
                 'teacher_averaging to "ema".'
             )
         super().initialize()
+        self.volumes = ClassVolumes()
         self.teachers: dict[str, Teacher] = {}
         self.pools: dict[str, BestModelPool] = {}
         for trainer in self.trainers if averaging else ():
@@ -99,6 +108,8 @@ class nnUNetTrainerSemiSupervised(Conductor):
     def train_step(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """Make a step; EMA teachers follow, unless the networks are warming up."""
         losses = super().train_step(batch)
+        if self.makes_pseudo_labels:
+            self._count_labels(batch)
         if self.averaging == "ema" and not self.warming_up:
             for trainer in self.trainers:
                 self.teachers[trainer.name].follow(self.student(trainer), self.ema_decay)
@@ -107,6 +118,8 @@ class nnUNetTrainerSemiSupervised(Conductor):
     def on_train_epoch_end(self, train_outputs: Sequence[dict[str, Any]]) -> None:
         """Log; teachers start from the networks that have warmed up."""
         super().on_train_epoch_end(train_outputs)
+        if self.makes_pseudo_labels:
+            self._log_volumes()
         if self.warming_up:
             self.start_teachers()
 
@@ -164,6 +177,64 @@ class nnUNetTrainerSemiSupervised(Conductor):
                     of_cases.add_(self.probabilities(logits.float()), alpha=1 / passes)
         return mean
 
+    # what pseudo-labels show
+
+    def log_keys(self) -> list[str]:
+        """Also, for every network, the volumes of classes in what it learns from."""
+        of_networks = [t.name for t in self.trainers] if self.makes_pseudo_labels else []
+        return [*super().log_keys(), *(kind + name for name in of_networks for kind in (PSEUDO, LABELED))]
+
+    def count_pseudo_labels(self, name: str, labels: Tensor) -> None:
+        """Take note of pseudo-labels.
+
+        Args:
+            name: of the network that learns from them.
+            labels: (B, heads, *patch), as zeros and ones or probabilities; zero where they do not count.
+        """
+        self.volumes.add(PSEUDO + name, self.foreground(labels))
+
+    def _count_labels(self, batch: Mapping[str, Sequence[Any]]) -> None:
+        """Of the labeled patches, as unlabeled ones are drawn: not those that are drawn for their foreground."""
+        of_modality = {name: patches["targets"][name] for patches in batch["labeled"] for name in patches["images"]}
+        for trainer in (t for t in self.trainers if t.modality.name in of_modality):
+            scales = of_modality[trainer.modality.name]
+            target = scales[0] if isinstance(scales, list) else scales
+            anywhere = len(target)
+            if not trainer.probabilistic_oversampling:  # nnU-Net's loader draws the last ones for their foreground
+                anywhere = round(anywhere * (1 - trainer.oversample_foreground_percent))
+            if anywhere:
+                labels = self.one_hot_labels(self._on_device(target[:anywhere]))
+                self.volumes.add(LABELED + trainer.name, self.foreground(labels))
+
+    def _log_volumes(self) -> None:
+        """Log the volumes of an epoch, and say so when a class has all but vanished from what a network learns from."""
+        names = [name for name, label in self.dataset_json["labels"].items() if name not in ("background", "ignore")]
+        if not self.label_manager.has_regions:
+            names.sort(key=lambda name: int(self.dataset_json["labels"][name]))
+        for trainer in self.trainers:
+            shares = {}
+            for kind in (PSEUDO, LABELED):
+                everywhere = np.array(self._everywhere(self.volumes.take(kind + trainer.name, len(names))))
+                measured = everywhere[~np.isnan(everywhere[:, 0])]
+                shares[kind] = (measured.mean(0) if len(measured) else everywhere[0]).tolist()
+            before = self.logger.get_value(PSEUDO + trainer.name, step=None)[-1:]
+            for kind, of_kind in shares.items():
+                self.logger.log(kind + trainer.name, of_kind, self.current_epoch)
+            if np.isnan(shares[PSEUDO][0]):
+                continue
+            both = list(zip(names, shares[PSEUDO], shares[LABELED], strict=True))
+            self.print_to_log_file(
+                f"{trainer.name} learns from pseudo-labels with these shares of voxels (labels):",
+                ", ".join(f"{name} {pseudo:.5f} ({labeled:.5f})" for name, pseudo, labeled in both),
+            )
+            for number, (name, pseudo, labeled) in enumerate(both):
+                threshold = self.vanishing_share * labeled
+                if pseudo < threshold and not (before and before[0][number] < threshold):
+                    self.print_to_log_file(
+                        f"WARNING: {name} has all but vanished from the pseudo-labels that {trainer.name} learns from: "
+                        f"{pseudo:.2g} of the voxels, {labeled:.2g} of those of labeled patches."
+                    )
+
     # predictions
 
     @torch.no_grad()
@@ -210,6 +281,38 @@ class nnUNetTrainerSemiSupervised(Conductor):
             return target[:, :heads].float()
         classes = torch.arange(heads, device=target.device).view(1, -1, *[1] * (target.ndim - 2))
         return (target == classes).float()
+
+    def annotated(self, target: Tensor) -> Tensor:
+        """Where a target, as `one_hot_labels` takes it, is not to be ignored: (B, 1, *patch), boolean."""
+        if not self.label_manager.has_ignore_label:
+            return torch.ones_like(target[:, :1], dtype=torch.bool)
+        if self.label_manager.has_regions:
+            return ~target[:, -1:].bool()
+        known: Tensor = target != self.label_manager.ignore_label
+        return known
+
+    def joined(self, labeled: LabeledPatches, images: Tensor, labels: Tensor) -> LabeledPatches:
+        """Labeled and pseudo-labeled patches as one batch for nnU-Net's own loss.
+
+        Args:
+            labeled: B patches.
+            images: (U, C, *patch).
+            labels: of these, as zeros and ones (U, heads, *patch).
+
+        Returns:
+            B + U patches, in the resolutions of the labeled ones and by nnU-Net's rule of making these.
+        """
+        full = labels.argmax(1, keepdim=True).float()
+        if self.label_manager.has_regions:
+            nowhere = torch.zeros_like(labels[:, : labeled.full_target.shape[1] - labels.shape[1]])
+            full = torch.cat([labels, nowhere], 1)  # nnU-Net appends where to ignore
+        own = labeled.target if isinstance(labeled.target, list) else [labeled.target]
+        scales = [
+            torch.cat([target, interpolate(full, target.shape[2:], mode="nearest-exact").to(target.dtype)])
+            for target in own
+        ]
+        image = torch.cat([labeled.image, images])
+        return LabeledPatches(image, scales if isinstance(labeled.target, list) else scales[0])
 
     def hard_pseudo_labels(self, probabilities: Tensor) -> Tensor:
         """The most probable class, or all regions above one half, as zeros and ones (B, heads, *patch)."""

@@ -1,0 +1,91 @@
+"""Bidirectional copy-paste between modalities: the same mixtures of the same patients in all of them.
+
+Sources: Bai et al., CVPR 2023 (copy-paste); Zhang et al., Med. Image Anal. 83:102656, 2023 (the better modality, which
+one is measured, teaches; contrast of predicted areas).
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nnunetv2_semicml.training.area_contrast import WithAreaContrast
+from nnunetv2_semicml.training.conductor import UnlabeledDraw, View
+from nnunetv2_semicml.training.copy_paste import MixedLabels, WithBidirectionalCopyPaste
+from nnunetv2_semicml.training.schedules import with_schedules
+
+
+@with_schedules
+class nnUNetTrainerCrossModalBCP(WithAreaContrast, WithBidirectionalCopyPaste):
+    """A mixture is one patient for all modalities, so that they may learn from each other's teachers and be contrasted.
+
+    Attributes:
+        labeled_by: whose teachers segment the unlabeled patches of a modality: its "own", that of the "better" modality
+            of the draw, those of the "others" or of "all" modalities, by their mean probabilities. Which one is better
+            is measured as for PReL, by the mean of the best validation Dice values so far; before there are any, all
+            label.
+        asc_weight: of the area-similarity contrast of the predictions of mixtures; 0 computes none.
+    """
+
+    pairs_labeled = True
+    term_weights = {**WithBidirectionalCopyPaste.term_weights, "asc": "asc_weight"}
+    labeled_by: Literal["own", "better", "others", "all"] = "better"
+    asc_weight = 0.0
+
+    def labelers(self, learner: str, modalities: Sequence[str]) -> list[str]:
+        """Which modalities' teachers label for a network, of those that a draw shows."""
+        if self.labeled_by == "own":
+            return [learner]
+        if self.labeled_by == "others":
+            return [name for name in modalities if name != learner]
+        if self.labeled_by == "all":
+            return list(modalities)
+        if self.labeled_by != "better":
+            raise ValueError(f'labeled_by must be "own", "better", "others" or "all", got {self.labeled_by!r}.')
+        dice = {name: value for name, value in self.best_dice().items() if name in modalities}
+        return [max(dice, key=lambda name: dice[name])] if any(dice.values()) else list(modalities)
+
+    def best_dice(self) -> dict[str, float]:
+        """Of every network the mean of its `bma_pool_size` best validation Dice values so far; 0 if there is none."""
+        found = {}
+        for trainer in self.trainers:
+            values = [dice for dice in trainer.logger.get_value("mean_fg_dice", step=None) if dice == dice]
+            found[trainer.name] = fmean(sorted(values)[-self.bma_pool_size :]) if values else 0.0
+        return found
+
+    def on_train_epoch_start(self) -> None:
+        """Say who labels."""
+        super().on_train_epoch_start()
+        if self.labeled_by == "better" and not self.warming_up:
+            dice = self.best_dice()
+            who = max(dice, key=lambda name: dice[name]) if any(dice.values()) else "all modalities"
+            values = ", ".join(f"{name} {value:.4f}" for name, value in dice.items())
+            self.print_to_log_file(f"pseudo-labels by the teacher of {who} (best validation Dice values: {values})")
+
+    def pseudo_labels(self, unlabeled: UnlabeledDraw) -> dict[str, Tensor]:
+        """Segmentations by the mean of the probabilities of the labelers' teachers."""
+        images = unlabeled.images
+        labelers = {name: self.labelers(name, list(images)) for name in images}
+        predictions = {
+            name: self.mean_prediction(self.teachers[name], images[name])
+            for name in dict.fromkeys(labeler for of_network in labelers.values() for labeler in of_network)
+        }
+        return {
+            name: self.segmented(name, torch.stack([predictions[labeler] for labeler in of_network]).mean(0))
+            for name, of_network in labelers.items()
+        }
+
+    def unsupervised_terms(
+        self, outputs: Sequence[View], targets: Sequence[Mapping[str, MixedLabels]]
+    ) -> dict[str, Tensor]:
+        """Those of copy-paste, and the contrast of the predictions of all mixtures."""
+        terms = super().unsupervised_terms(outputs, targets)
+        if self.asc_weight:
+            predictions = [
+                torch.cat([self.foreground(self.probabilities(logits[name])) for logits in outputs])
+                for name in outputs[0]
+            ]
+            terms["asc"] = self.area_contrast(predictions)
+        return terms
