@@ -26,6 +26,7 @@ from conftest import (
 from nnunetv2.inference.data_iterators import PreprocessAdapter
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from test_terms import area_contrast
 
@@ -402,11 +403,11 @@ def place_of(patch, array):
 @pytest.mark.parametrize("labeled", [True, False])
 @pytest.mark.parametrize("dataset", [LABELS, CHANNELS])
 def test_patches_are_cut_out_of_the_files_of_their_modality_at_one_place(groups, dataset, labeled):
-    """Images voxel for voxel, and targets; the crops of the modalities begin at different voxels of the scan."""
+    """Images voxel for voxel, targets and positions; the crops of the modalities begin at different voxels."""
     trainer = initialized(dataset, "3d_fullres")
     modalities = trainer.group.modalities
     cases = trainer.group.common_cases([m.name for m in modalities], labeled)
-    loader = make_loader(trainer.trainers, cases, 2, labeled=labeled, augment=False)
+    loader = make_loader(trainer.trainers, cases, 2, labeled=labeled, augment=False, positions=True)
     loader.patch_size = np.array([10, 11, 12])
     loader.need_to_pad = np.array([4, 0, 0])  # also beyond the case
     np.random.seed(0)
@@ -414,20 +415,40 @@ def test_patches_are_cut_out_of_the_files_of_their_modality_at_one_place(groups,
     for _ in range(4):
         batch = loader.generate_train_batch()
         for b, case in enumerate(batch["cases"]):
-            corners = []
+            corners, boxes = [], []
             for modality in modalities:
                 image, labels, properties = stored_case(modality, "3d_fullres", case, "" if labeled else "_unlabeled")
                 corner, inside, cut = place_of(batch["images"][modality.name][b].numpy(), image)
                 box = np.array(properties["bbox_used_for_cropping"])
                 assert np.array_equal(box[:, 1] - box[:, 0], image.shape[1:])  # nothing was resampled
                 corners.append(tuple(corner + box[:, 0]))
+                boxes.append(box)
                 apart.add((case, *box[:, 0]))
                 if labeled:
                     target = batch["targets"][modality.name][0][b].numpy()
                     np.testing.assert_array_equal(target[inside], np.maximum(labels[cut], 0))
             assert len(set(corners)) == 1  # of the scan
+            start, end = np.min(boxes, axis=0)[:, 0], np.max(boxes, axis=0)[:, 1]
+            where = np.indices(loader.patch_size) + np.reshape(corners[0] - start, (3, 1, 1, 1))
+            share = (where + 0.5) / np.reshape(end - start, (3, 1, 1, 1))
+            expected = np.where(((share > 0) & (share < 1)).all(axis=0), share, 0)
+            np.testing.assert_allclose(batch["positions"][b], expected, rtol=1e-6)
         assert batch["targets"].keys() == ({m.name for m in modalities} if labeled else set())
     assert len(apart) > len({case for case, *_ in apart})
+
+
+def test_targets_without_deep_supervision_are_those_of_its_first_scale(groups):
+    targets = []
+    for deep in (True, False):
+        trainer = initialized(REGIONS, "3d_fullres", enable_deep_supervision=deep)
+        loader = make_loader(trainer.trainers, trainer.group.labeled, 2, labeled=True, augment=True)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        targets.append(loader.generate_train_batch()["targets"])
+    assert targets[0].keys() == targets[1].keys() == {"FLAIR", "T1", "T2"}
+    for modality, (first, *_) in targets[0].items():
+        assert first.any()
+        assert torch.equal(targets[1][modality], first)
 
 
 def test_targets_are_those_of_their_modality(groups):
@@ -497,6 +518,45 @@ def test_patches_of_several_modalities_are_drawn_around_foreground(groups):
             assert (target[0][:, 0, 2, 2, 2] > 0).all()
 
 
+def test_cases_are_oversampled_as_the_trainer_says_and_unlabeled_ones_never(groups):
+    for probabilistic in (False, True):
+        trainer = initialized(LABELS, "2d", probabilistic_oversampling=probabilistic)
+        for labeled, cases in ((True, trainer.group.labeled), (False, trainer.group.unlabeled)):
+            loader = make_loader(trainer.trainers, cases, 4, labeled=labeled, augment=True)
+            np.random.seed(0)
+            drawn = {tuple(loader.get_do_oversample(j) for j in range(4)) for _ in range(20)}
+            if labeled and probabilistic:  # every patch with a probability of a third
+                assert len(drawn) > 4
+            else:
+                assert drawn == {(False, False, False, labeled)}
+
+
+def test_ignore_label_is_looked_for_in_labeled_cases_alone(groups):
+    """nnU-Net wants a voxel that is annotated in the middle of a patch, and unlabeled cases have none."""
+    trainer = initialized(LABELS, "3d_fullres")
+    for t in trainer.trainers:
+        t.label_manager = LabelManager({"background": 0, "a": 1, "b": 2, "ignore": 3}, None)
+    labeled, unlabeled = (
+        make_loader(trainer.trainers, cases, 2, labeled=has_labels, augment=False)
+        for cases, has_labels in ((trainer.group.labeled, True), (trainer.group.unlabeled, False))
+    )
+    assert len(unlabeled.generate_train_batch()["cases"]) == 2
+    load_case = labeled._data.load_case
+
+    def with_one_annotated_voxel(identifier):
+        *rest, properties = load_case(identifier)
+        properties["class_locations"] = {(-1, 0, 1, 2): np.array([[0, 10, 11, 12]])}
+        return *rest, properties
+
+    labeled._data.load_case = with_one_annotated_voxel
+    labeled.oversample_foreground_percent = 0.0
+    labeled.patch_size, labeled.need_to_pad = np.array([5, 5, 5]), np.zeros(3, int)
+    batch = labeled.generate_train_batch()
+    for b, case in enumerate(batch["cases"]):
+        expected = load_case(case)[0][:, 8:13, 9:14, 10:15]
+        np.testing.assert_array_equal(torch.cat([batch["images"][t.name][b] for t in trainer.trainers]), expected)
+
+
 def stock_arguments(dataset):
     plans, dataset_json = load_plans(dataset)
     return plans, "3d_fullres", 0, dataset_json, torch.device("cpu")
@@ -532,6 +592,8 @@ def test_networks_are_validated_as_by_the_stock_trainer(groups):
     batch = next(loader)
     (patches,) = batch["labeled"]
     assert {*patches["cases"]} <= {*folds[0]["val"]}
+    size = trainer.configuration_manager.patch_size
+    assert all(image.shape[2:] == tuple(size) for image in patches["images"].values())
     trainer.on_validation_epoch_start()
     for t, found in zip(trainer.trainers, trainer.validation_step(batch), strict=True):
         plans, dataset_json = load_plans(t.modality.dataset_name)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from nnunetv2.utilities.crossval_split import generate_crossval_split
+from toy import refusal
 
 from nnunetv2_semicml.data.folds import (
     extend_folds,
@@ -76,6 +77,33 @@ def test_few_complete_cases_are_dealt_out_with_the_others():
     assert_partition(folds, {*cases_of["T1"], *cases_of["T2"]})
 
 
+def test_cases_with_most_modalities_are_dealt_out_first():
+    """Later ones could not make up for it: T1 would be in four of five folds."""
+    both = names(4, "with_both")
+    cases_of = {"T1": ["a", "b", *both], "T2": ["c", *both]}
+    require_modalities(make_folds(cases_of, WHERE), cases_of, WHERE)
+
+
+def test_modalities_are_spread_evenly_without_cases_that_have_all():
+    """Random patterns, as above: per fold a modality has at most two cases more in one than in another."""
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        has = random.random((int(random.integers(15, 40)), 3)) < random.uniform(0.4, 1, 3)
+        has[has.all(axis=1), seed % 3] = False
+        cases_of = {f"m{i}": [f"c{case:02d}" for case in np.flatnonzero(has[:, i])] for i in range(3)}
+        if min(map(len, cases_of.values())) < 5:
+            continue
+        for cases in cases_of.values():
+            numbers = [len(fold["val"]) for fold in restrict(make_folds(cases_of, WHERE), cases)]
+            assert max(numbers) - min(numbers) <= 2
+
+
+def test_new_case_validates_where_its_modality_is_lacking_however_many_others_are_there():
+    folds = [{"train": ["b1", "b2"], "val": ["a1", "a2", "a3"]}, {"train": ["a1", "a2", "a3"], "val": ["b1", "b2"]}]
+    cases_of = {"T1": ["a1", "a2", "a3", "b1", "new"], "T2": ["b2", "new"]}
+    assert [fold["val"] for fold in extend_folds(folds, cases_of)] == [["a1", "a2", "a3", "new"], ["b1", "b2"]]
+
+
 def test_new_cases_do_not_move_old_ones():
     both = names(10)
     before = make_folds({"T1": both, "T2": both}, WHERE)
@@ -118,8 +146,13 @@ def test_files_of_another_form_are_refused(tmp_path, content, found):
     file.write_text(content)
     with pytest.raises(UserError) as error:
         read_folds(file)
-    assert error.value.parts[0] == file
-    assert error.value.parts[1].startswith(found)
+    where, what, *rest = error.value.parts
+    assert where == file
+    assert what.startswith(found)
+    assert rest == [
+        'a JSON list with {"train": [cases], "val": [other cases]} for every fold',
+        "Correct the file (nnU-Net's documentation/manual_data_splits.md), or delete it to have new folds made.",
+    ]
 
 
 def test_other_keys_are_left_out(tmp_path):
@@ -137,15 +170,16 @@ def test_other_keys_are_left_out(tmp_path):
     ],
 )
 def test_folds_of_other_cases_are_refused(cases, found):
-    with pytest.raises(UserError, match=f"f: found {found}; expected the {len(cases)} labeled cases"):
-        require_cases([{"train": ["a"], "val": ["b"]}], cases, Path("f"))
+    assert refusal(require_cases, [{"train": ["a"], "val": ["b"]}], cases, Path("f")) == (
+        f"f: found {found}; expected the {len(cases)} labeled cases, by their names without channel and file ending. "
+        "Correct the file, or delete it to have new folds made."
+    )
 
 
 def test_folds_without_a_modality_are_refused():
     folds = [{"train": ["a", "c"], "val": ["b"]}]
-    with pytest.raises(
-        UserError, match="found no validation case with T2 in fold 0; expected some, for every modality"
-    ):
-        require_modalities(folds, {"T1": ["a", "b", "c"], "T2": ["a", "c"]}, Path("f"))
-    with pytest.raises(UserError, match="found no training case with T2 in fold 0"):
-        require_modalities(folds, {"T1": ["a", "b", "c"], "T2": ["b"]}, Path("f"))
+    for cases, kind in ((["a", "c"], "validation"), (["b"], "training")):
+        assert refusal(require_modalities, folds, {"T1": ["a", "b", "c"], "T2": cases}, Path("f")) == (
+            f"f: found no {kind} case with T2 in fold 0; expected some, for every modality. "
+            "Write folds in which there is one."
+        )

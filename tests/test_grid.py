@@ -1,5 +1,7 @@
 """Grids are the same by whatever reader, and differences are said in words."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -41,13 +43,38 @@ def test_readers_of_a_file_find_the_grid_of_the_image(tmp_path):
     np.testing.assert_allclose(by_nibabel.corners() * (-1, -1, 1), grid.corners(), atol=1e-5)
 
 
+@pytest.mark.parametrize(("reader", "attribute"), [(SimpleITKIO, "direction"), (NibabelIO, "affine")])
+def test_turned_image_is_said_to_be_turned(tmp_path, reader, attribute):
+    """In the words of the file, as far as the reader tells; by its first voxel and its spacing it looks the same."""
+    files = []
+    for name, direction in (("turned", TILTED), ("straight", (1, 0, 0, 0, 1, 0, 0, 0, 1))):
+        files.append(str(tmp_path / f"{name}.nii.gz"))
+        sitk.WriteImage(make_image(direction=direction), files[-1])
+    turned, straight = (Grid.of_properties(*reader().read_images([file])) for file in files)
+    assert turned.difference(straight).attribute == attribute
+    turned, straight = (Grid.of_image(sitk.ReadImage(file)) for file in files)
+    assert turned.difference(straight).attribute == "direction"
+
+
+def test_axis_of_the_channels_does_not_count(tmp_path):
+    """SimpleITK stores spacing, origin and direction of a fourth axis, too."""
+    file = str(tmp_path / "image.nii.gz")
+    sitk.WriteImage(sitk.JoinSeries([make_image(), make_image()], 70, 5), file)
+    voxels, properties = SimpleITKIO().read_images([file])
+    assert len(voxels) == 2
+    grid = Grid.of_properties(voxels, properties)
+    assert grid.difference(Grid.of_image(make_image())) is None
+    assert grid.difference(Grid.of_image(make_image(origin=(7, 8, 10)))) is not None
+
+
 def test_formats_without_a_place_are_compared_by_spacing():
     voxels = np.zeros((1, 4, 5, 6))
     grid, other = (Grid.of_properties(voxels, {"spacing": spacing}) for spacing in ((3, 2, 1), (3, 2, 1.5)))
     assert Tiff3DIO.supported_file_endings  # such as this one
     assert grid.difference(other) == Difference("spacing", "[3.0, 2.0, 1.0]", "[3.0, 2.0, 1.5]")
-    with pytest.raises(ValueError, match="does not say where"):
-        grid.corners()
+    for without in (grid, *(replace(Grid.of_image(make_image()), **{name: None}) for name in ("origin", "matrix"))):
+        with pytest.raises(ValueError, match=r"^the file of this image does not say where its voxels are\.$"):
+            without.corners()
 
 
 @pytest.mark.parametrize(
@@ -58,6 +85,11 @@ def test_formats_without_a_place_are_compared_by_spacing():
         ({"origin": (7, 8, 9.2)}, Difference("origin", "[7.0, 8.0, 9.2]", "[7.0, 8.0, 9.0]")),
         ({"origin": (7, 8, 9 + 0.9 * GRID_TOLERANCE)}, None),  # as a share of 1 mm, the smallest spacing
         ({"spacing": (1, 2, 3 + 1e-4)}, None),
+        # the spacing is another one by rounding alone
+        (
+            {"spacing": (1, 2, 3.0005), "origin": (7, 8, 19)},
+            Difference("origin", "[7.0, 8.0, 19.0]", "[7.0, 8.0, 9.0]"),
+        ),
     ],
 )
 def test_difference_is_named_if_voxels_lie_elsewhere(changes, difference):

@@ -1,5 +1,7 @@
 """Where voxels lie, by readers and by hand, and which displacements make another grid. Sentences: test_grid."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -7,7 +9,7 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from test_grid import make_image
 
-from nnunetv2_semicml.data.grid import Difference, Grid, describe_difference
+from nnunetv2_semicml.data.grid import GRID_TOLERANCE, Difference, Grid, describe_difference
 
 COS, SIN = 0.8, 0.6
 
@@ -45,6 +47,8 @@ def test_single_slice_lies_on_the_grid_of_a_2d_image_whatever_its_thickness():
     for thick in (1.0, 5.0):
         assert plane(thick=thick).difference(plane()) is None
         assert plane().difference(plane(thick=thick)) is None
+        for name in ("direction", "matrix"):  # not every format has them
+            assert replace(plane(thick=thick), **{name: None}).difference(plane()) is None
 
 
 @pytest.mark.parametrize(
@@ -69,20 +73,27 @@ def test_spacing_alone_is_compared_over_the_extent(spacing, same):
     assert (expected.difference(grid) is None) == same
 
 
-@pytest.mark.parametrize(("moved", "same"), [(0.099, True), (0.101, False)])
+@pytest.mark.parametrize(("moved", "same"), [(0.199, True), (0.201, False)])
 def test_displacement_is_a_share_of_the_smallest_step_however_the_axes_lie(moved, same):
-    """A step of 1 mm that is oblique to both axes of the world."""
+    """A step of 2 mm that is oblique to both axes of the world."""
     grid, expected = (
-        Grid.of_image(make_image(spacing=(1, 3, 3), origin=origin, direction=(COS, -SIN, 0, SIN, COS, 0, 0, 0, 1)))
+        Grid.of_image(make_image(spacing=(2, 3, 3), origin=origin, direction=(COS, -SIN, 0, SIN, COS, 0, 0, 0, 1)))
         for origin in ((7, 8, 9), (7, 8, 9 + moved))
     )
     assert (grid.difference(expected) is None) == same
+
+
+def test_displacement_by_the_tolerance_is_none():
+    grid, expected = (Grid(np.array([1]), np.array([1.0]), np.array([x]), np.eye(1)) for x in (GRID_TOLERANCE, 0.0))
+    assert grid.difference(expected) is None
 
 
 def test_as_many_digits_are_shown_as_tell_apart():
     for value, shown in ((1.3, "[1.3]"), (1.0004, "[1.0004]"), (1.0000004321, "[1.000000432]")):
         grid, expected = (Grid(np.array([2]), np.array([spacing])) for spacing in (value, 1.0))
         assert describe_difference("spacing", grid, expected) == Difference("spacing", shown, "[1.0]")
+    grid, expected = (Grid(np.array([2]), np.ones(1), np.array(origin)) for origin in ([-1e-4, 7.0], [0.0, 8.0]))
+    assert describe_difference("origin", grid, expected) == Difference("origin", "[0.0, 7.0]", "[0.0, 8.0]")
     counts = describe_difference("shape", Grid(np.array([2]), np.ones(1)), Grid(np.array([3]), np.ones(1)))
     assert counts == Difference("shape", "[2]", "[3]")
 

@@ -4,6 +4,8 @@ The files are written by SimpleITK, nibabel, skimage and tifffile, or byte by by
 """
 
 import gzip
+import hashlib
+import os
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunetv2_semicml.data import stored_file
-from nnunetv2_semicml.data.stored_file import check_stored_file
+from nnunetv2_semicml.data.stored_file import check_stored_file, digest_of, state_of
 
 SHAPE = (20, 30, 40)
 
@@ -175,7 +177,7 @@ def test_counts_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtyp
     by_nibabel(kind, order)(file, voxels)
     assert check_stored_file(file) == ("", 4)
     if ending == ".nii":
-        file.write_bytes(file.read_bytes() + 8 * b"\xff")  # NaN in either type
+        file.write_bytes(file.read_bytes() + 99 * b"\xff")  # NaN in either type
         assert check_stored_file(file) == ("", 4)
 
 
@@ -201,6 +203,8 @@ def test_integers_and_vectors_have_no_nan(tmp_path: Path):
     assert check_stored_file(file) == ("", 0)
     sitk.WriteImage(sitk.GetImageFromArray(noise("uint8", (*SHAPE, 3)), isVector=True), str(file))
     assert check_stored_file(file) == ("", 0)
+    file.write_bytes(gipl(np.full(SHAPE, -1, np.int16), 719555000, 0))
+    assert check_stored_file(file) == ("", 0)
 
 
 # -------------------------------------------------------------------------------------------------------- odd headers
@@ -210,7 +214,8 @@ def gipl(voxels: np.ndarray, magic: int, fourth: int) -> bytes:
     """A GIPL whose fourth dimension, which it does not have, is stored as 0 or 1."""
     header = struct.pack(">5H", *voxels.shape[::-1], fourth, {"float32": 64, "int16": 15}[voxels.dtype.name])
     header += struct.pack(">3f", 1, 1, 1)
-    return header.ljust(252, b"\0") + struct.pack(">I", magic) + voxels.astype(voxels.dtype.newbyteorder(">")).tobytes()
+    header = header.ljust(248, b"\0") + b"user"  # whatever the writer wants there
+    return header + struct.pack(">I", magic) + voxels.astype(voxels.dtype.newbyteorder(">")).tobytes()
 
 
 def nifti(voxels: np.ndarray, extra: bytes = b"\0" * 4, **fields) -> bytes:
@@ -266,6 +271,8 @@ def test_passes_what_itk_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         {"vox_offset": 352.7},
         {"bitpix": 8},
         {"dim": [3, 40, 30, 20, 7, 7, 7, 7]},
+        {"dim": [1, 24000, 1, 1, 1, 1, 1, 1]},
+        {"dim": [7, 40, 30, 20, 1, 1, 1, 1]},
     ],
 )
 def test_odd_header_does_not_hide_damage(tmp_path: Path, fields: dict):
@@ -273,10 +280,12 @@ def test_odd_header_does_not_hide_damage(tmp_path: Path, fields: dict):
     voxels[0, 0, 0] = voxels[1, 2, 3] = np.nan
     content = nifti(voxels, **fields)
     file = tmp_path / "image.nii.gz"
-    file.write_bytes(gzip.compress(content))
+    file.write_bytes(gzip.compress(content, 0))
     assert check_stored_file(file) == ("", 2)
-    file.write_bytes(gzip.compress(content[:-1]))
-    assert check_stored_file(file) == ("95999 of 96000 bytes of voxels", 0)
+    start = len(content) - 96000
+    for left in (95999, 1, 0):
+        file.write_bytes(gzip.compress(content[: start + left], 0))
+        assert check_stored_file(file) == (f"{left} of 96000 bytes of voxels", 0)
 
 
 def test_nibabel_does_not_load_what_itk_reads(tmp_path: Path):
@@ -290,8 +299,11 @@ def test_nibabel_does_not_load_what_itk_reads(tmp_path: Path):
 @pytest.mark.parametrize(("magic", "fourth"), [(719555000, 0), (4026526128, 1)])
 def test_gipl_cut_off(tmp_path: Path, magic: int, fourth: int):
     file = tmp_path / "image.gipl"
-    file.write_bytes(gipl(ODD, magic, fourth)[:-1])
-    assert check_stored_file(file) == ("95999 of 96000 bytes of voxels", 0)
+    for left in (95999, 0):
+        file.write_bytes(gipl(ODD, magic, fourth)[: 256 + left])
+        assert check_stored_file(file) == (f"{left} of 96000 bytes of voxels", 0)
+    file.write_bytes(struct.pack(">5H", 40000, 1, 1, fourth, 8).ljust(252, b"\0") + struct.pack(">I", magic) + b"1")
+    assert check_stored_file(file) == ("1 of 40000 bytes of voxels", 0)  # extents have no sign
 
 
 @pytest.mark.parametrize("behind", [-1, 0, 1, 2])
@@ -336,12 +348,13 @@ NOT_UNDERSTOOD = {
     "NIfTI: offset infinite": nifti(ODD, vox_offset=np.inf),
     "NIfTI: unknown type": nifti(ODD, datatype=12345),
     "NIfTI: no dimension": nifti(ODD, dim=[0, 40, 30, 20, 1, 1, 1, 1]),
-    "NIfTI: 9 dimensions": nifti(ODD, dim=[9, 400, 30, 20, 1, 1, 1, 1]),
+    "NIfTI: 8 dimensions": nifti(ODD, dim=[8, 400, 30, 20, 1, 1, 1, 1]),
     "NIfTI: dimensions below 0": nifti(ODD, dim=[3, -400, -300, 20, 1, 1, 1, 1]),
     "NIfTI: voxels elsewhere": nifti(ODD, magic=b"ni1")[:352],
     "GIPL: unknown type": bytes(252) + struct.pack(">I", 719555000),
+    "GIPL: another number": gipl(ODD, 719555001, 0)[:-1],
     "TIFF: in a circle": tiff(8),
-    "TIFF: too many entries": tiff(0, 60000),
+    "TIFF: too many entries": tiff(0, 4097),
 }
 
 
@@ -359,6 +372,7 @@ def test_finds_nothing_in_what_it_does_not_understand(tmp_path: Path, content: b
         (tiff(0)[:-2], 8),
         (tiff(0)[:8], 8),
         (tiff(0, 1), 8),
+        (tiff(0, 4096), 8),
         (b"MM\0+" + struct.pack(">HHQ", 8, 0, 2**63 + 5), 2**63 + 5),
     ],
 )
@@ -368,20 +382,50 @@ def test_tiff_directory_behind_the_end(tmp_path: Path, content: bytes, start: in
     assert check_stored_file(file) == (f"{len(content)} bytes of a TIFF file that goes on at byte {start}", 0)
 
 
-def test_memory_is_bounded(tmp_path: Path):
-    """256 MiB that are packed a thousandfold."""
-    file = tmp_path / "image.nii.gz"
-    header = nifti(np.zeros((1, 1, 1), np.float32), dim=[3, 2048, 2048, 16, 1, 1, 1, 1])[:352]
+def packed_a_thousandfold(file: Path, header: bytes) -> int:
     with gzip.open(file, "wb", compresslevel=1) as stream:
         stream.write(header)
-        for _ in range(256):
+        for _ in range(64):
             stream.write(bytes(2**20))
+    return 2**20
+
+
+def packed_not_at_all(file: Path, header: bytes) -> int:
+    """In two streams; the first one is a block."""
+    content = header + bytes(2**26)
+    first, second = (gzip.compress(part, 0) for part in (content[: 2**20], content[2**20 :]))
+    file.write_bytes(first + second)
+    return len(first)
+
+
+def plain(file: Path, header: bytes) -> int:
+    file.write_bytes(header)
+    with file.open("rb+") as stream:
+        stream.truncate(len(header) + 2**26)
+    return 2**20
+
+
+@pytest.mark.parametrize("write", [packed_a_thousandfold, packed_not_at_all, plain])
+def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable):
+    """However 64 MiB are stored."""
+    file = tmp_path / "image.nii.gz"
+    block = write(file, nifti(np.zeros((1, 1, 1), np.float32), dim=[3, 2048, 1024, 8, 1, 1, 1, 1])[:352])
+    monkeypatch.setattr(stored_file, "_BLOCK", block)
     tracemalloc.start()
     try:
         assert check_stored_file(file) == ("", 0)
+        digest_of(file)
         assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
     finally:
         tracemalloc.stop()
+
+
+def test_state_is_size_time_and_digest_of_all_bytes(tmp_path: Path):
+    file, content = tmp_path / "image.nii.gz", np.random.default_rng(4).bytes(2**20 + 12345)
+    file.write_bytes(content)
+    os.utime(file, ns=(1, 1234567891000000000))
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    assert state_of(str(file)) == (len(content), 1234567891000000000, digest)
 
 
 def test_no_such_file(tmp_path: Path):

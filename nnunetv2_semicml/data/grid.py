@@ -69,7 +69,7 @@ class Grid:
     @classmethod
     def of_properties(cls, voxels: NDArray[Any], properties: Mapping[str, Any]) -> "Grid":
         """That of voxels (channels, *spatial) and properties, as nnU-Net's readers return them."""
-        shape, spacing = np.array(voxels.shape[1:]), np.array(properties["spacing"], dtype=float)
+        shape, spacing = np.array(voxels.shape[1:]), np.array(properties["spacing"])
         if "sitk_stuff" in properties:
             stored = properties["sitk_stuff"]
             # a fourth axis is that of the channels, or has one entry; a 2D image has two axes
@@ -132,7 +132,7 @@ class Grid:
 
 def describe_difference(attribute: str, grid: Grid, expected: Grid) -> Difference:
     """An attribute in which two grids differ."""
-    values = [np.asarray(getattr(each, attribute), dtype=float) for each in (grid, expected)]
+    values = [np.asarray(getattr(each, attribute)) for each in (grid, expected)]
     for digits in (0, 3, 6, 9, 17):
         rounded = [np.round(v, digits) + 0.0 for v in values]  # -0.0 becomes 0.0
         found, other = (str(v.astype(float if digits else int).tolist()) for v in rounded)

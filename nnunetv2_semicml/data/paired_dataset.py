@@ -44,12 +44,12 @@ def common_frame(
     Returns:
         The shape of the frame and the offset of each modality's array in it, in voxels.
     """
-    original = np.array([properties[0]["spacing"][axis] for axis in transpose_forward], dtype=float)
+    original = np.array([properties[0]["spacing"][axis] for axis in transpose_forward])
     target = np.array([*original[: len(original) - len(target_spacing)], *target_spacing])
     sizes = np.array(shapes)  # (M, axes)
     boxes = np.array([p["bbox_used_for_cropping"] for p in properties])  # (M, axes, 2)
     starts = boxes.mean(axis=2) * (original / target) - sizes / 2
-    offsets = np.rint(starts - starts[0]).astype(int)
+    offsets = np.rint(starts - starts[0])
     offsets -= offsets.min(axis=0)
     frame = (offsets + sizes).max(axis=0)
     return tuple(int(n) for n in frame), [tuple(int(n) for n in offset) for offset in offsets]

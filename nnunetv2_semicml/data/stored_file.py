@@ -168,7 +168,8 @@ def _find_nifti_voxels(head: bytes) -> _Voxels | None:
 
 
 def _find_gipl_voxels(head: bytes) -> _Voxels | None:
-    if len(head) < _GIPL_HEADER or int.from_bytes(head[_GIPL_HEADER - 4 : _GIPL_HEADER], "big") not in _GIPL:
+    # of a shorter head these are fewer bytes, whose number is a smaller one
+    if int.from_bytes(head[_GIPL_HEADER - 4 : _GIPL_HEADER], "big") not in _GIPL:
         return None
     *shape, datatype = struct.unpack(">5H", head[:10])
     if datatype not in _GIPL_VOXELS:
