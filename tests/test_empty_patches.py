@@ -17,6 +17,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semicml.data.streams import PairedDataLoader
 from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalCPS import nnUNetTrainerCrossModalCPS
+from nnunetv2_semicml.training.loaders import make_loader
 
 
 class nnUNetTrainerDeep(ArchitectureMixin, nnUNetTrainer):
@@ -68,6 +69,26 @@ def test_every_unlabeled_patch_shows_something_of_every_modality(groups, monkeyp
         images = unlabeled_of(narrowed(trainer, monkeypatch), own.name)
         assert (images.flatten(1).std(1) > 0).all()
         assert len({image.sum().item() for image in images}) > 1
+
+
+def test_patches_are_drawn_again_from_the_same_case(groups):
+    """Voxels tell of which case they are."""
+    trainer = initialized(LABELS, "2d")
+    cases = trainer.group.unlabeled
+    loader = make_loader(trainer.trainers, cases, 4, labeled=False, augment=False)
+    original = loader._data
+
+    def numbered(case):
+        image, *rest = crop_beside(original, case)
+        noise = np.random.default_rng(0)
+        image.arrays = [cases.index(case) + 1 + 0.5 * noise.random(array.shape) for array in image.arrays]
+        return image, *rest
+
+    original.load_case = numbered
+    np.random.seed(0)
+    batch = loader.generate_train_batch()
+    for patches in batch["images"].values():
+        assert [cases[int(patch.max()) - 1] for patch in patches] == batch["cases"]
 
 
 def test_such_a_patch_is_what_float16_cannot_differentiate(groups, monkeypatch):
