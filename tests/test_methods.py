@@ -516,7 +516,7 @@ def test_micro_batches_give_the_gradients_of_the_formula(method):
     trainer = with_something_seen(initialized(FLAIR, "3d_fullres", method, rampup_fraction=0.0, unlabeled_batch_size=8))
     (batch,) = draw_batches(trainer, 1)
     for trainer.micro_batch_size in (3, 1):
-        assert_step_equals_reference(trainer, batch, tolerance=5e-5)
+        assert_step_equals_reference(trainer, batch, tolerance=2e-4)  # in float64 1e-6 would do
     seen = []
     for t in trainer.trainers:
         t.network.encoder.stages[0].register_forward_hook(lambda _, images, __: seen.append(len(images[0])))

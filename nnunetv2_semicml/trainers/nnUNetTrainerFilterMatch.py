@@ -111,8 +111,8 @@ class nnUNetTrainerFilterMatch(nnUNetTrainerSemiSupervised):
             return
         self.kept[trainer.modality.name] = kept
         self.print_to_log_file(
-            f"{trainer.name}: {len(kept)} of {len(cases)} unlabeled cases are drawn from now on, those whose prediction "
-            "has the highest entropy."
+            f"{trainer.name}: patches of {len(kept)} of {len(cases)} unlabeled cases are drawn from now on, of those "
+            "whose prediction has the highest entropy."
         )
 
     @torch.no_grad()
