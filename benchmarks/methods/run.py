@@ -1,4 +1,4 @@
-"""Every method of one stage on real data, by nnU-Net's command line, for a few epochs: do they learn, and what do they log?
+"""Every method of one stage on real data, by nnU-Net's command line, for a few epochs: do they learn, what do they log?
 
     python benchmarks/methods/run.py --data FOLDER --work SCRATCH [--only la lgg]
 
