@@ -35,17 +35,20 @@ LACKING_PATTERNS = {
 
 # without fixtures of their own that take long: they need not stay on one process of pytest-xdist
 SPREAD = (
+    "test_class_volumes",
+    "test_copy_paste",
     "test_earlier_training",
     "test_empty_patches",
     "test_failing_inputs",
+    "test_filter_match",
     "test_methods",
     "test_terms",
-    "test_views",
     "test_modality_group",
     "test_planning",
     "test_raw_dataset",
     "test_second_stage",
     "test_step",
+    "test_strong_views",
     "test_withhold_labels",
 )
 

@@ -1,4 +1,4 @@
-"""Every hyper-parameter is what README.md says, and whatever it does not mention is as in the base of all methods."""
+"""Every hyper-parameter is what docs/methods says, and whatever it does not mention is as in the base of all methods."""
 
 import ast
 import re
@@ -9,18 +9,20 @@ import pytest
 from nnunetv2_semicml.ext_trainers import semicml_trainers
 from nnunetv2_semicml.training.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-VALUE = r'\(-?[\d.]+, -?[\d.]+\)|-?[\d.]+(?:e-?\d+)?|"\w+"|None|on|off'
+PAGE = (Path(__file__).parents[1] / "docs" / "methods" / "README.md").read_text()
+VALUE = r'\(-?[\d.]+, -?[\d.]+\)|\d+/\d+|-?[\d.]+(?:e-?\d+)?|"\w+"|None|on|off'
 OFFERED = [name for name in semicml_trainers.__all__ if not name.endswith("epochs")]
 
 
 def value_of(text):
+    if "/" in text:
+        return int(text.split("/")[0]) / int(text.split("/")[1])
     return {"on": True, "off": False}[text] if text in ("on", "off") else ast.literal_eval(text)
 
 
 def stated():
     """Trainer, or "all" -> attribute -> value, of the table of hyper-parameters."""
-    table = README.split("| trainer | attributes |\n|---|---|\n")[1].split("\n\n")[0]
+    table = PAGE.split("| trainer | attributes |\n|---|---|\n")[1].split("\n\n")[0]
     found = {}
     for line in table.splitlines():
         who, what = line.strip("| ").split(" | ", 1)

@@ -30,6 +30,7 @@ from torch.profiler import profile
 from benchmarks.cost.memory import peak_memory
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.training.conductor import LabeledPatches
+from nnunetv2_semicml.training.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
 
 # micro-batches, held and recomputed activations
 
@@ -233,3 +234,13 @@ def test_compiled_networks_learn_the_same(groups, monkeypatch, configuration, re
     compiled.run_training()
     assert all(g.isfinite().all() for of_network in gradients(compiled) for g in of_network)
     assert "_orig_mod" not in str(compiled.trainers[0].get_state()["network_weights"].keys())
+
+
+def test_own_prediction_is_that_of_the_network(groups):
+    trainer = initialized(LABELS, "2d", nnUNetTrainerSemiSupervised)
+    (t, _), images = trainer.trainers, torch.randn(5, 1, *trainer.configuration_manager.patch_size)
+    for trainer.micro_batch_size in (None, 2):
+        found = trainer.own_prediction(t, images)
+        assert not found.requires_grad
+        torch.testing.assert_close(found, t.network(images)[0].softmax(1).detach())
+    assert t.network.decoder.deep_supervision
