@@ -1,4 +1,4 @@
-"""Every hyper-parameter is what docs/methods says, and whatever it does not mention is as in the base of all methods."""
+"""Every hyper-parameter is what docs/methods says; whatever it does not mention is as in the base of all methods."""
 
 import ast
 import re

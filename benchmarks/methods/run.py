@@ -3,7 +3,7 @@
     python benchmarks/methods/run.py --data FOLDER --work SCRATCH [--only la lgg]
 
 FOLDER holds Dataset720_LA (3D, one modality; the first 8 of 80 cases keep their labels, as the field has it) and
-Dataset700_LGG (2D, FLAIR and T1; 10 of 70 patients keep theirs). Networks have 8 features at full resolution, the
+Dataset700_LGG (2D, FLAIR and T1; 10 of 70 patients keep theirs). Networks have 4 or 8 features at full resolution, the
 optimizer is that of benchmarks/trainers/quick.py. What the methods logged goes to curves.json, from which curves of
 every term and of the pseudo-labels, and methods.md are made; what stands there is not trained again. Too short for any
 comparison.
@@ -32,12 +32,11 @@ import torch
 HERE = Path(__file__).parent
 ALONE = ("MeanTeacher", "UAMT", "CPS", "SECLRegion", "SECLAnatomical", "BCP", "FixMatch", "UniMatch", "FilterMatch")
 TOGETHER = ("CrossModalCPS", "CrossModalBCP", "SemiCML", "SemiCMLPlus")
-# name -> source, dataset to make, configuration, methods, epochs, steps
+# name -> source, dataset to make, configuration, methods, epochs, steps, features at full resolution
 DATA = {
-    "la": ("Dataset720_LA", "Dataset720_LA", "3d_fullres", ALONE, 8, 15),
-    "lgg": ("Dataset700_LGG", "Dataset800_LGG", "2d", (*ALONE, *TOGETHER), 8, 25),
+    "la": ("Dataset720_LA", "Dataset720_LA", "3d_fullres", ALONE, 5, 8, 4),
+    "lgg": ("Dataset700_LGG", "Dataset800_LGG", "2d", (*ALONE, *TOGETHER), 8, 25, 8),
 }
-FEATURES = 8
 SEED = 0
 
 
@@ -51,7 +50,7 @@ class Trial:
     """
 
     def __init__(self, name: str, data: Path, work: Path):
-        source, self.dataset, self.configuration, self.methods, self.epochs, self.steps = DATA[name]
+        source, self.dataset, self.configuration, self.methods, epochs, steps, self.features = DATA[name]
         self.name, self.source, self.work = name, data / source, work / name
         folders = {v: self.work / v for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
         for folder in folders.values():
@@ -60,8 +59,8 @@ class Trial:
         self.environment = {
             **{variable: str(folder) for variable, folder in folders.items()},
             "nnUNet_extTrainer": str(HERE.parent / "trainers"),
-            "SEMICML_EPOCHS": str(self.epochs),
-            "SEMICML_STEPS": str(self.steps),
+            "SEMICML_EPOCHS": str(epochs),
+            "SEMICML_STEPS": str(steps),
             "nnUNet_semicml_seed": str(SEED),
             "nnUNet_def_n_proc": "1",
             "nnUNet_n_proc_DA": "1",
@@ -103,7 +102,7 @@ class Trial:
         for file in self.preprocessed.glob("*/nnUNetPlans.json"):
             plans = json.loads(file.read_text())
             kwargs = plans["configurations"][self.configuration]["architecture"]["arch_kwargs"]
-            kwargs["features_per_stage"] = [FEATURES * 2 ** min(i, 4) for i in range(kwargs["n_stages"])]
+            kwargs["features_per_stage"] = [self.features * 2 ** min(i, 4) for i in range(kwargs["n_stages"])]
             file.write_text(json.dumps(plans, indent=4))
         (self.work / "prepared").touch()
 
@@ -166,12 +165,12 @@ def report(curves: Mapping[str, Mapping[str, Any]]) -> None:
         "",
         f"`python benchmarks/methods/run.py --data FOLDER --work SCRATCH`, seed {SEED}, {datetime.date.today()}, "
         f"{platform.machine()} CPU that other work shared, Python {platform.python_version()}, torch "
-        f"{version('torch')}, nnU-Net {version('nnunetv2')}. Networks with {FEATURES} features at full resolution. Far "
+        f"{version('torch')}, nnU-Net {version('nnunetv2')}. Networks are small (see the script). Far "
         "too short for a comparison: it says that every method runs by nnU-Net's command line on real data, that its "
         "terms are alive, and what its log says of pseudo-labels.",
     ]
     for name, of_data in curves.items():
-        _, dataset, configuration, _, epochs, steps = DATA[name]
+        _, dataset, configuration, _, epochs, steps, _ = DATA[name]
         lines += [
             "",
             f"## {dataset}, {configuration}, {epochs} epochs of {steps} steps ([curves]({name}.png))",
