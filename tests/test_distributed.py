@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import nnunetv2.training.nnUNetTrainer.nnUNetTrainer as nnunet_trainer_module
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -33,9 +34,12 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
 from nnunetv2_semicml.losses.consistency import masked_consistency
 from nnunetv2_semicml.losses.soft_pseudo_label import confidence, soft_cross_entropy, soft_dice_loss
+from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalBCP import nnUNetTrainerCrossModalBCP
+from nnunetv2_semicml.trainers.nnUNetTrainerFilterMatch import nnUNetTrainerFilterMatch
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLAnatomical import nnUNetTrainerSECLAnatomical
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
+from nnunetv2_semicml.trainers.nnUNetTrainerUniMatch import nnUNetTrainerUniMatch
 
 RANKS = 2
 SCHEDULE = {"num_epochs": 4, "save_every": 2, "bma_pool_size": 1, "rampup_fraction": 0.5, "unlabeled_batch_size": 4}
@@ -64,6 +68,25 @@ class nnUNetTrainerSemiCMLOnCPU(OnCPU, KilledMixin, nnUNetTrainerSemiCML):
 
 class nnUNetTrainerSECLAnatomicalOnCPU(OnCPU, nnUNetTrainerSECLAnatomical):
     network_trainer = nnUNetTrainerOnCPU
+
+
+class nnUNetTrainerCrossModalBCPOnCPU(OnCPU, nnUNetTrainerCrossModalBCP):
+    network_trainer = nnUNetTrainerOnCPU
+
+
+class nnUNetTrainerUniMatchOnCPU(OnCPU, nnUNetTrainerUniMatch):
+    network_trainer = nnUNetTrainerOnCPU
+
+
+class nnUNetTrainerFilterMatchOnCPU(OnCPU, nnUNetTrainerFilterMatch):
+    network_trainer = nnUNetTrainerOnCPU
+
+
+OTHERS = {
+    "cross-modal BCP": (nnUNetTrainerCrossModalBCPOnCPU, {"asc_weight": 0.35}),
+    "UniMatch": (nnUNetTrainerUniMatchOnCPU, {}),
+    "nnFilterMatch": (nnUNetTrainerFilterMatchOnCPU, {"filtered_share": 0.5}),
+}
 
 
 class nnUNetTrainerSemiCMLPReLOnCPU(OnCPU, nnUNetTrainerSemiCMLPReL):
@@ -169,6 +192,11 @@ def process(rank, folder, port):
     secl = make_trainer("Dataset501_Labels_FLAIR", "2d", nnUNetTrainerSECLAnatomicalOnCPU, rampup_fraction=0.0)
     secl.run_training()  # seeds differ by rank, so that the projection heads do at first
     found["SECL trained"] = {"weights": weights_without_wrapper(secl), "method": secl.get_method_state()}
+    for name, (trainer_class, attributes) in OTHERS.items():
+        other = make_trainer(LABELS, "2d", trainer_class, **attributes)
+        other.run_training()
+        state, log = other.get_method_state(), other.logger.get_checkpoint()
+        found[f"{name} trained"] = {"weights": weights_without_wrapper(other), "method": state, "log": log}
     torch.save(found, folder / f"found_{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -255,7 +283,9 @@ def test_second_stage_has_the_gradients_of_one_process(ranks, batches, results, 
         assert_close_gradients(expected, of_rank["second stage"][recompute], tolerance=2e-4)
 
 
-@pytest.mark.parametrize("what", ["trained", "second stage trained", "resumed", "SECL trained"])
+@pytest.mark.parametrize(
+    "what", ["trained", "second stage trained", "resumed", "SECL trained", *(f"{n} trained" for n in OTHERS)]
+)
 def test_all_ranks_end_with_the_same(ranks, what):
     """Networks, teachers, projection heads, pools, ramp, log and the choice of the better modality."""
     first, second = (f[what] for f in ranks[1])
@@ -263,6 +293,16 @@ def test_all_ranks_end_with_the_same(ranks, what):
         for key in ("epoch_start_timestamps", "epoch_end_timestamps"):
             log.pop(key, None)
     assert_identical(first, second)
+
+
+def test_cases_are_left_out_by_all_ranks_together(ranks, labels_group):
+    """Half of all, whichever rank has drawn from them; and what vanishes is measured over all patches."""
+    first, second = (f["nnFilterMatch trained"] for f in ranks[1])
+    for name, kept in first["method"]["kept"].items():
+        assert len(kept) == len(labels_group.unlabeled) / 2
+        assert kept == second["method"]["kept"][name]
+        for kind in ("pseudo", "labeled"):
+            assert not np.isnan(first["log"][f"{kind}_volume/{name}"]).any()
 
 
 def test_ranks_draw_from_different_cases(ranks, labels_group):
