@@ -6,16 +6,12 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
-from pickle import UnpicklingError
 
-import numpy as np
 import pytest
-import torch
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_semicml.data.phantom import write_phantom_dataset
 from nnunetv2_semicml.demo.report import ModalityResults, write_report
-from nnunetv2_semicml.demo.run import read_checkpoint
 from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.evaluation.figures import Volumes, draw_case
 
@@ -127,16 +123,3 @@ class Code:
 
     def __reduce__(self):
         return Path.touch, (self.file,)
-
-
-def test_checkpoints_are_read_without_running_code(tmp_path):
-    """Of stock nnU-Net, whose log has NumPy's numbers, too."""
-    log = {"mean_fg_dice": [np.float64(0.5)], "train_losses": [np.float32(-0.25)], "lrs": [0.01]}
-    stock = {"logging": log, "init_args": {"device": torch.device("cpu"), "plans": {}}, "current_epoch": 2}
-    torch.save({**stock, "network_weights": {"a": torch.ones(2)}}, tmp_path / "a.pth")
-    read = read_checkpoint(tmp_path / "a.pth")
-    assert (read["logging"], read["current_epoch"]) == (log, 2)
-    torch.save({**stock, "network_weights": Code(tmp_path / "ran")}, tmp_path / "b.pth")
-    with pytest.raises(UnpicklingError):
-        read_checkpoint(tmp_path / "b.pth")
-    assert not (tmp_path / "ran").exists()

@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from nnunetv2_semicml.data.files import explains_failed_writes
@@ -27,6 +26,7 @@ from nnunetv2_semicml.data.result_folders import fold_folder, model_folder
 from nnunetv2_semicml.demo.report import ModalityResults, write_report
 from nnunetv2_semicml.errors import UserError, reports_user_errors
 from nnunetv2_semicml.evaluation.jobs import run_program
+from nnunetv2_semicml.training.checkpoint import read_checkpoint
 
 GROUP, MODALITIES = 500, {"FLAIR": 501, "T1": 502}
 NUM_LABELED, NUM_UNLABELED, NUM_TEST = 6, 14, 6
@@ -192,7 +192,8 @@ class Demo:
         return fold_folder(model_folder(results, dataset, TRAINERS[method], "nnUNetPlans", CONFIGURATION), 0)
 
     def _checkpoint(self, dataset: str, method: str) -> dict[str, Any]:
-        return read_checkpoint(self._fold(dataset, method) / "checkpoint_final.pth")
+        file, what = self._fold(dataset, method) / "checkpoint_final.pth", f"the finished training of {method}"
+        return read_checkpoint(file, torch.device("cpu"), what, "Run the demo again.")
 
     def _report(self) -> Path:
         group = f"Dataset{GROUP}_Phantom"
@@ -237,19 +238,6 @@ class Demo:
         exports = [f"export {name}={shlex.quote(value)}" for name, value in self.environment.items()]
         file = self.out / "report.html"
         return write_report(file, title, facts, results, explanation, terms, exports, self.commands)
-
-
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """Read a checkpoint of this package or of nnU-Net, without running code that may be in it.
-
-    Raises:
-        pickle.UnpicklingError: it holds more than tensors, numbers and text.
-    """
-    # nnU-Net's log has NumPy's numbers, too
-    numbers: list[Any] = [np.dtype, *(type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64))]
-    with torch.serialization.safe_globals([np.float64().__reduce__()[0], *numbers]):
-        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    return content
 
 
 def _show_status(text: str) -> None:

@@ -1,7 +1,9 @@
 """Checkpoints that are whole or absent, readable without running code, and tied to what they were trained on."""
 
 import random
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -36,8 +38,17 @@ def save_atomically(checkpoint: dict[str, Any], filename: str) -> None:
         ) from error
 
 
-def read_checkpoint(filename: str, device: torch.device, what: str, remedy: str) -> dict[str, Any]:
-    """Read a checkpoint without running code, and only if it is whole.
+# stock nnU-Net's log has them; pickle knows the function that makes them by its name, which NumPy 2 has changed
+_MAKES_NUMPY_NUMBERS = np.float64().__reduce__()[0]
+_NUMPY_NUMBERS: list[Any] = [
+    *((_MAKES_NUMPY_NUMBERS, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
+]
+
+
+def read_checkpoint(filename: str | Path, device: torch.device, what: str, remedy: str) -> dict[str, Any]:
+    """Read a checkpoint of this package or of nnU-Net without running code, and only if it is whole.
 
     Args:
         filename: the checkpoint.
@@ -46,12 +57,17 @@ def read_checkpoint(filename: str, device: torch.device, what: str, remedy: str)
         remedy: what to do about a damaged one.
 
     Raises:
-        UserError: it cannot be read, or its checksums differ.
+        UserError: it cannot be read, its checksums differ, or it holds more than tensors, numbers and text.
     """
     try:
         damage = find_damage(filename)
-        checkpoint: dict[str, Any] = {} if damage else torch.load(filename, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, ValueError) as error:
+        with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+            checkpoint: dict[str, Any] = {} if damage else torch.load(filename, map_location=device, weights_only=True)
+    except UnpicklingError as error:
+        # PyTorch's sentence goes on to say how to read it all the same
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        damage = f"more than tensors, numbers and text ({code[1] if code else 'in a pickle'}), which could run code"
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         damage = f"a file that cannot be read as a checkpoint ({type(error).__name__} {str(error)[:100]})"
     if damage:
         raise UserError(filename, damage, what, remedy)
