@@ -289,12 +289,12 @@ def test_full_disk_leaves_the_previous_checkpoint(two_folds, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("-num_gpus", 1, "-pretrained_weights", "CHECKPOINT"), "leave out -pretrained_weights"),
+        (("-num_gpus", 1, "-pretrained_weights", "CHECKPOINT"), "Name the model of a modality: "),
         (("-p", "otherPlans"), "otherPlans"),
     ],
 )
-def test_unsupported_flags_are_refused(two_folds, arguments, sentence):
-    checkpoint = two_folds / FLAIR / MODEL / "fold_0" / "checkpoint_final.pth"
+def test_unsuitable_arguments_are_refused(two_folds, arguments, sentence):
+    checkpoint = two_folds / LABELS / MODEL / "fold_0" / "checkpoint_final.pth"
     arguments = [str(checkpoint) if a == "CHECKPOINT" else a for a in arguments]
     done = train(1, *arguments, ok=False)
     assert sentence in done.stderr.splitlines()[-1]

@@ -80,11 +80,6 @@ def test_wandb_is_refused(groups, monkeypatch):
         make_trainer(LABELS, "2d")
 
 
-def test_pretrained_weights_are_refused(groups):
-    with pytest.raises(NotImplementedError, match="leave out -pretrained_weights"):
-        make_trainer(LABELS, "2d").network.state_dict()
-
-
 def preprocessed(name):
     return Path(os.environ["nnUNet_preprocessed"]) / name
 

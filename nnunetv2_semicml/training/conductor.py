@@ -35,6 +35,7 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from nnunetv2_semicml.data.checkpoint_file import content_digest
 from nnunetv2_semicml.data.environment import environment_folder
 from nnunetv2_semicml.data.files import explains_failed_writes, remove_unfinished
 from nnunetv2_semicml.data.folds import SPLITS_FILE, read_folds
@@ -55,6 +56,12 @@ from nnunetv2_semicml.training.earlier_training import EARLIER, EarlierTraining
 from nnunetv2_semicml.training.loaders import make_loader, start_loading
 from nnunetv2_semicml.training.modality_trainer import ModalityTrainer, make_modality_trainer_class
 from nnunetv2_semicml.training.plot_terms import plot_terms
+from nnunetv2_semicml.training.pretrained_weights import (
+    VARIABLE,
+    files_of_modalities,
+    load_pretrained_weights,
+    named_on_command_line,
+)
 from nnunetv2_semicml.training.schedules import sigmoid_rampup
 
 # hyper-parameters of nnU-Net, which a subclass may set as class attributes and every modality trainer then has
@@ -70,8 +77,8 @@ HYPER_PARAMETERS = (
     "save_every",
     "disable_checkpointing",
 )
-# class attributes that change how a training is done, and not what comes of it
-NO_SETTINGS = frozenset({"recompute", "micro_batch_size", "save_every", "disable_checkpointing"})
+# class attributes that change how a training is done, and not what comes of it, or that are noted by their content
+NO_SETTINGS = frozenset({"recompute", "micro_batch_size", "save_every", "disable_checkpointing", "pretrained_weights"})
 # hooks of nnU-Net that the trainers of the networks are asked for, and a conductor never is
 HOOKS_OF_NETWORKS = frozenset(
     {
@@ -172,6 +179,9 @@ class Conductor(nnUNetTrainer):
             chooses, and says why in the log.
         micro_batch_size: when recomputing, the cases that go through a network at a time; None takes the batch size,
             for which the plans were made. Fewer need less memory and more time.
+        pretrained_weights: files with weights that networks begin with, modality -> file, or one for all; the
+            environment variable `VARIABLE`, and nnU-Net's -pretrained_weights before that, go before it. A training
+            that is continued or validated has its own weights.
         trainers: the trainers of the networks, in the order of the modalities, from `initialize` on.
 
     With several processes (-num_gpus), the unlabeled cases of a step are shared out among them, as the batch is.
@@ -202,6 +212,7 @@ class Conductor(nnUNetTrainer):
     rampup_fraction = 0.4
     recompute: bool | None = None
     micro_batch_size: int | None = None
+    pretrained_weights: str | Mapping[str, str] | None = None
 
     def __init__(
         self,
@@ -251,10 +262,10 @@ class Conductor(nnUNetTrainer):
             begun, self.log_file = self.log_file, join(self.output_folder, basename(self.log_file))
             if isfile(begun):
                 Path(begun).replace(self.log_file)
-        self.network = _NoSingleNetwork(name)
         self.trainers: list[ModalityTrainer] = []
         self.distinct_cases = 0  # that every unlabeled draw can have, in all processes together
         self.first_stage_digest: str | None = None
+        self.pretrained_digests: dict[str, str] = {}  # of the files, by modality
         self._random_state: dict[str, Any] | None = None
         self._validate_best = False
         self._continued = False
@@ -543,6 +554,54 @@ class Conductor(nnUNetTrainer):
         self.print_to_log_file(f"Activations are {how}: {reason}.")
 
     @property
+    def network(self) -> "_NoSingleNetwork":
+        """What nnU-Net takes for its one network; it asks for it where -pretrained_weights is to be loaded.
+
+        All networks have the weights then, and nnU-Net, which would run what is in the file, gets one that was read
+        without running code.
+        """
+        file = named_on_command_line()
+        if file is not None:
+            self.load_pretrained_weights(dict.fromkeys((m.name for m in self.group.modalities), file))
+        return _NoSingleNetwork(type(self).__name__, file)
+
+    @network.setter
+    def network(self, network: None) -> None:
+        """Every trainer has its own; nnU-Net sets None here."""
+
+    def load_pretrained_weights(self, files: Mapping[str, str]) -> None:
+        """Let networks begin with weights from files, all layers but those that make the segmentation.
+
+        Args:
+            files: modality -> file, of nnU-Net or of a modality's model; modalities that are left out stay as they are.
+
+        Raises:
+            UserError: a file is damaged, could run code or does not fit, or this is a second stage.
+        """
+        if hasattr(self, "first_stage"):
+            raise UserError(
+                next(iter(files.values()), VARIABLE),
+                f"pretrained weights for {type(self).__name__}",
+                f"none, since it begins with the networks of {self.first_stage.__name__}",
+                "Train that one with them.",
+            )
+        for sentence in load_pretrained_weights(self.trainers, files):
+            self.print_to_log_file(sentence)
+        self.pretrained_digests = {modality: content_digest(file) for modality, file in files.items()}
+
+    def _begin_with_pretrained_weights(self) -> None:
+        """Load what the environment or the class names, where a training begins and its command line named none."""
+        if self._continued or self.pretrained_digests:
+            return
+        for where, named in (
+            (f"environment variable {VARIABLE}", os.environ.get(VARIABLE)),
+            (f"pretrained_weights of {type(self).__name__}", self.pretrained_weights),
+        ):
+            if named:
+                self.load_pretrained_weights(files_of_modalities(named, [m.name for m in self.group.modalities], where))
+                return
+
+    @property
     def cases_at_a_time(self) -> int:
         """The micro-batch size, as set or as the plans were made for."""
         return self.micro_batch_size or int(self.trainers[0].batch_size)
@@ -562,8 +621,13 @@ class Conductor(nnUNetTrainer):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a checkpoint was made of: `identity`, `settings`, and which first stage, if there was one."""
-        return {**self.identity, "settings": self.settings(), "first stage": self.first_stage_digest}
+        """What a checkpoint was made of: `identity`, `settings`, and what it began with, if that was not chance."""
+        return {
+            **self.identity,
+            "settings": self.settings(),
+            "first stage": self.first_stage_digest,
+            "pretrained weights": self.pretrained_digests,
+        }
 
     @classmethod
     def settings(cls) -> dict[str, Any]:
@@ -721,6 +785,7 @@ class Conductor(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         self._validate_best = False
+        self._begin_with_pretrained_weights()
         if self.local_rank == 0 and not self._continued and not self.disable_checkpointing and self.earlier.set_aside():
             self.print_to_log_file(f"What an earlier training left stands in {EARLIER} until this one is finished.")
         for trainer in self.trainers:
@@ -1007,8 +1072,15 @@ class Conductor(nnUNetTrainer):
 
         Raises:
             UserError: if it is damaged or belongs to another dataset, other modalities, plans, configuration, fold or,
-                to continue, other cases or settings.
+                to continue, other cases or settings; if pretrained weights were named on the command line, too.
         """
+        if file := named_on_command_line():
+            raise UserError(
+                "-pretrained_weights",
+                f"{file}, where a finished training is validated",
+                "that with the weights of the training",
+                "Leave it out.",
+            )
         if not self.was_initialized:
             self.initialize()
         required = {**self.identity, "settings": self.settings()}
@@ -1017,6 +1089,7 @@ class Conductor(nnUNetTrainer):
         state = load_checkpoint(filename_or_checkpoint, self.device, required)
         self._continued = True
         self.first_stage_digest = state["provenance"]["first stage"]
+        self.pretrained_digests = state["provenance"].get("pretrained weights", {})  # older trainings had none
         self.current_epoch = state["current_epoch"]
         self._best_ema = state["_best_ema"]
         self.logger.load_checkpoint(state["logging"])
@@ -1046,13 +1119,25 @@ class Conductor(nnUNetTrainer):
 
 
 class _NoSingleNetwork:
-    """Stands where nnU-Net expects the trainer's network, and says what cannot be done with several."""
+    """Stands where nnU-Net expects the trainer's network, for `load_pretrained_weights`, the one who asks for it.
 
-    def __init__(self, trainer_name: str):
+    Args:
+        trainer_name: of the trainer of several networks.
+        pretrained: the file whose weights all networks have already.
+    """
+
+    def __init__(self, trainer_name: str, pretrained: str | None):
         self.trainer_name = trainer_name
+        self.pretrained = pretrained
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Refuse nnU-Net's -pretrained_weights, the one caller."""
-        raise NotImplementedError(
-            f"{self.trainer_name} trains one network per modality: leave out -pretrained_weights."
-        )
+        """Nothing that nnU-Net would have to load."""
+        if self.pretrained is None:
+            raise NotImplementedError(
+                f"{self.trainer_name} trains one network per modality: give load_pretrained_weights of the trainer a "
+                "file for each."
+            )
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take what `state_dict` had to offer."""

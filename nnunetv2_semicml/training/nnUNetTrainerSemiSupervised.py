@@ -105,6 +105,11 @@ class nnUNetTrainerSemiSupervised(Conductor):
         for trainer in self.trainers if self.teachers else ():
             self.teachers[trainer.name].average(self.student(trainer), 0.0)
 
+    def load_pretrained_weights(self, files: Mapping[str, str]) -> None:
+        """Let networks begin with weights from files, and the teachers with the networks."""
+        super().load_pretrained_weights(files)
+        self.start_teachers()
+
     def train_step(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """Make a step; EMA teachers follow, unless the networks are warming up."""
         losses = super().train_step(batch)
