@@ -74,12 +74,6 @@ def test_cascade_is_refused(groups):
         nnUNetTrainerSemiCML(plans, "3d_cascade_fullres", 0, dataset_json, torch.device("cpu"))
 
 
-def test_wandb_is_refused(groups, monkeypatch):
-    monkeypatch.setenv("nnUNet_wandb_enabled", "1")
-    with pytest.raises(NotImplementedError, match="unset nnUNet_wandb_enabled"):
-        make_trainer(LABELS, "2d")
-
-
 def preprocessed(name):
     return Path(os.environ["nnUNet_preprocessed"]) / name
 

@@ -104,6 +104,19 @@ def test_first_training_sets_nothing_aside(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_runs_of_loggers_stay_where_they_are(folders):
+    """--c goes on in the run that nnU-Net's logger finds there."""
+    for folder in folders:
+        write(folder / "wandb" / "latest-run", "run-a1b2c3.wandb", "run")
+    earlier = EarlierTraining(folders)
+    runs = sorted(folders[0].parent.rglob("*.wandb"))
+    earlier.set_aside()
+    assert sorted(folders[0].parent.rglob("*.wandb")) == runs
+    assert earlier.bring_back()
+    train(folders, "new")
+    assert sorted(folders[0].parent.rglob("*.wandb")) == runs
+
+
 def killed_everywhere(folders, tmp_path, then):
     """Kill a new training at every moment, do something, and yield what is found."""
     copies = tmp_path / "copies"

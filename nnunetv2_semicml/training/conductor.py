@@ -54,6 +54,7 @@ from nnunetv2_semicml.training.checkpoint import (
 )
 from nnunetv2_semicml.training.earlier_training import EARLIER, EarlierTraining
 from nnunetv2_semicml.training.loaders import make_loader, start_loading
+from nnunetv2_semicml.training.loggers import LoggerOfNetwork, without_external_loggers
 from nnunetv2_semicml.training.modality_trainer import ModalityTrainer, make_modality_trainer_class
 from nnunetv2_semicml.training.plot_terms import plot_terms
 from nnunetv2_semicml.training.pretrained_weights import (
@@ -223,8 +224,6 @@ class Conductor(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),
     ):
         name = type(self).__name__
-        if os.environ.get("nnUNet_wandb_enabled", "0") not in ("0", "False", "false"):
-            raise NotImplementedError(f"{name} does not log to Weights & Biases: unset nnUNet_wandb_enabled.")
         self._require_that_nothing_is_ignored()
         environment_folder("nnUNet_results")
         self.group = ModalityGroup.load(plans["dataset_name"])
@@ -252,7 +251,9 @@ class Conductor(nnUNetTrainer):
         self._take_folders(plans, configuration, fold)
         self._seed_everything()
 
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        first = not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+        with nullcontext() if first else without_external_loggers():
+            super().__init__(plans, configuration, fold, _without_cases(dataset_json), device)
         for attribute in HYPER_PARAMETERS:  # nnU-Net has just set its own on the instance
             if hasattr(type(self), attribute):
                 setattr(self, attribute, getattr(type(self), attribute))
@@ -495,6 +496,7 @@ class Conductor(nnUNetTrainer):
             raise ValueError("Networks warm up on labeled cases: warmup_fraction needs a supervised_weight.")
         for line in self.group.describe():
             self.print_to_log_file(line)
+        self.logger.update_config({"settings": self.settings()})
         for modality, modality_plans in zip(self.group.modalities, self.modality_plans, strict=True):
             for number in range(1, self.networks_per_modality + 1):
                 self.trainers.append(self._make_trainer(modality, modality_plans, number))
@@ -518,9 +520,11 @@ class Conductor(nnUNetTrainer):
             channels,
         )
         plans = {**plans, "continue_training": self.continue_training}
-        # the list of cases, with the paths of this machine, must not travel with a deployed model
-        dataset_json = {key: value for key, value in dataset_json.items() if key != "dataset"}
-        trainer = trainer_class(plans, self.configuration_name, self.fold, dataset_json, self.device)
+        with without_external_loggers():
+            trainer = trainer_class(
+                plans, self.configuration_name, self.fold, _without_cases(dataset_json), self.device
+            )
+        trainer.logger.loggers = [LoggerOfNetwork(logger, trainer.name) for logger in self.logger.loggers]
         if not trainer.deployed:  # its log and curves are nothing for a model folder
             trainer.output_folder = join(self.output_folder, trainer.name.replace(" ", "_"))
             Path(trainer.output_folder).mkdir(exist_ok=True)
@@ -585,6 +589,8 @@ class Conductor(nnUNetTrainer):
                 f"none, since it begins with the networks of {self.first_stage.__name__}",
                 "Train that one with them.",
             )
+        if not self.was_initialized:
+            self.initialize()
         for sentence in load_pretrained_weights(self.trainers, files):
             self.print_to_log_file(sentence)
         self.pretrained_digests = {modality: content_digest(file) for modality, file in files.items()}
@@ -1116,6 +1122,11 @@ class Conductor(nnUNetTrainer):
                 if self._validate_best and isfile(best):
                     trainer.load_network_weights(best)
                 trainer.perform_actual_validation(save_probabilities)
+
+
+def _without_cases(dataset_json: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the list of cases, with the paths of this machine, which travels neither with a model nor with a log."""
+    return {key: value for key, value in dataset_json.items() if key != "dataset"}
 
 
 class _NoSingleNetwork:
