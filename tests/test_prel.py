@@ -35,6 +35,7 @@ from conftest import (
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from test_terms import area_contrast
+from toy import refusal
 
 from nnunetv2_semicml.data.checkpoint_file import content_digest
 from nnunetv2_semicml.data.modality_group import ModalityGroup
@@ -190,9 +191,11 @@ def test_averages_of_the_second_stage_start_from_the_first(first_stage):
 
 def test_first_stage_without_teachers_is_refused(groups):
     initialized(LABELS, "2d", nnUNetTrainerCPS, num_epochs=1).run_training()
-    sentence = r'found a training of nnUNetTrainerCPS without teachers; .* Set teacher_averaging = "ema" in nnUNet'
-    with pytest.raises(RuntimeError, match=sentence):
-        make_trainer(LABELS, "2d", nnUNetTrainerCPSPReL).run_training()
+    assert refusal(make_trainer(LABELS, "2d", nnUNetTrainerCPSPReL).run_training).endswith(
+        "/checkpoint_final.pth: found a training of nnUNetTrainerCPS without teachers; expected teachers, of which the "
+        "better modality's makes the pseudo-labels. "
+        'Set teacher_averaging = "ema" in nnUNetTrainerCPS and train it anew.'
+    )
 
 
 # proof 1
@@ -540,15 +543,17 @@ def test_step_gives_the_gradients_of_the_formula(first_stage, dataset, configura
 
 
 def test_missing_first_stage_is_named_with_the_command_to_run(labels_group, results):
-    command = r"nnUNetv2_train 500 2d 0 -tr nnUNetTrainerSemiCML -p nnUNetPlans"
-    with pytest.raises(RuntimeError, match=rf"checkpoint_final.pth: found no such file; .*Run first: {command}\.?$"):
-        make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL)
+    file = results / LABELS / FIRST_STAGE.format("2d")
+    sentence = (
+        "{}: found {}; expected the finished nnUNetTrainerSemiCML from which this stage starts. "
+        "Run first: nnUNetv2_train 500 2d 0 -tr nnUNetTrainerSemiCML -p nnUNetPlans{}"
+    )
+    assert refusal(make_trainer, LABELS, "2d", nnUNetTrainerSemiCMLPReL) == sentence.format(file, "no such file", "")
     assert not list(results.iterdir())
-    folder = (results / LABELS / FIRST_STAGE.format("2d")).parent
-    folder.mkdir(parents=True)
-    (folder / "checkpoint_latest.pth").touch()
-    with pytest.raises(RuntimeError, match=rf"found an unfinished training; .*Run first: {command} --c\.?$"):
-        make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL)
+    file.parent.mkdir(parents=True)
+    (file.parent / "checkpoint_latest.pth").touch()
+    expected = sentence.format(file, "an unfinished training", " --c")
+    assert refusal(make_trainer, LABELS, "2d", nnUNetTrainerSemiCMLPReL) == expected
 
 
 def test_first_stage_lost_after_a_checkpoint_is_named(first_stage):
@@ -580,7 +585,8 @@ def test_first_stage_of_another_run_is_refused(first_stage, key, value, expected
     checkpoint["provenance"][key] = value
     torch.save(checkpoint, file)
     key = key.replace("digest of", "other")
-    sentence = rf"found a checkpoint of {key}.*; expected {expected}.* Train nnUNetTrainerSemiCML anew"
+    remedy = r"Train nnUNetTrainerSemiCML anew for this dataset, plans, configuration and fold\.$"
+    sentence = rf"found a checkpoint of {key}.*; expected {expected}.* {remedy}"
     with pytest.raises(RuntimeError, match=sentence):
         make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL).run_training()
 

@@ -5,11 +5,13 @@ the wrong one of the two would label alike. Here the averages of the first stage
 """
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from conftest import LABELS, PATTERNS, REGIONS, assert_same_weights, draw_batches, initialized, make_trainer, weights
 from test_terms import area_contrast, change
+from toy import refusal
 
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
 
@@ -92,6 +94,47 @@ def test_pseudo_labels_are_those_of_the_labeler(results, dataset, configuration)
             of_network = trainer.trainers[1].network(image)[0]
         torch.testing.assert_close(found, torch.stack(passes).mean(0))
         assert (logits - of_network).abs().max() > 0.1
+
+
+class Stored:
+    """In the place of nnU-Net's dataset: cases and where they have foreground."""
+
+    locations: ClassVar[dict] = {}
+
+    def __init__(self, folder, identifiers):
+        self.identifiers = identifiers
+
+    def load_case(self, case):
+        assert case in self.identifiers
+        return None, None, None, {"class_locations": self.locations[case]}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "locations", "named"),
+    [
+        (["a", "b"], ["a", "b"], {"a": {1: [], 2: []}, "b": {1: [], 2: []}}, "a, b"),
+        (["a", "b"], ["a", "b"], {"a": {1: [], 2: []}, "b": {1: [], 2: [[0, 1, 1]]}}, None),
+        (["a"], ["a"], {"a": {(1, 2): [[0, 1, 1]]}}, None),  # a region
+        (["a"], ["a"], {"a": {1: [], (-1, 0, 1): [[0, 1, 1]]}}, "a"),  # what is annotated, around an ignore label
+        # of different cases those that all modalities have
+        (["a", "b"], ["b", "c"], {"a": {1: [[0, 1, 1]]}, "b": {1: []}, "c": {1: [[0, 1, 1]]}}, "b"),
+        (["b"], ["a", "c"], {"a": {1: [[0, 1, 1]]}, "b": {1: []}, "c": {1: []}}, None),
+        (["b"], ["a", "c"], {"a": {1: []}, "b": {1: []}, "c": {1: []}}, "a, b, c"),
+    ],
+)
+def test_better_modality_is_not_chosen_by_validation_without_foreground(results, first, second, locations, named):
+    trainer = started(results, LABELS, "2d")
+    for t, cases in zip(trainer.trainers, (first, second), strict=True):
+        t.do_split = lambda cases=cases: ([], cases)
+        t.dataset_class = type("Stored", (Stored,), {"locations": locations})
+    if named is None:
+        trainer._require_foreground()
+    else:
+        assert refusal(trainer._require_foreground) == (
+            f"validation cases of fold 0 of Dataset500_Labels: found no foreground in {named}; expected some, since "
+            "the modality with the better validation Dice becomes the teacher. Train another fold, or edit "
+            "splits_final.json."
+        )
 
 
 @pytest.mark.parametrize("asc_cases", [None, 2, 3])
