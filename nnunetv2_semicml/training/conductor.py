@@ -892,7 +892,7 @@ class Conductor(nnUNetTrainer):
             for number, view in enumerate(views):
                 present = [t for t in learners if t.name in view]
                 # the last network of all may hold its activations, since the gradient reaches it first
-                last = present[-1] if draw is draws[-1] and number == len(views) - 1 else None
+                last = present[-1] if present and draw is draws[-1] and number == len(views) - 1 else None
                 outputs.append({t.name: self._unlabeled_forward(t, view[t.name], number, t is last) for t in present})
             for name, term in self.unsupervised_terms(outputs, targets).items():
                 of_draws.setdefault(name, []).append(term)
