@@ -58,7 +58,7 @@ def common_frame(
 class PairedArray:
     """M arrays (C_m, *own shape) at their offsets in one frame, read as a single array (C_1 + … + C_M, *frame).
 
-    Only what a slice covers is read and decompressed. Voxels outside of an array have the fill value. With `positions`,
+    Only what is asked for is read and decompressed. Voxels outside of an array have the fill value. With `positions`,
     further channels, one for each axis, tell where in the frame a voxel lies, from just above 0 to just below 1.
     """
 
@@ -82,23 +82,42 @@ class PairedArray:
         if index[0] != slice(None):
             raise IndexError(f"all channels are read at once, got {index[0]} for them.")
         wanted = [range(n)[s] for s, n in zip(index[1:], self.shape[1:], strict=True)]
-        out = np.full((self.shape[0], *map(len, wanted)), self.fill, self.dtype)
+        return self.read([(along.start, along.stop) for along in wanted])
+
+    def read(self, box: Sequence[tuple[int, int]]) -> NDArray[Any]:
+        """Read a box that may reach beyond the frame, where the value is the fill value and positions are 0.
+
+        Args:
+            box: first voxel and the one after the last, along every axis.
+        """
+        out = np.full((self.shape[0], *(stop - start for start, stop in box)), self.fill, self.dtype)
         end = 0
         for array, offset in zip(self.arrays, self.offsets, strict=True):
-            first_channel, end = end, end + array.shape[0]
-            source, target = [slice(None)], [slice(first_channel, end)]
-            covered = True
-            for along, start, size in zip(wanted, offset, array.shape[1:], strict=True):
-                first, last = max(along.start, start), min(along.stop, start + size)
-                source.append(slice(first - start, last - start))
-                target.append(slice(first - along.start, last - along.start))
-                covered = covered and first < last
-            if covered:
-                out[tuple(target)] = array[tuple(source)]
-        for axis in range(self.shape[0] - self.channels):
-            broadcast = [-1 if a == axis else 1 for a in range(len(wanted))]
-            out[self.channels + axis] = ((np.array(wanted[axis]) + 0.5) / self.shape[1 + axis]).reshape(broadcast)
+            own = slice(end, end + array.shape[0])
+            end = own.stop
+            source, target = _overlap(box, offset, array.shape[1:])
+            if all(along.start < along.stop for along in source):
+                here, there = (own, *target), (slice(None), *source)
+                out[here] = array[there]
+        if end < self.shape[0]:
+            out[end:] = 0
+            source, target = _overlap(box, (0,) * len(box), self.shape[1:])
+            for axis, along in enumerate(source):
+                places = (np.arange(along.start, along.stop) + 0.5) / self.shape[1 + axis]
+                out[end + axis][target] = places.reshape([-1 if a == axis else 1 for a in range(len(box))])
         return out
+
+
+def _overlap(
+    box: Sequence[tuple[int, int]], offset: Sequence[int], shape: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where a box and an array at an offset overlap, in the array and in the box; slices without length if nowhere."""
+    source, target = [], []
+    for (start, stop), begin, size in zip(box, offset, shape, strict=True):
+        first, last = max(start, begin), min(stop, begin + size)
+        source.append(slice(first - begin, last - begin))
+        target.append(slice(first - start, last - start))
+    return tuple(source), tuple(target)
 
 
 class PairedDataset:

@@ -5,6 +5,7 @@ consist of one or several draws.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import groupby
 from math import ceil
 from typing import Any, TypedDict
@@ -20,6 +21,7 @@ from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from nnunetv2_semicml.data.paired_dataset import PairedDataset
@@ -69,13 +71,14 @@ class PairedTransform(BasicTransform):
         # stages: (geometric?, the transforms of each modality)
         self.stages = [(same[0][0], [transforms for _, transforms in same]) for same in zip(*runs, strict=True)]
         self.channels = list(channels)
+        self.looks_at_segmentation = any(isinstance(t, MaskImageTransform) for p in pipelines for t in p.transforms)
 
     def apply(self, data_dict: dict[str, Any], **params: Any) -> dict[str, Any]:
         """Augment a patch.
 
         Args:
-            data_dict: "image" (C_1 + … + C_M, *spatial), whose further channels are only moved, and "segmentation" (M,
-                *spatial).
+            data_dict: "image" (C_1 + … + C_M, *spatial), whose further channels are only moved, and, unless nothing
+                looks at it, "segmentation" (M, *spatial).
             **params: none; nnU-Net's signature.
 
         Returns:
@@ -87,11 +90,13 @@ class PairedTransform(BasicTransform):
             else:
                 moved_only = len(data_dict["image"]) - sum(self.channels)
                 *images, moved = data_dict["image"].split([*self.channels, moved_only])
-                segmentations = data_dict["segmentation"].split(1)
-                parts = [
-                    _run(own, {**data_dict, "image": image, "segmentation": segmentation})
-                    for own, image, segmentation in zip(transforms, images, segmentations, strict=True)
-                ]
+                of_modalities: list[dict[str, Any]] = [{**data_dict, "image": image} for image in images]
+                if "segmentation" in data_dict:
+                    for of_modality, segmentation in zip(
+                        of_modalities, data_dict["segmentation"].split(1), strict=True
+                    ):
+                        of_modality["segmentation"] = segmentation
+                parts = [_run(own, part) for own, part in zip(transforms, of_modalities, strict=True)]
                 data_dict = {key: _concatenate([part[key] for part in parts]) for key in data_dict}
                 if moved_only:
                     data_dict["image"] = torch.cat([data_dict["image"], moved])
@@ -99,7 +104,7 @@ class PairedTransform(BasicTransform):
 
 
 class PairedDataLoader(nnUNetDataLoader):
-    """Draws patches of a `PairedDataset`; takes what nnU-Net's loader takes.
+    """Draws patches of a `PairedDataset` where nnU-Net's loader would; takes what that takes.
 
     Unlabeled cases are drawn without foreground oversampling and without their placeholder targets. The first ones of a
     batch are different cases, as many as there are, since contrastive losses take two patches for two cases. A patch in
@@ -116,14 +121,11 @@ class PairedDataLoader(nnUNetDataLoader):
         super().__init__(data, *args, **kwargs)
         self.batch_size: int
         self.channels = channels
-        self._wanted: list[str] = []  # cases, if they are given
         if not data.labeled:
             self.has_ignore = False  # an ignore label is looked for through labels; there are none
 
     def get_indices(self) -> Sequence[str]:
         """Draw the cases of a batch."""
-        if self._wanted:
-            return self._wanted
         if self._data.labeled:
             return list(super().get_indices())
         rounds = ceil(self.batch_size / len(self.indices))
@@ -131,41 +133,59 @@ class PairedDataLoader(nnUNetDataLoader):
         return [str(case) for case in drawn[: self.batch_size]]
 
     def generate_train_batch(self) -> Patches:
-        """Draw nnU-Net's batch and split it by modality."""
-        batch = super().generate_train_batch()
-        if not self._data.labeled:
-            self._replace_empty(batch)
-        sizes = list(self.channels.values())
-        *images, positions = batch["data"].split([*sizes, batch["data"].shape[1] - sum(sizes)], dim=1)
-        targets = {}
-        if self._data.labeled:
-            scales = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
-            of_modalities = zip(*(scale.chunk(len(sizes), dim=1) for scale in scales), strict=True)
-            for name, of_modality in zip(self.channels, of_modalities, strict=True):
-                targets[name] = list(of_modality) if isinstance(batch["target"], list) else of_modality[0]
+        """Draw a batch as nnU-Net does, and keep the modalities apart."""
+        cases = self.get_indices()
+        with torch.no_grad():
+            drawn = [self._draw(case, self.get_do_oversample(number)) for number, case in enumerate(cases)]
+        images, targets = zip(*drawn, strict=True)
+        *of_modalities, positions = zip(*(self._split(image) for image in images), strict=True)
         return {
-            "cases": list(batch["keys"]),
-            "images": dict(zip(self.channels, images, strict=True)),
-            "targets": targets,
-            "positions": positions if self._data.positions else None,
+            "cases": cases,
+            "images": {name: torch.stack(own) for name, own in zip(self.channels, of_modalities, strict=True)},
+            "targets": self._targets_by_modality(targets) if self._data.labeled else {},
+            "positions": torch.stack(positions) if self._data.positions else None,
         }
 
-    def _replace_empty(self, batch: dict[str, Any]) -> None:
-        """Draw patches again that show nothing of a modality, unless their cases seem to have no others."""
-        planned = self.batch_size
-        for _ in range(_MOST_DRAWS):
-            empty = [place for place, patch in enumerate(batch["data"]) if self._is_empty(patch)]
-            if not empty:
+    def _draw(self, case: str, foreground: bool) -> tuple[Tensor, Tensor | list[Tensor] | None]:
+        """An augmented patch; if it shows nothing of a modality, another one, as long as there seems to be one."""
+        image, target = self._cut_out(case, foreground)
+        for _ in range(0 if self._data.labeled else _MOST_DRAWS):
+            if not self._is_empty(image):
                 break
-            self._wanted = [batch["keys"][place] for place in empty]
-            self.batch_size = len(empty)
-            again = super().generate_train_batch()["data"]
-            self._wanted, self.batch_size = [], planned
-            batch["data"][empty] = again
+            image, target = self._cut_out(case, foreground)
+        return image, target
 
-    def _is_empty(self, patch: Tensor) -> bool:
-        *images, _ = patch.flatten(1).split([*self.channels.values(), len(patch) - sum(self.channels.values())])
-        return any(bool((image == image[:, :1]).all()) for image in images)
+    def _cut_out(self, case: str, foreground: bool) -> tuple[Tensor, Tensor | list[Tensor] | None]:
+        """Image (all channels, *patch) and, of a case with labels, target (M, *patch), a list if it has several scales.
+
+        Of unlabeled cases the nonzero mask is read only if a modality's pipeline looks at it.
+        """
+        image, segmentation, _, properties = self._data.load_case(case)
+        box = list(zip(*self.get_bbox(image.shape[1:], foreground, properties["class_locations"]), strict=True))
+        sample = {"image": torch.from_numpy(image.read(box))}
+        if self._data.labeled or self.transforms.looks_at_segmentation:
+            sample["segmentation"] = torch.from_numpy(segmentation.read(box))
+        if self.patch_size_was_2d:
+            sample = {key: array[:, 0] for key, array in sample.items()}
+        sample = self.transforms(**sample)
+        return sample["image"], sample.get("segmentation")
+
+    def _split(self, image: Tensor) -> Sequence[Tensor]:
+        """A patch by modality, and the positions, or no channel, at the end."""
+        sizes = list(self.channels.values())
+        parts: Sequence[Tensor] = image.split([*sizes, len(image) - sum(sizes)])
+        return parts
+
+    def _is_empty(self, image: Tensor) -> bool:
+        *of_modalities, _ = self._split(image)
+        return any(bool((own.flatten(1) == own.flatten(1)[:, :1]).all()) for own in of_modalities)
+
+    def _targets_by_modality(self, targets: Sequence[Tensor | list[Tensor]]) -> dict[str, Tensor | list[Tensor]]:
+        of_scales = [list(target) if isinstance(target, list) else [target] for target in targets]
+        several = isinstance(targets[0], list)
+        scales = [torch.stack(scale).chunk(len(self.channels), dim=1) for scale in zip(*of_scales, strict=True)]
+        by_modality = zip(*scales, strict=True)
+        return {name: list(own) if several else own[0] for name, own in zip(self.channels, by_modality, strict=True)}
 
 
 class SemiSupervisedDataLoader(SlimDataLoaderBase):
@@ -181,8 +201,17 @@ class SemiSupervisedDataLoader(SlimDataLoaderBase):
         self.loaders = {"labeled": labeled, "unlabeled": unlabeled}
 
     def generate_train_batch(self) -> dict[str, list[Patches]]:
-        """Draw from every loader: "labeled" and "unlabeled" patches."""
-        return {kind: [loader.generate_train_batch() for loader in loaders] for kind, loaders in self.loaders.items()}
+        """Draw from every loader, in one thread as nnU-Net does: "labeled" and "unlabeled" patches."""
+        with _thread_pools().limit(limits=1):
+            return {
+                kind: [loader.generate_train_batch() for loader in loaders] for kind, loaders in self.loaders.items()
+            }
+
+
+@cache
+def _thread_pools() -> ThreadpoolController:
+    """Those of this process, looked for once: that takes longer than to load a patch."""
+    return ThreadpoolController()
 
 
 def _is_geometric(transform: BasicTransform) -> bool:
