@@ -3,8 +3,8 @@
     python benchmarks/methods/run.py --data FOLDER --work SCRATCH [--only la lgg]
 
 FOLDER holds Dataset720_LA (3D, one modality; the first 8 of 80 cases keep their labels, as the field has it) and
-Dataset700_LGG (2D, FLAIR and T1; 10 of 70 patients keep theirs). Networks have 4 or 8 features at full resolution, the
-optimizer is that of benchmarks/trainers/quick.py. What the methods logged goes to curves.json, from which curves of
+Dataset700_LGG (2D, FLAIR and T1; 10 of 70 patients keep theirs). Networks have 4 or 8 features at full resolution, batches
+at most 8 patches; the optimizer is that of benchmarks/trainers/quick.py. What the methods logged goes to curves.json, from which curves of
 every term and of the pseudo-labels, and methods.md are made; what stands there is not trained again. Too short for any
 comparison.
 """
@@ -35,7 +35,7 @@ TOGETHER = ("CrossModalCPS", "CrossModalBCP", "SemiCML", "SemiCMLPlus")
 # name -> source, dataset to make, configuration, methods, epochs, steps, features at full resolution
 DATA = {
     "la": ("Dataset720_LA", "Dataset720_LA", "3d_fullres", ALONE, 5, 8, 4),
-    "lgg": ("Dataset700_LGG", "Dataset800_LGG", "2d", (*ALONE, *TOGETHER), 8, 25, 8),
+    "lgg": ("Dataset700_LGG", "Dataset800_LGG", "2d", (*ALONE, *TOGETHER), 5, 10, 8),
 }
 SEED = 0
 
@@ -101,6 +101,8 @@ class Trial:
         self.call("nnUNetv2_semicml_plan_and_preprocess", "-d", self.number, "-c", self.configuration, *options)
         for file in self.preprocessed.glob("*/nnUNetPlans.json"):
             plans = json.loads(file.read_text())
+            batch_size = plans["configurations"][self.configuration]["batch_size"]
+            plans["configurations"][self.configuration]["batch_size"] = min(batch_size, 8)
             kwargs = plans["configurations"][self.configuration]["architecture"]["arch_kwargs"]
             kwargs["features_per_stage"] = [self.features * 2 ** min(i, 4) for i in range(kwargs["n_stages"])]
             file.write_text(json.dumps(plans, indent=4))
