@@ -3,10 +3,10 @@
     python benchmarks/methods/run.py --data FOLDER --work SCRATCH [--only la lgg]
 
 FOLDER holds Dataset720_LA (3D, one modality; the first 8 of 80 cases keep their labels, as the field has it) and
-Dataset700_LGG (2D, FLAIR and T1; 10 of 70 patients keep theirs). Networks have 4 or 8 features at full resolution, batches
-at most 8 patches; the optimizer is that of benchmarks/trainers/quick.py. What the methods logged goes to curves.json, from which curves of
-every term and of the pseudo-labels, and methods.md are made; what stands there is not trained again. Too short for any
-comparison.
+Dataset700_LGG (2D, FLAIR and T1; 10 of 70 patients keep theirs). Networks have 4 or 8 features at full resolution,
+batches at most 8 patches; the optimizer is that of benchmarks/trainers/quick.py. What the methods logged goes to
+curves.json, from which curves of every term and of the pseudo-labels, and methods.md are made; what stands there is not
+trained again. Too short for any comparison.
 """
 
 import argparse
