@@ -38,6 +38,13 @@ PARTS = {
         ],
         ["terms"],
     ),
+    "views": (
+        [
+            *(f"trainers/nnUNetTrainer{n}.py" for n in ("*BCP", "*Match")),
+            *(f"training/{name}.py" for name in ("boxes", "copy_paste", "strong_views", "class_volumes")),
+        ],
+        ["copy_paste", "strong_views", "filter_match", "class_volumes"],
+    ),
     "second_stage": (["trainers/nnUNetTrainerSemiCMLPReL.py"], ["second_stage", "prel"]),
     "conductor": (
         ["training/conductor.py", "training/nnUNetTrainerSemiSupervised.py", "training/modality_trainer.py"],
