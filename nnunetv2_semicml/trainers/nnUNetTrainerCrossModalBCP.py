@@ -60,7 +60,7 @@ class nnUNetTrainerCrossModalBCP(WithAreaContrast, WithBidirectionalCopyPaste):
         super().on_train_epoch_start()
         if self.labeled_by == "better" and not self.warming_up:
             dice = self.best_dice()
-            who = max(dice, key=lambda name: dice[name]) if any(dice.values()) else "all modalities"
+            who = " and ".join(self.labelers("", list(dice)))  # the same for every network
             values = ", ".join(f"{name} {value:.4f}" for name, value in dice.items())
             self.print_to_log_file(f"pseudo-labels by the teacher of {who} (best validation Dice values: {values})")
 

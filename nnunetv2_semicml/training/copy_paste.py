@@ -73,7 +73,7 @@ class WithBidirectionalCopyPaste(nnUNetTrainerSemiSupervised):
     def labeled_views(
         self, labeled: Mapping[str, LabeledPatches], draws: Sequence[UnlabeledDraw]
     ) -> Mapping[str, LabeledPatches]:
-        """While warming up, every labeled patch has a box of the next one of the batch in it."""
+        """While warming up, every labeled patch has a box of another one of the batch in it."""
         if not self.warming_up:
             return labeled
         box = draw_box(self.configuration_manager.patch_size, self.box_side, self.device)

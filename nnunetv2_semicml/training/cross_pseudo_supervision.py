@@ -46,7 +46,8 @@ class WithCrossPseudoSupervision(nnUNetTrainerSemiSupervised):
         for trainer in (t for t in self.trainers if t.name in outputs):
             prediction = self.foreground(probabilities[trainer.name])
             others = [labels[t.name] for t in self.labelers(trainer) if t.name in labels]
-            self.count_pseudo_labels(trainer.name, torch.cat(others))
+            for label in others:
+                self.count_pseudo_labels(trainer.name, label)
             ce_of = [soft_cross_entropy(outputs[trainer.name], label, regions) for label in others]
             dice_of = [
                 soft_dice_loss(prediction, self.foreground(label), batch_dice, distributed=self.is_ddp)

@@ -29,7 +29,7 @@ class SureLabels(NamedTuple):
     sure: Tensor
 
     def pasted(self, box: Tensor) -> "SureLabels":
-        """With a box of the next case of the batch in it, (B, 1, *patch)."""
+        """With a box of another case of the batch in it, (B, 1, *patch)."""
         return SureLabels(*(torch.where(box, part.roll(1, 0), part) for part in self))
 
 
@@ -37,7 +37,7 @@ class WithStrongViews(nnUNetTrainerSemiSupervised):
     """The network's own segmentation of a patch, where it is sure, is the label of strong views; there is no teacher.
 
     The patch as nnU-Net augments it is the weak view. Strong ones have its geometry, other brightness, contrast and
-    blur (`draw_photometry`), and in half of the cases a box of the strong view of the next case of the batch.
+    blur (`draw_photometry`), and in half of the cases a box of the strong view of another case of the batch.
 
     Attributes:
         strong_weight: weight of the loss of strong views, of several of their mean.
