@@ -168,11 +168,11 @@ def report(curves: Mapping[str, Mapping[str, Any]]) -> None:
         f"`python benchmarks/methods/run.py --data FOLDER --work SCRATCH`, seed {SEED}, {datetime.date.today()}, "
         f"{platform.machine()} CPU that other work shared, Python {platform.python_version()}, torch "
         f"{version('torch')}, nnU-Net {version('nnunetv2')}. Networks are small (see the script). Far "
-        "too short for a comparison: it says that every method runs by nnU-Net's command line on real data, that its "
-        "terms are alive, and what its log says of pseudo-labels.",
+        "too short for a comparison: it says of each method below that it runs by nnU-Net's command line on real data, "
+        "that its terms are alive, and what its log says of pseudo-labels.",
     ]
     for name, of_data in curves.items():
-        _, dataset, configuration, _, epochs, steps, _ = DATA[name]
+        _, dataset, configuration, methods, epochs, steps, _ = DATA[name]
         lines += [
             "",
             f"## {dataset}, {configuration}, {epochs} epochs of {steps} steps ([curves]({name}.png))",
@@ -195,6 +195,8 @@ def report(curves: Mapping[str, Mapping[str, Any]]) -> None:
             ]
             dice = [f"{network} {np.nanmax(values):.3f}" for network, values in found["dice"].items()]
             lines.append(f"| {method} | {', '.join(terms) or '–'} | {', '.join(volumes) or '–'} | {', '.join(dice)} |")
+        if missing := [method for method in methods if method not in of_data]:
+            lines += ["", f"Not run yet: {', '.join(missing)}."]
     (HERE / "methods.md").write_text("\n".join([*lines, ""]))
 
 
