@@ -135,6 +135,28 @@ def test_markers_stay_together_under_augmentation(labels_group, results):
     assert geometry_changed > 5
 
 
+def test_segmentations_are_moved_alike_whether_they_differ_or_not(labels_group, results):
+    """Where all modalities have the same one, it is resampled once."""
+    trainer = make_trainer(LABELS, "3d_fullres")
+    trainer.initialize()
+    loader = make_loader(trainer.trainers, labels_group.labeled, 2, labeled=True, augment=True)
+    labels = torch.zeros(2, *loader.patch_size, dtype=torch.int16)
+    labels[0, :, 9:20, 12:25] = 1
+    labels[1, :, 3:14, 8:16] = 2
+    moved = 0
+    for seed in range(20):
+        targets = {}
+        for channels in ((0, 1), (0, 0), (1, 1)):
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            image = torch.zeros(2, *loader.patch_size)
+            targets[channels] = loader.transforms(image=image, segmentation=labels[list(channels)])["segmentation"][0]
+        assert torch.equal(targets[0, 0], targets[0, 1][[0, 0]])
+        assert torch.equal(targets[1, 1], targets[0, 1][[1, 1]])
+        moved += not torch.equal(targets[0, 1], labels)
+    assert moved > 10
+
+
 def test_intensities_are_drawn_for_each_modality(labels_group, results):
     trainer = make_trainer(LABELS, "3d_fullres")
     trainer.initialize()
@@ -227,6 +249,25 @@ def test_training_reads_what_the_stock_predictor_computes(groups, dataset, confi
             np.testing.assert_array_equal(trained, predicted["data"].numpy())
             crops.setdefault(case, set()).add(str(predicted["data_properties"]["bbox_used_for_cropping"]))
     assert any(len(boxes) == 2 for boxes in crops.values())
+
+
+def test_only_so_many_files_are_open_at_once(groups, monkeypatch):
+    """Those of the cases opened last; another process opens its own."""
+    trainer = initialized(LABELS, "2d")
+    (loader,) = loaders(trainer)["unlabeled"]
+    data = pickle.loads(pickle.dumps(loader._data))
+    a, b, c, *_ = data.identifiers
+    monkeypatch.setattr(
+        "nnunetv2_semicml.data.paired_dataset._MOST_OPEN_FILES", 2 * 2 * 2
+    )  # two cases of two modalities, two files each
+    first = data.load_case(a)
+    assert data.load_case(b) is not first is data.load_case(a)
+    data.load_case(c)
+    assert set(data._opened) == {b, c}
+    again = pickle.loads(pickle.dumps(data)).load_case(a)
+    assert again[0] is not first[0]
+    box = [(0, 1), (0, 20), (-3, 20)]
+    np.testing.assert_array_equal(again[0].read(box), first[0].read(box))
 
 
 def test_batches_are_deterministic_under_a_seed(labels_group, results):

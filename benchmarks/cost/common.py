@@ -115,15 +115,17 @@ def make_trainer(
     return trainer
 
 
-def alternate(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def alternate(
+    functions: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of every function, each once per round, after a round that does not count."""
     seconds = {name: [] for name in functions}
     for i in range(rounds + 1):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             function()
             if i:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -9,7 +9,7 @@ from numpy.typing import DTypeLike, NDArray
 
 Properties = Mapping[str, Any]  # what nnU-Net's preprocessor stores with a case
 # class or region -> foreground voxels (K, 1 + axes), or an empty list
-Locations = dict[int | tuple[int, ...], NDArray[np.int64] | list[int]]
+Locations = dict[int | tuple[int, ...], NDArray[np.int32] | list[int]]
 
 
 class SlicedArray(Protocol):
@@ -120,6 +120,10 @@ def _overlap(
     return tuple(source), tuple(target)
 
 
+Case = tuple[PairedArray, PairedArray, None, dict[str, Locations]]  # what nnU-Net's loader expects of a dataset
+_MOST_OPEN_FILES = 64  # of a dataset and process: few beside the 1024 that systems allow, enough for few labels
+
+
 class PairedDataset:
     """Cases with all of M modalities, each as one case. Stands in for nnU-Net's dataset in its data loader.
 
@@ -152,15 +156,27 @@ class PairedDataset:
         self.target_spacing = target_spacing
         self.labeled = labeled
         self.positions = positions
+        self._opened: dict[str, Case] = {}
 
-    def load_case(self, identifier: str) -> tuple[PairedArray, PairedArray, None, dict[str, Locations]]:
-        """Open a case.
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the open files, which another process opens for itself."""
+        return {**self.__dict__, "_opened": {}}
+
+    def load_case(self, identifier: str) -> Case:
+        """Open a case, or take it from those that were opened last and are still open.
 
         Returns:
             Image (C_1 + … + C_M, *frame) in float32, followed by the positions if there are any, segmentation (M,
             *frame) in int16, no previous stage, and properties with the foreground locations in the frame
             (`class_locations` as nnU-Net has them).
         """
+        if identifier not in self._opened:
+            while len(self._opened) * 2 * len(self.datasets) >= _MOST_OPEN_FILES:
+                del self._opened[next(iter(self._opened))]
+            self._opened[identifier] = self._open(identifier)
+        return self._opened[identifier]
+
+    def _open(self, identifier: str) -> Case:
         opened = [dataset.load_case(identifier) for dataset in self.datasets.values()]
         images, segmentations, _, properties = zip(*opened, strict=True)
         shapes = [image.shape[1:] for image in images]
@@ -179,5 +195,5 @@ def _class_locations(properties: Sequence[Properties], offsets: Sequence[tuple[i
     for own, offset in zip(properties, offsets, strict=True):
         for label, locations in own["class_locations"].items():
             if len(found.get(label, ())) == 0:
-                found[label] = locations + np.array([0, *offset]) if len(locations) else []
+                found[label] = (locations + np.array([0, *offset])).astype(np.int32) if len(locations) else []
     return found

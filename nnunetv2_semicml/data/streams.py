@@ -28,8 +28,6 @@ from nnunetv2_semicml.data.paired_dataset import PairedDataset
 
 _GEOMETRIC = (SpatialTransform, MirrorTransform, Convert3DTo2DTransform, Convert2DTo3DTransform)
 _VOXELWISE = (ImageOnlyTransform, SegOnlyTransform, MaskImageTransform)
-
-
 _MOST_DRAWS = 20  # of a patch
 
 
@@ -86,7 +84,7 @@ class PairedTransform(BasicTransform):
         """
         for geometric, transforms in self.stages:
             if geometric:
-                data_dict = _run(transforms[0], data_dict)
+                data_dict = _move(transforms[0], data_dict)
             else:
                 moved_only = len(data_dict["image"]) - sum(self.channels)
                 *images, moved = data_dict["image"].split([*self.channels, moved_only])
@@ -227,6 +225,15 @@ def _run(transforms: Sequence[BasicTransform], data_dict: dict[str, Any]) -> dic
     for transform in transforms:
         data_dict = transform(**data_dict)
     return data_dict
+
+
+def _move(transforms: Sequence[BasicTransform], data_dict: dict[str, Any]) -> dict[str, Any]:
+    """Apply geometric transforms. Segmentations that are the same in all modalities are resampled once."""
+    segmentation = data_dict.get("segmentation")
+    if segmentation is None or len(segmentation) == 1 or bool((segmentation != segmentation[:1]).any()):
+        return _run(transforms, data_dict)
+    data_dict = _run(transforms, {**data_dict, "segmentation": segmentation[:1]})
+    return {**data_dict, "segmentation": data_dict["segmentation"].repeat_interleave(len(segmentation), dim=0)}
 
 
 def _concatenate(parts: list[Any]) -> Tensor | list[Tensor]:
