@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint mutate chaos clean
+.PHONY: demo test test-gpu lint mutate chaos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nnUNetv2_semicml_demo --out demo_output
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# What only a GPU can show, of every method; where there is none, all of it is skipped.
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 0 -m cuda tests/test_cuda.py
 
 # Break the code on purpose and see whether tests notice: hours, and it goes on where it was interrupted. PARTS="losses"
 mutate: $(VENV)/.installed

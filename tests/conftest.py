@@ -200,11 +200,12 @@ def make_trainer(
     configuration: str,
     trainer_class: type[nnUNetTrainer] = nnUNetTrainerSemiCML,
     fold: int | str = 0,
+    device: str = "cpu",
     **attributes: object,
 ) -> nnUNetTrainer:
-    """A trainer on the CPU whose epochs are short."""
+    """A trainer whose epochs are short."""
     plans, dataset_json = load_plans(dataset_name)
-    trainer = trainer_class(plans, configuration, fold, dataset_json, torch.device("cpu"))
+    trainer = trainer_class(plans, configuration, fold, dataset_json, torch.device(device))
     short = {"num_epochs": 2, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
     for name, value in {**short, **attributes}.items():
         setattr(trainer, name, value)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_semicml.data.checkpoint_file import content_digest, find_damage, read_provenance
+from nnunetv2_semicml.data.checkpoint_file import content_digest, find_damage, read_log, read_provenance
 
 CONTENT = {"weights": torch.arange(6.0), "epoch": [1, 2.5, "x"], "provenance": {"fold": "0"}}
 
@@ -93,6 +93,13 @@ def test_provenance_is_what_was_trained_on(tmp_path: Path, content: object, prov
     assert read_provenance(save(tmp_path / "a.pth", content)) == provenance
 
 
-def test_a_damaged_checkpoint_has_no_provenance(tmp_path: Path):
+def test_a_damaged_checkpoint_has_no_provenance_and_no_log(tmp_path: Path):
     (tmp_path / "a.pth").write_bytes(b"nothing")
     assert read_provenance(tmp_path / "a.pth") is None
+    assert read_log(tmp_path / "a.pth") == {}
+
+
+def test_log_is_read_with_the_numpy_numbers_of_stock_nnunet(tmp_path: Path):
+    log = {"mean_fg_dice": [np.float64(0.5), np.float32(0.25)], "train_losses": [-0.5, np.int64(1)]}
+    file = save(tmp_path / "a.pth", {"network_weights": {}, "logging": log})
+    assert read_log(file) == {"mean_fg_dice": [0.5, 0.25], "train_losses": [-0.5, 1]}

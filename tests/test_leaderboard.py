@@ -1,5 +1,6 @@
 """The leaderboard with stub programs in the place of nnU-Net's: what runs, what is skipped, what is told."""
 
+import base64
 import csv
 import html
 import json
@@ -21,6 +22,8 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 import submitit
+from matplotlib.figure import Figure
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from skimage.io import imsave
 from tifffile import imwrite
 
@@ -28,8 +31,11 @@ from nnunetv2_semicml import ext_trainers
 from nnunetv2_semicml.data.checkpoint_file import content_digest
 from nnunetv2_semicml.data.files import read_json
 from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup
+from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.evaluation import leaderboard
+from nnunetv2_semicml.evaluation.figures import Volumes, draw_case
 from nnunetv2_semicml.evaluation.jobs import Job, Train, run_jobs, run_program
+from nnunetv2_semicml.evaluation.leaderboard_page import Training, plot_trainings
 
 TEST_CASES = [f"P{i}" for i in range(4)]
 CHANNELS = ["FLAIR", "T1"]
@@ -78,6 +84,7 @@ for name in dict.fromkeys(datasets):
     for file in [folder, *([state] if state.is_dir() else [])] if "--val" not in words else []:
         with zipfile.ZipFile(file / "checkpoint_final.pth", "w") as archive:
             content = {"provenance": made_of} if made_of else {"weights": [os.getpid()]}
+            content["logging"] = {"mean_fg_dice": [0.5, 0.75], "train_losses": [0.0, -0.5]}
             archive.writestr("checkpoint_final/data.pkl", pickle.dumps(content, protocol=2))
             archive.writestr("checkpoint_final/version", "3\\n")
             archive.writestr("checkpoint_final/data/0", os.urandom(2000))
@@ -370,9 +377,46 @@ def test_pages_show_every_method_and_difference_and_need_no_other_file(study, ca
             sources.extend(value for name, value in attrs if name in ("src", "srcset", "href"))
 
     Parser().feed((study / "out" / "leaderboard.html").read_text(encoding="utf-8"))
-    # light and dark: distributions, differences; two cases of the scan and of two, two, one methods
-    assert len(sources) == 2 * 2 + 2 * (3 + 3 + 2)
+    # light and dark: distributions, differences, trainings; two cases of the scan and of two, two, one methods
+    assert len(sources) == 2 * 3 + 2 * (3 + 3 + 2)
     assert all(source.startswith("data:image/png;base64,") for source in sources)
+
+
+def test_page_shows_how_the_networks_were_trained(study, call, monkeypatch):
+    methods = ["--methods", STOCK, f"PReL={SEMI}+{PREL}", "-f", 0, 1, "--note", "Read <this> first."]
+    call(*methods)
+    terms = fold_folder(study, trainer=PREL) / "unsupervised_terms.png"
+    terms.write_bytes(b"a picture")
+    reports = []
+    write_markdown = leaderboard.write_markdown
+    monkeypatch.setattr(
+        leaderboard, "write_markdown", lambda file, report: reports.append(report) or write_markdown(file, report)
+    )
+    assert call(*methods, page=True) == []
+    logged = {"mean_fg_dice": [0.5, 0.75], "train_losses": [0.0, -0.5]}
+    assert [(t.method, t.modality, t.logs, t.epochs_before, t.terms) for t in reports[0].trainings] == [
+        *((STOCK, modality, [logged] * 2, 0, None) for modality in CHANNELS),
+        *(("PReL", modality, [logged] * 2, 2, terms) for modality in CHANNELS),
+    ]
+    page = (study / "out" / "leaderboard.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64," + base64.b64encode(b"a picture").decode()) == 1
+    assert "PReL: what it learns from unlabeled cases" in text_of(study / "out" / "leaderboard.html")
+    for file in ("leaderboard.html", "leaderboard.md"):
+        assert re.search(r"Read (&lt;|\\<)this(&gt;|\\>) first\.", (study / "out" / file).read_text(encoding="utf-8"))
+
+
+def test_curves_are_means_of_the_folds_after_the_epochs_of_the_first_stage():
+    folds = [{"mean_fg_dice": [0.5, 0.7, 0.9], "train_losses": [0.0] * 3}, {"mean_fg_dice": [0.7, float("nan")]}, {}]
+    trainings = [Training("a", "FLAIR", folds, 10, None), Training("b", "T1", [{}, folds[0]], 0, None)]
+    figure = Figure()
+    plot_trainings(figure, trainings, {"a": "red", "b": "blue"})
+    dice, t1, losses, _ = figure.axes
+    assert [axis.get_title() for axis in (dice, t1)] == CHANNELS
+    (line,) = dice.lines
+    np.testing.assert_allclose(line.get_xydata(), [[11, 0.6], [12, np.nan]])
+    assert [line.get_color() for axis in (dice, t1) for line in axis.lines] == ["red", "blue"]
+    np.testing.assert_allclose(t1.lines[0].get_xydata(), [[1, 0.5], [2, 0.7], [3, 0.9]])
+    np.testing.assert_allclose(losses.lines[0].get_xydata(), [[11, 0], [12, 0], [13, 0]])
 
 
 def test_jobs_in_local_processes(study, call, monkeypatch):
@@ -412,6 +456,25 @@ def test_training_that_lacks_its_validation_is_validated(study, call):
     call("--methods", SEMI)
     (fold_folder(study, "Dataset502_Toy_T1") / "validation" / "summary.json").unlink()
     assert trained(call("--methods", SEMI)) == [("Dataset500_Toy", "0", SEMI, "--val")]
+
+
+@pytest.mark.parametrize("damaged", ["scan", "reference", "prediction"])
+def test_overlays_show_no_damaged_file(tmp_path, damaged):
+    files = {kind: tmp_path / kind / "P0.nii.gz" for kind in ("scan", "reference", "prediction")}
+    for number, file in enumerate(files.values()):
+        write_image(file, lesion(number))
+    volumes = Volumes(
+        {"P0": str(files["scan"])},
+        {"P0": str(files["reference"])},
+        {"PReL": files["prediction"].parent},
+        ".nii.gz",
+        SimpleITKIO(),
+    )
+    shown = draw_case("worst", "P0", volumes, {"PReL": 0.5}, {"PReL": "#e69f00"})
+    assert (shown.slices, shown.slice) == (6, 2)
+    files[damaged].write_bytes(files[damaged].read_bytes()[:-20])
+    with pytest.raises(UserError, match=rf"{files[damaged]}: found an unreadable file \(a gzip stream without its end"):
+        draw_case("worst", "P0", volumes, {"PReL": 0.5}, {"PReL": "#e69f00"})
 
 
 def test_what_is_out_of_date_is_made_again(study, call):
@@ -1041,8 +1104,26 @@ def test_the_spacing_of_a_tiff_lies_beside_it(study, call, monkeypatch):
 class Nothing(Job):
     """Nothing but a job."""
 
+    size = 1
+
     def missing(self):
         return "undone"
+
+
+class InThisProcess(Nothing):
+    """A job that is done when another one has begun."""
+
+    calls_program = False
+
+    def __call__(self):
+        self.at_work.append(self.name)
+        while not self.wanted <= {*self.executor.order}:
+            pass
+        self.at_work.remove(self.name)
+        assert not self.at_work
+        if self.name == "broken":
+            raise RuntimeError("out of\nmemory")
+        return ""
 
 
 class Slow:
@@ -1220,6 +1301,20 @@ def test_jobs_run_side_by_side_and_after_those_that_they_need():
     assert executor.most == 3
     assert executor.order[-1] == "last"
     assert executor.gpus[:3] == ["4,7", "5", "6"]
+
+
+def test_jobs_without_a_program_run_here_one_by_one_beside_the_others(monkeypatch):
+    executor = Slow()
+    here = [InThisProcess(name=name) for name in ("first", "second", "broken")]
+    for name, value in {"executor": executor, "at_work": [], "wanted": {"job 1"}}.items():
+        monkeypatch.setattr(InThisProcess, name, value, raising=False)
+    others = [Nothing(name="job 0"), Nothing(name="job 1"), Nothing(name="next", needs=("broken",))]
+    failures = run_jobs([*here, *others], executor, at_once=1, gpus=[])
+    assert failures == {"broken": "memory", "next": 'not run, since "broken" failed'}
+    assert executor.order == ["job 0", "job 1"]
+    in_cluster = Slow()
+    run_jobs([InThisProcess(name="first")], in_cluster, at_once=1, gpus=None)
+    assert in_cluster.order == ["first"]
 
 
 def test_more_jobs_than_gpus_share_them():

@@ -55,7 +55,7 @@ def main() -> None:
     rows = []
     for cases, classes, volume in SWEEP:
         torch.manual_seed(0)
-        logits = [torch.randn(cases, classes + 1, *volume) for _ in range(2)]
+        logits = [torch.randn(cases, classes + 1, *volume, device=options.device) for _ in range(2)]
         predictions = [z.softmax(1)[:, 1:].requires_grad_() for z in logits]
         torch.testing.assert_close(gram_loss(*predictions), broadcast_loss(*predictions), rtol=1e-4, atol=1e-5)
         gram, broadcast = (partial(forward_and_backward, f, predictions) for f in (gram_loss, broadcast_loss))

@@ -15,9 +15,11 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import memory
 import SimpleITK as sitk
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
 from nnunetv2_semicml.data.modality_group import ModalityGroup
@@ -31,6 +33,22 @@ HERE = Path(__file__).parent
 GROUP, MODALITIES, UNLABELED = "Dataset500_Cost", 6, 16
 # nnU-Net's own plans, but for these: smaller patches and batches, so that a CPU measures within minutes
 CHANGED_PLANS = {"2d": {"batch_size": 8}, "3d_fullres": {"patch_size": [24, 48, 48]}}
+# nnU-Net's default networks for such patches
+PLANS_ON_GPU = {
+    name: {
+        "patch_size": [size] * dimensions,
+        "batch_size": batch_size,
+        "architecture": {
+            "n_stages": 6,
+            "features_per_stage": [32, 64, 128, 256, *([320, 320] if dimensions == 3 else [512, 512])],
+            "kernel_sizes": [[3] * dimensions] * 6,
+            "strides": [[1] * dimensions, *[[2] * dimensions] * 5],
+            "n_conv_per_stage": [2] * 6,
+            "n_conv_per_stage_decoder": [2] * 5,
+        },
+    }
+    for name, dimensions, size, batch_size in (("2d", 2, 256, 12), ("3d_fullres", 3, 128, 2))
+}
 
 
 def arguments(text: str) -> argparse.Namespace:
@@ -39,7 +57,12 @@ def arguments(text: str) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for the phantom; reused if it is there")
     parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured in turn")
     parser.add_argument("--only", help="one part of a script that has several")
-    return parser.parse_args()
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
+    options = parser.parse_args()
+    memory.DEVICE = options.device
+    if options.device == "cuda":
+        CHANGED_PLANS.update(PLANS_ON_GPU)
+    return options
 
 
 def prepare(work: Path) -> None:
@@ -69,7 +92,9 @@ def _prepare(work: Path) -> None:
         file = Path(os.environ["nnUNet_preprocessed"]) / name / "nnUNetPlans.json"
         plans = json.loads(file.read_text())
         for configuration, changes in CHANGED_PLANS.items():
-            plans["configurations"][configuration].update(changes)
+            plans["configurations"][configuration] |= {k: v for k, v in changes.items() if k != "architecture"}
+            arch = plans["configurations"][configuration]["architecture"]["arch_kwargs"]
+            arch |= changes.get("architecture", {})
         file.write_text(json.dumps(plans))
     os.environ["nnUNet_n_proc_DA"] = "0"
     for configuration in ("2d", "3d_fullres"):
@@ -89,7 +114,7 @@ def quiet() -> object:
 def make_trainer(
     trainer_class: type[nnUNetTrainer], configuration: str, modalities: int = 2, **attributes: object
 ) -> nnUNetTrainer:
-    """An initialized trainer on the CPU, of the first modalities of the group; a stock one gets the very first."""
+    """An initialized trainer of the first modalities of the group; a stock one gets the very first."""
     dataset = GROUP
     if not issubclass(trainer_class, Conductor):
         dataset = ModalityGroup.load(GROUP).modalities[0].dataset_name
@@ -102,7 +127,7 @@ def make_trainer(
             configuration,
             0,
             json.loads((folder / "dataset.json").read_text()),
-            torch.device("cpu"),
+            torch.device(memory.DEVICE),
         )
         for name, value in attributes.items():
             setattr(trainer, name, value)
@@ -122,11 +147,19 @@ def alternate(
     seconds = {name: [] for name in functions}
     for i in range(rounds + 1):
         for name, function in functions.items():
+            synchronize()
             start = clock()
             function()
+            synchronize()
             if i:
                 seconds[name].append(clock() - start)
     return seconds
+
+
+def synchronize() -> None:
+    """Wait for a GPU, if one computes."""
+    if memory.DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> str:
@@ -137,14 +170,18 @@ def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> str:
 
 def operations(function: Callable[[], object], number: int = 12) -> str:
     """A table of the operators that take most of the time of a call, by torch.profiler."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    on_gpu = memory.DEVICE == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
         function()
-    events = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)
-    total = sum(e.self_cpu_time_total for e in events)
-    rows = [(e.key, e.count, f"{e.self_cpu_time_total / total:.1%}") for e in events[:number]]
-    rows.append(
-        (f"{len(events) - number} others", "", f"{1 - sum(e.self_cpu_time_total for e in events[:number]) / total:.1%}")
-    )
+        synchronize()
+
+    def time_of(event: FunctionEventAvg) -> float:
+        return event.self_device_time_total if on_gpu else event.self_cpu_time_total
+
+    events = sorted(profiler.key_averages(), key=time_of, reverse=True)
+    total = sum(map(time_of, events))
+    rows = [(e.key, e.count, f"{time_of(e) / total:.1%}") for e in events[:number]]
+    rows.append((f"{len(events) - number} others", "", f"{1 - sum(map(time_of, events[:number])) / total:.1%}"))
     return table(("operator", "calls", "share of the time"), rows)
 
 
@@ -158,11 +195,14 @@ def write_results(file: Path, title: str, parts: Sequence[str]) -> None:
     """Write a page of results, headed by how it was made."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("nnunetv2", "torch", "numpy"))
     script = Path(sys.argv[0]).resolve().relative_to(HERE.parents[1])
+    on_gpu = memory.DEVICE == "cuda"
+    file = file.with_stem(f"{file.stem}_cuda") if on_gpu else file
+    machine = f"{torch.cuda.get_device_name()}, " if on_gpu else ""
     head = (
         f"# {title}\n\n"
-        f"`python {script} {' '.join(sys.argv[1:])}`, {datetime.date.today()}, {platform.machine()} CPU with "
+        f"`python {script} {' '.join(sys.argv[1:])}`, {datetime.date.today()}, {machine}{platform.machine()} CPU with "
         f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, Python {platform.python_version()}, {packages}. "
-        "Ratios are medians (range) over rounds in which everything is measured in turn. Never run on a GPU.\n"
+        "Ratios are medians (range) over rounds in which everything is measured in turn.\n"
     )
     file.write_text("\n".join([head, *parts]))
     print(f"Wrote {file}")

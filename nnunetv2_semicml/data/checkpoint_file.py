@@ -8,6 +8,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _FOLDER = 0x10  # among the attributes of a file in an archive
 
 
@@ -60,13 +62,42 @@ def read_provenance(file: str | Path) -> dict[str, Any] | None:
     Raises:
         OSError: it cannot be read.
     """
+    provenance: dict[str, Any] | None = _read(file).get("provenance")
+    return provenance
+
+
+def read_log(file: str | Path) -> dict[str, list[Any]]:
+    """What nnU-Net has logged of a training, without reading the weights of its checkpoint.
+
+    Returns:
+        Key -> a value for each epoch; nothing if this is no whole checkpoint.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    log: dict[str, list[Any]] = _read(file).get("logging", {})
+    return log
+
+
+def _read(file: str | Path) -> dict[str, Any]:
+    """A checkpoint of this package or of nnU-Net, whose tensors stay in the file; {} if it is none, or damaged."""
     import torch  # takes seconds, which not every process that compares files needs to wait for
 
     try:
-        checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        provenance: dict[str, Any] | None = checkpoint.get("provenance")
+        with torch.serialization.safe_globals(numpy_numbers()):
+            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except OSError:
         raise
-    except Exception:  # of stock nnU-Net, which holds NumPy numbers, or damaged; PyTorch raises many kinds of errors
-        return None
-    return provenance
+    except Exception:  # PyTorch raises many kinds of errors
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def numpy_numbers() -> list[Any]:
+    """What stock nnU-Net's log holds beside Python's numbers, for `torch.serialization.safe_globals`.
+
+    Pickle knows the function that makes them by its name, which NumPy 2 has changed.
+    """
+    make = np.float64().__reduce__()[0]
+    kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"}
+    return [*((make, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")), np.dtype, *kinds]

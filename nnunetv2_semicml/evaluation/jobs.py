@@ -15,12 +15,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
 
 import submitit
 from submitit.core.utils import UncompletedJobError
@@ -30,8 +32,10 @@ from nnunetv2_semicml.data.checkpoint_file import find_damage
 from nnunetv2_semicml.data.files import Json, explains_failed_writes, link_file, read_json, written_whole
 from nnunetv2_semicml.data.locks import LOCK_FILE, hold_lock, release_lock
 from nnunetv2_semicml.errors import UserError
+from nnunetv2_semicml.evaluation.progress import Progress
 
 INPUTS_FILE = "inputs.json"
+_HERE = -1  # the place of the job that runs in this process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +46,18 @@ class Job:
         name: what it does, unique within a leaderboard.
         needs: names of the jobs before it, of which only those count that are run with it.
         gpus: value of CUDA_VISIBLE_DEVICES; None: as the executor sets it.
+        calls_program: whether it is a command line of nnU-Net.
     """
 
     name: str
     needs: tuple[str, ...] = ()
     gpus: str | None = None
+    calls_program: ClassVar[bool] = True
+
+    @property
+    def size(self) -> int:
+        """In proportion to which jobs of a class take time."""
+        raise NotImplementedError
 
     @property
     def target(self) -> Path:
@@ -176,6 +187,11 @@ class Train(Job):
     options: tuple[str, ...]
     settings: Json | None = None
     first: "Train | None" = None
+
+    @property
+    def size(self) -> int:
+        """Number of networks."""
+        return len(self.validated)
 
     @property
     def target(self) -> Path:
@@ -317,6 +333,11 @@ class Predict(Job):
     options: tuple[str, ...]
 
     @property
+    def size(self) -> int:
+        """Number of scans, each for every network of the ensemble."""
+        return len(self.scans) * len(self.folds)
+
+    @property
     def target(self) -> Path:
         """The folder of the predictions."""
         return self.out
@@ -390,6 +411,12 @@ class Evaluate(Job):
     references: Mapping[str, str]
     dataset_json: Json
     out: Path
+    calls_program = False
+
+    @property
+    def size(self) -> int:
+        """Number of cases."""
+        return len(self.references)
 
     @property
     def target(self) -> Path:
@@ -428,7 +455,6 @@ class Evaluate(Job):
         reader = determine_reader_writer_from_dataset_json(self.dataset_json, example, verbose=False)()
         cases = {}
         for case, reference in self.references.items():
-            print("Evaluating", case, flush=True)
             prediction = self.predictions / f"{case}{self.dataset_json['file_ending']}"
             cases[case] = evaluate_files(Path(reference), prediction, reader, self.dataset_json["labels"])
         with written_whole(self.out) as unfinished:
@@ -447,7 +473,8 @@ def run_jobs(
     Args:
         jobs: in an order in which each stands after those that it needs.
         executor: of submitit.
-        at_once: number of jobs that run at a time.
+        at_once: number of jobs that run at a time; those that call no program run beside them in this process, one
+            after the other, if the others are processes of this machine.
         gpus: GPUs of this machine to deal out among the jobs that run at a time, if these are its processes. They are
             ended when this function is interrupted; those of a cluster go on.
 
@@ -458,40 +485,71 @@ def run_jobs(
     names = {job.name for job in jobs}
     waiting = list(jobs)
     finished: set[str] = set()
-    running: dict[int, tuple[Job, submitit.Job]] = {}
+    running: dict[int, tuple[Job, submitit.Job | Future[str]]] = {}
+    progress = Progress({job.name: (type(job).__name__, job.size) for job in jobs}, at_once)
     try:
         while waiting or running:
             for job in list(waiting):
                 needs = names.intersection(job.needs)
-                if len(running) == at_once or not needs <= finished | failures.keys():
+                here = gpus is not None and not job.calls_program
+                slot = next((i for i in ([_HERE] if here else range(at_once)) if i not in running), None)
+                if slot is None or not needs <= finished | failures.keys():
                     continue
                 if not (missing := job.missing()):
                     finished.add(job.name)
+                    progress.end(job.name)
                 elif failed := sorted(needs & failures.keys()):
                     failures[job.name] = f'not run, since "{failed[0]}" failed'
+                    progress.end(job.name)
                 else:
-                    slot = next(i for i in range(at_once) if i not in running)
-                    handle = executor.submit(job if gpus is None else replace(job, gpus=_share(gpus, slot, at_once)))
+                    own = job if gpus is None or here else replace(job, gpus=_share(gpus, slot, at_once))
+                    handle = _run_here(own) if here else executor.submit(own)
                     running[slot] = job, handle
-                    print(f"{time.strftime('%H:%M:%S')} {job.name} ({missing}): {handle.paths.stdout}", flush=True)
+                    progress.start(job.name)
+                    log = _log_of(handle)
+                    progress.say(f"{job.name} ({missing}){f': {log}' if log else ''}")
                 waiting.remove(job)
             for slot, (job, handle) in list(running.items()):
                 if handle.done():
                     del running[slot]
-                    if problem := _problem(handle):
-                        failures[job.name] = f"{problem} (log: {handle.paths.stdout})"
-                        print(f"{time.strftime('%H:%M:%S')} {job.name} failed: {failures[job.name]}", flush=True)
+                    problem = _problem(handle)
+                    seconds = progress.end(job.name, well=not problem)
+                    if problem:
+                        log = _log_of(handle)
+                        failures[job.name] = f"{problem} (log: {log})" if log else problem
+                        progress.say(f"{job.name} failed: {failures[job.name]}")
                     else:
                         finished.add(job.name)
+                        progress.say(f"{job.name} done in {seconds:.0f} s; {progress}")
             if running:
+                progress.show(_log_of(running[min(running, key=lambda slot: slot % at_once)][1]))
                 time.sleep(0.2)
     finally:
         for job, handle in running.values():
-            if gpus is None:
-                print(f"{job.name} goes on as job {handle.job_id}")
-            else:
+            if gpus is not None or isinstance(handle, Future):
                 handle.cancel()
+            else:
+                print(f"{job.name} goes on as job {handle.job_id}")
     return failures
+
+
+def _run_here(job: Job) -> Future[str]:
+    """Run a job beside the others in this process, whose modules need not be imported again, and no longer than it."""
+    outcome: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(job())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    outcome.set_running_or_notify_cancel()
+    Thread(target=run, daemon=True).start()
+    return outcome
+
+
+def _log_of(handle: submitit.Job | Future[str]) -> Path | None:
+    return None if isinstance(handle, Future) else Path(handle.paths.stdout)
 
 
 def run_program(
@@ -604,7 +662,7 @@ def _end_of(returncode: int) -> str:
     return f"end by {signal.Signals(-returncode).name}, e.g. for lack of memory,"
 
 
-def _problem(handle: submitit.Job) -> str:
+def _problem(handle: submitit.Job | Future[str]) -> str:
     error = handle.exception()
     if isinstance(error, UncompletedJobError):
         return "its process was ended before it was done, e.g. for lack of memory or by the limits of the cluster"

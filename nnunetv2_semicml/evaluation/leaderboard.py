@@ -26,6 +26,7 @@ import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_semicml.data.checkpoint_file import read_log
 from nnunetv2_semicml.data.environment import environment_folder
 from nnunetv2_semicml.data.files import Json, explains_failed_writes, written_whole
 from nnunetv2_semicml.data.modality_group import (
@@ -44,7 +45,14 @@ from nnunetv2_semicml.data.raw_dataset import (
 from nnunetv2_semicml.errors import UserError, reports_user_errors, some_of
 from nnunetv2_semicml.evaluation.figures import Volumes
 from nnunetv2_semicml.evaluation.jobs import Evaluate, Job, Model, Predict, Train, run_jobs, try_read_json
-from nnunetv2_semicml.evaluation.leaderboard_page import Incomplete, Overlaid, Report, write_markdown, write_page
+from nnunetv2_semicml.evaluation.leaderboard_page import (
+    Incomplete,
+    Overlaid,
+    Report,
+    Training,
+    write_markdown,
+    write_page,
+)
 from nnunetv2_semicml.evaluation.metrics import METRICS
 
 PROGRAMS = Path(sys.executable).parent  # nnU-Net's command lines, installed beside this Python
@@ -656,7 +664,9 @@ def _run(jobs: Sequence[Job], args: argparse.Namespace, logs: Path) -> dict[str,
     if on_slurm:
         return run_jobs(jobs, executor, args.jobs or len(jobs), gpus=None)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
-    return run_jobs(jobs, executor, args.jobs or 1, gpus=[gpu for gpu in visible.split(",") if gpu])
+    gpus = [gpu for gpu in visible.split(",") if gpu]
+    of_device = len(gpus) if args.device == "cuda" else 1
+    return run_jobs(jobs, executor, args.jobs or max(1, of_device), gpus)
 
 
 def leaderboard(args: argparse.Namespace, command: str) -> Path:
@@ -728,6 +738,8 @@ def leaderboard(args: argparse.Namespace, command: str) -> Path:
         incomplete=incomplete,
         others=others,
         files=_files(entries, incomplete, raw, scans, references),
+        trainings=_trainings(entries, incomplete),
+        note=args.note,
     )
     with explains_failed_writes(out, remedy):
         out.mkdir(parents=True, exist_ok=True)
@@ -758,13 +770,18 @@ def _facts(
         "Training cases": "; ".join(group.describe()),
         "Configuration": f"{args.c}, {args.p}",
         "Folds": ", ".join(args.f) + (", predicted as an ensemble" if len(args.f) > 1 else ""),
-        "Seeds": ", ".join(map(str, args.seeds)) if args.seeds else "none set, one run",
+        "Seeds": ", ".join(map(str, args.seeds)) if args.seeds else _seed_of_environment(),
         "Machine of this command": ", ".join(
             [platform.system(), platform.machine(), f"{os.cpu_count()} CPU cores", *gpus]
         ),
         "Software": ", ".join(f"{name} {version(name)}" for name in packages),
         "Date": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
     }
+
+
+def _seed_of_environment() -> str:
+    seed = os.environ.get("nnUNet_semicml_seed")
+    return f"{seed}, of this package's trainers (nnUNet_semicml_seed)" if seed else "none set, one run"
 
 
 def _describe_test(raw: RawDataset, cases_of: Mapping[str, Collection[str]]) -> str:
@@ -805,6 +822,30 @@ def _files(
         Overlaid(modality, volumes_of(scans[modality], of_methods), _describe_shown(raw, scans[modality]))
         for modality, of_methods in predictions.items()
     ]
+
+
+def _trainings(entries: Sequence[Entry], incomplete: Sequence[Incomplete]) -> list[Training]:
+    """How the networks were trained whose predictions are in the table; of several seeds, with the first one."""
+    gaps = {(entry.method, entry.modality) for entry in incomplete}
+    found = []
+    for entry in entries:
+        *jobs, predict = next(iter(entry.chains.values())).before or (None,)
+        if not isinstance(predict, Predict) or (entry.method, entry.modality) in gaps:
+            continue
+        trained = [job for job in jobs if isinstance(job, Train) and job.name in predict.needs]
+
+        def log_of(training: Train, dataset: str = predict.dataset) -> dict[str, list[float]]:
+            file = training.model.fold_folder(dataset, training.fold) / "checkpoint_final.pth"
+            return read_log(file) if file.is_file() else {}
+
+        before, first = 0, trained[0].first
+        while first is not None:
+            before += len(log_of(first).get("train_losses", []))
+            first = first.first
+        terms = trained[0].target / "unsupervised_terms.png"
+        logs = [log_of(training) for training in trained]
+        found.append(Training(entry.method, entry.modality, logs, before, terms if terms.is_file() else None))
+    return found
 
 
 def _describe_shown(raw: RawDataset, scans: Scans) -> str:
@@ -872,7 +913,7 @@ these train on it. Test cases that lack a modality are left out of its results."
         help='of nnUNetv2_predict: --predict_options="--disable_tta -npp 1"',
     )
     add("--executor", default="local", choices=["local", "slurm"], help="(default: %(default)s)")
-    add("--jobs", type=int, metavar="N", help="jobs at a time (default: one locally, all on SLURM); GPUs are dealt out")
+    add("--jobs", type=int, metavar="N", help="jobs at a time (default: locally one for each GPU, on SLURM all)")
     add(
         "--slurm",
         nargs="+",
@@ -888,6 +929,7 @@ these train on it. Test cases that lack a modality are left out of its results."
         metavar="CSV",
         help="leaderboard.csv of datasets with other labeled shares, for curves",
     )
+    add("--note", default="", metavar="TEXT", help="what readers of the tables should know first")
     page = leaderboard(parser.parse_args(), shlex.join(["nnUNetv2_semicml_leaderboard", *sys.argv[1:]]))
     print(f"Leaderboard: {page}")
 

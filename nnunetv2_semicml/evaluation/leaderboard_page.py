@@ -14,8 +14,18 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from nnunetv2_semicml.evaluation.figures import COLORS, MARKERS, CasePanels, Volumes, colors_of, draw_case, themed
+from nnunetv2_semicml.evaluation.figures import (
+    COLORS,
+    MARKERS,
+    CasePanels,
+    Volumes,
+    colors_of,
+    data_uri,
+    draw_case,
+    themed,
+)
 from nnunetv2_semicml.evaluation.metrics import METRICS
 from nnunetv2_semicml.evaluation.page import render_page
 from nnunetv2_semicml.evaluation.statistics import (
@@ -27,6 +37,7 @@ from nnunetv2_semicml.evaluation.statistics import (
 )
 
 PLOTTED = ("dice", "hd95")  # overlap and distance; the tables have all metrics
+LOGGED = {"mean_fg_dice": "pseudo Dice of validation patches", "train_losses": "training loss on labels"}
 DEFINITIONS = (
     "Every number is per patient, in 3D. Dice, PPV and sensitivity count voxels. ASD is the average symmetric surface "
     "distance, HD95 the larger of the 95th percentiles of the distances from either surface to the other; surface "
@@ -71,6 +82,25 @@ class Overlaid:
 
 
 @dataclass(frozen=True)
+class Training:
+    """How the networks of one method for one modality came about.
+
+    Attributes:
+        method: its name.
+        modality: the modality.
+        logs: of every fold, nnU-Net's log: key -> a value for each epoch.
+        epochs_before: those of the trainings whose networks it went on from.
+        terms: picture of its unsupervised terms, if there is one.
+    """
+
+    method: str
+    modality: str
+    logs: Sequence[Mapping[str, Sequence[float]]]
+    epochs_before: int
+    terms: Path | None
+
+
+@dataclass(frozen=True)
 class Report:
     """What Markdown and HTML are made of.
 
@@ -83,6 +113,8 @@ class Report:
         incomplete: what is not in these rows.
         others: leaderboard.csv of datasets with other labeled shares.
         files: of every modality that has results.
+        trainings: of the methods that have results and were trained here.
+        note: what to read first; empty if nothing.
     """
 
     title: str
@@ -93,6 +125,8 @@ class Report:
     incomplete: Sequence[Incomplete]
     others: Sequence[pd.DataFrame]
     files: Sequence[Overlaid]
+    trainings: Sequence[Training]
+    note: str = ""
 
     @cached_property
     def scores(self) -> pd.DataFrame:
@@ -122,7 +156,8 @@ class Report:
 def write_markdown(file: Path, report: Report) -> None:
     """Write all tables as Markdown."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", report.command)), default=0))
-    lines = [f"# {_plain(report.title)}", "", fence, report.command, fence, ""]
+    lines = [f"# {_plain(report.title)}", "", *([_plain(report.note), ""] if report.note else [])]
+    lines += [fence, report.command, fence, ""]
     lines += [f"- {name}: {_plain(value)}" for name, value in report.facts.items()]
     if report.incomplete:
         lines += ["", "**Incomplete, and therefore not in the tables:**", ""]
@@ -187,6 +222,11 @@ def write_page(file: Path, report: Report) -> None:
     if (curves.groupby("modality")["share"].nunique() > 1).any():
         size = (width, 2.8 * len(PLOTTED) + 0.4)
         plots["curves"] = themed(lambda figure: plot_curves(figure, curves), size)
+    if logged := [training for training in report.trainings if any(training.logs)]:
+        size = (width, 2.6 * len(LOGGED) + 0.4)
+        plots["trainings"] = themed(lambda figure: plot_trainings(figure, logged, colors), size)
+    # one for all modalities of a method that trains them together
+    terms = {t.method: t.terms for t in report.trainings if t.terms}
     page = render_page(
         Path(__file__).with_name("leaderboard.html.jinja"),
         title=report.title,
@@ -202,6 +242,7 @@ def write_page(file: Path, report: Report) -> None:
         several_seeds=any(row["seeds"] > 1 for row in report.summary),
         differences=differences.to_dict("records"),
         plots=plots,
+        terms={method: data_uri(picture.read_bytes()) for method, picture in terms.items()},
         overlays=[
             (of_modality, _draw_cases(of_modality.volumes, shown[shown["modality"] == of_modality.modality], colors))
             for of_modality in report.files
@@ -321,6 +362,28 @@ def plot_curves(figure: Figure, patients: pd.DataFrame) -> None:
     for axis, metric in zip(axes[:, 0], PLOTTED, strict=True):
         axis.set_ylabel(f"mean {_title(metric)}")
     axes[0, -1].legend(fontsize=8)
+
+
+def plot_trainings(figure: Figure, trainings: Sequence[Training], colors: Mapping[str, str]) -> None:
+    """What nnU-Net logs, per epoch, as the mean of the folds; a second stage after the epochs of its first one."""
+    modalities = list(dict.fromkeys(training.modality for training in trainings))
+    axes = figure.subplots(len(LOGGED), len(modalities), sharex="col", sharey="row", squeeze=False)
+    for row, (key, title) in zip(axes, LOGGED.items(), strict=True):
+        row[0].set_ylabel(title)
+        for axis, modality in zip(row, modalities, strict=True):
+            for training in trainings:
+                if training.modality != modality or not (folds := [log[key] for log in training.logs if key in log]):
+                    continue
+                mean = np.mean([values[: min(map(len, folds))] for values in folds], axis=0)
+                epochs = np.arange(len(mean)) + training.epochs_before + 1
+                marker = "o" if len(mean) < 30 else ""
+                axis.plot(epochs, mean, color=colors[training.method], marker=marker, markersize=3, linewidth=1.8)
+            axis.grid(alpha=0.25)
+            axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    for axis, modality in zip(axes[0], modalities, strict=True):
+        axis.set_title(modality)
+    for axis in axes[-1]:
+        axis.set_xlabel("epoch")
 
 
 def _draw_cases(volumes: Volumes, scores: pd.DataFrame, colors: Mapping[str, str]) -> list[CasePanels]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
-from nnunetv2_semicml.data.checkpoint_file import find_damage
+from nnunetv2_semicml.data.checkpoint_file import find_damage, numpy_numbers
 from nnunetv2_semicml.data.files import written_whole
 from nnunetv2_semicml.errors import UserError
 
@@ -38,15 +38,6 @@ def save_atomically(checkpoint: dict[str, Any], filename: str) -> None:
         ) from error
 
 
-# stock nnU-Net's log has them; pickle knows the function that makes them by its name, which NumPy 2 has changed
-_MAKES_NUMPY_NUMBERS = np.float64().__reduce__()[0]
-_NUMPY_NUMBERS: list[Any] = [
-    *((_MAKES_NUMPY_NUMBERS, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
-    np.dtype,
-    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
-]
-
-
 def read_checkpoint(filename: str | Path, device: torch.device, what: str, remedy: str) -> dict[str, Any]:
     """Read a checkpoint of this package or of nnU-Net without running code, and only if it is whole.
 
@@ -61,7 +52,7 @@ def read_checkpoint(filename: str | Path, device: torch.device, what: str, remed
     """
     try:
         damage = find_damage(filename)
-        with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+        with torch.serialization.safe_globals(numpy_numbers()):
             checkpoint: dict[str, Any] = {} if damage else torch.load(filename, map_location=device, weights_only=True)
     except UnpicklingError as error:
         # PyTorch's sentence goes on to say how to read it all the same
