@@ -32,7 +32,7 @@ from nnunetv2_semicml.data.checkpoint_file import content_digest
 from nnunetv2_semicml.data.files import read_json
 from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup
 from nnunetv2_semicml.errors import UserError
-from nnunetv2_semicml.evaluation import leaderboard
+from nnunetv2_semicml.evaluation import jobs, leaderboard
 from nnunetv2_semicml.evaluation.figures import Volumes, draw_case
 from nnunetv2_semicml.evaluation.jobs import Job, Train, run_jobs, run_program
 from nnunetv2_semicml.evaluation.leaderboard_page import Training, plot_trainings
@@ -735,7 +735,7 @@ def test_a_second_stage_follows_the_first_of_its_fold(study, call, monkeypatch):
 
 def test_a_first_stage_that_is_compared_too_is_trained_once(study, call):
     calls = call("--methods", f"{SEMI}+{PREL}", SEMI, f"Again={SEMI}+{PREL}", "--seeds", 3, 4)
-    assert [trainer for _, _, trainer, _ in trained(calls)] == [SEMI, PREL] * 2
+    assert [trainer for _, _, trainer, _ in trained(calls)] == [SEMI] * 2 + [PREL] * 2
     assert set(read_csv(study)["method"]) == {f"{SEMI}+{PREL}", SEMI, "Again"}
 
 
@@ -1159,7 +1159,8 @@ class Slow:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    sleep = time.sleep  # a thread may evaluate
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(0.002))
 
 
 WORKER = """
@@ -1218,8 +1219,8 @@ def test_a_program_that_outlives_its_job_is_waited_for_but_not_its_workers(tmp_p
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_what_was_there(study, call, monkeypatch):
-    submitted, submit = [], InProcess.submit
-    monkeypatch.setattr(InProcess, "submit", lambda self, job: submitted.append(job) or submit(self, job))
+    evaluations, evaluate = [], jobs._run_here
+    monkeypatch.setattr(jobs, "_run_here", lambda job: evaluations.append(job) or evaluate(job))
     call("--methods", SEMI)
     tables = {file: file.read_bytes() for file in (study / "out").glob("leaderboard.*")}
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -1229,7 +1230,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_what_was_there(study, call, monkey
         assert call("--methods", SEMI, error=error) == []
         metrics = next((study / "out").glob("metrics/**/*_FLAIR.json"))
         metrics.unlink()
-        (job,) = (job for job in submitted if getattr(job, "out", None) == metrics)
+        (job,) = (job for job in evaluations if job.out == metrics)
         assert re.search(r"FLAIR.json: found that it cannot be written .*Make room, and repeat", job())
         assert not metrics.exists()
     finally:
@@ -1301,6 +1302,15 @@ def test_jobs_run_side_by_side_and_after_those_that_they_need():
     assert executor.most == 3
     assert executor.order[-1] == "last"
     assert executor.gpus[:3] == ["4,7", "5", "6"]
+
+
+def test_jobs_that_most_others_wait_for_begin_first():
+    """So the last chain does not begin when all others have ended."""
+    short = [Nothing(name="short 0"), Nothing(name="short 1")]
+    chain = [Nothing(name="first"), Nothing(name="second", needs=("first",)), Nothing(name="third", needs=("second",))]
+    executor = Slow()
+    run_jobs([*short, *chain], executor, at_once=1, gpus=[])
+    assert executor.order == ["first", "second", "short 0", "short 1", "third"]
 
 
 def test_jobs_without_a_program_run_here_one_by_one_beside_the_others(monkeypatch):

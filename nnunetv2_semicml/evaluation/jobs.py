@@ -471,7 +471,7 @@ def run_jobs(
     """Run what is not done, every job after those that it needs.
 
     Args:
-        jobs: in an order in which each stands after those that it needs.
+        jobs: what is to be done; those that most others wait for begin first, else in this order.
         executor: of submitit.
         at_once: number of jobs that run at a time; those that call no program run beside them in this process, one
             after the other, if the others are processes of this machine.
@@ -483,7 +483,8 @@ def run_jobs(
     """
     failures: dict[str, str] = {}
     names = {job.name for job in jobs}
-    waiting = list(jobs)
+    # those with most after them first: the last to end decides when all have ended
+    waiting = sorted(jobs, key=lambda job: -_length(job.name, jobs))
     finished: set[str] = set()
     running: dict[int, tuple[Job, submitit.Job | Future[str]]] = {}
     progress = Progress({job.name: (type(job).__name__, job.size) for job in jobs}, at_once)
@@ -531,6 +532,11 @@ def run_jobs(
             else:
                 print(f"{job.name} goes on as job {handle.job_id}")
     return failures
+
+
+def _length(name: str, jobs: Sequence[Job]) -> int:
+    """Number of jobs in the longest chain that needs one."""
+    return 1 + max((_length(job.name, jobs) for job in jobs if name in job.needs), default=0)
 
 
 def _run_here(job: Job) -> Future[str]:

@@ -16,8 +16,8 @@ class nnUNetTrainer_demo(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = 13  # as many steps as both stages of the other demo trainers
+        self.num_epochs = 6  # as many steps as both stages of the other demo trainers
         self.num_iterations_per_epoch = 30
-        self.num_val_iterations_per_epoch = 5
+        self.num_val_iterations_per_epoch = 2
         # few steps: more of them show a lesion than nnU-Net's third
         self.oversample_foreground_percent = 0.67
