@@ -42,7 +42,7 @@ class nnUNetTrainerCrossModalCPSFloat16(nnUNetTrainerCrossModalCPS):
 
 def crop_beside(dataset, case):
     """The case with its first modality in a third of the slices alone, as if its field of view was smaller."""
-    image, segmentation, *rest = type(dataset).load_case(dataset, case)
+    image, segmentation, *rest = dataset._open(case)
     first, *others = image.arrays
     few = np.s_[:, : first.shape[1] // 3]
     image.arrays, segmentation.arrays = [first[few], *others], [segmentation.arrays[0][few], *segmentation.arrays[1:]]

@@ -125,7 +125,7 @@ class Report:
     incomplete: Sequence[Incomplete]
     others: Sequence[pd.DataFrame]
     files: Sequence[Overlaid]
-    trainings: Sequence[Training]
+    trainings: Sequence[Training] = ()
     note: str = ""
 
     @cached_property
