@@ -18,6 +18,7 @@ from nnunetv2_semicml.data.modality_group import ModalityGroup
 from nnunetv2_semicml.data.phantom import write_phantom_dataset
 from nnunetv2_semicml.planning.plan_and_preprocess import plan_and_preprocess
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
+from nnunetv2_semicml.training import conductor
 from nnunetv2_semicml.training.conductor import LabeledPatches
 
 torch.set_num_threads(1)  # the networks here are so small that threads would only wait for each other
@@ -220,10 +221,17 @@ def draw_batches(trainer: nnUNetTrainer, number: int, seed: int = 0) -> list[dic
     return [next(loader) for _ in range(number)]
 
 
+def touch_if_there_are_terms(logging, filename):
+    """In the place of the picture, which takes longer to draw than such an epoch to train."""
+    if any(key.startswith("unsupervised/") for key in logging):
+        Path(filename).touch()
+
+
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """An empty nnUNet_results, data loading in this process, so that seeds hold, and no progress.png (seconds each)."""
+    """An empty nnUNet_results, data loading in this process, so that seeds hold, and no pictures (seconds each)."""
     monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda self, folder: None)
+    monkeypatch.setattr(conductor, "plot_terms", touch_if_there_are_terms)
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     yield tmp_path

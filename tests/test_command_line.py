@@ -1,21 +1,35 @@
-"""What users type, in subprocesses: train, resume, validate, and predict with an nnU-Net without this package."""
+"""What users type, in processes of their own: train, resume, validate; predict with an nnU-Net without this package.
+
+Every program runs once, at least, as a user starts it. To import nnU-Net takes longer than all that these trainings do,
+so the others are copies of this process, and programs without this package follow each other in one process.
+"""
 
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import nnunetv2.training.nnUNetTrainer.nnUNetTrainer as nnunet_trainer_module
 import pytest
 import SimpleITK as sitk
 import torch
 from conftest import LABELS
+from nnunetv2.evaluation import evaluate_predictions
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from toy import draw_few_intensities
 
 from nnunetv2_semicml.ext_trainers import main as print_trainers_folder
+from nnunetv2_semicml.training import conductor
 
 TRAINER = "nnUNetTrainerSemiCML_test"
 SECOND = "nnUNetTrainerSemiCMLPReL_test"
@@ -23,6 +37,17 @@ SINGLE = "nnUNetTrainerSECLAnatomical_test"
 MODEL = f"{TRAINER}__nnUNetPlans__2d"
 FLAIR, T1 = "Dataset501_Labels_FLAIR", "Dataset502_Labels_T1"
 BIN = Path(sys.executable).parent
+FORK = multiprocessing.get_context("fork")
+ONE_BY_ONE = """
+import json, runpy, sys
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
 
 
 def run(program, *arguments, python=sys.executable, ok=True, **environment):
@@ -38,8 +63,54 @@ def run(program, *arguments, python=sys.executable, ok=True, **environment):
     return done
 
 
-def train(*arguments, ok=True, dataset=500, trainer=TRAINER, **environment):
-    return run("nnUNetv2_train", dataset, "2d", *arguments, "-tr", trainer, "-device", "cpu", ok=ok, **environment)
+def run_copy(program, *arguments, ok=True, pictures=False, **environment):
+    """The same in a copy of this process; in a training, its own processes are copies, too, and there are no pictures."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = FORK.Process(target=_be, args=(program, arguments, environment, files, pictures))
+        process.start()
+        process.join(600)
+        done = SimpleNamespace(
+            returncode=process.exitcode, **{file.name: file.read_text(encoding="utf-8") for file in files}
+        )
+    assert (done.returncode == 0) == ok, f"{program} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def _be(program, arguments, environment, files, pictures):
+    """Become a command line."""
+    for number, file in enumerate(files, start=1):
+        with file.open("w") as stream:
+            os.dup2(stream.fileno(), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
+    os.environ.update(environment)
+    for module in (nnunet_trainer_module, evaluate_predictions):
+        module.multiprocessing = SimpleNamespace(get_context=lambda method: FORK)
+    nnunet_trainer_module.default_num_processes = 1
+    draw_few_intensities(pytest.MonkeyPatch())
+    if not pictures:
+        MetaLogger.plot_progress_png = lambda self, folder: None
+        conductor.plot_terms = lambda logging, filename: None
+    sys.argv = [program, *map(str, arguments)]
+    runpy.run_path(str(BIN / program), run_name="__main__")
+
+
+def train(*arguments, dataset=500, trainer=TRAINER, how=run_copy, **options):
+    return how("nnUNetv2_train", dataset, "2d", *arguments, "-tr", trainer, "-device", "cpu", **options)
+
+
+def run_all(calls, python, **environment):
+    """Run several programs one after the other in one process of another interpreter."""
+    words = [[str(BIN / program), *map(str, arguments)] for program, *arguments in calls]
+    done = subprocess.run(
+        [str(python), "-c", ONE_BY_ONE, json.dumps(words)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +122,15 @@ def environment(labels_group, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("nnUNet_results", str(results))
         patch.setenv("nnUNet_extTrainer", os.pathsep.join([folder, str(Path(__file__).parent / "trainers")]))
+        recursive_find_trainer_class_by_name(TRAINER)  # what that imports, no copy of this process need import again
         yield results
 
 
 @pytest.fixture(scope="module")
 def two_folds(environment):
     """Two of the five folds, the first with probabilities."""
-    train(0, "--npz")
-    train(1)
+    train(0, "--npz", how=run)
+    train(1, pictures=True)
     return environment
 
 
@@ -90,8 +162,8 @@ def test_planning_is_that_of_the_function(channels_group, tmp_path):
     """With nnU-Net's real fingerprint, planner and processes, without writing to nnUNet_raw."""
     raw, own = Path(os.environ["nnUNet_raw"]), {"nnUNet_preprocessed": str(tmp_path)}
     before = sorted((raw / channels_group.dataset_name).rglob("*"))  # others are being made
-    options = ("--modalities", "MR=FLAIR,T2", "T1", "-c", "2d", "-np", 2, "-npfp", 2)
-    done = run("nnUNetv2_semicml_plan_and_preprocess", "-d", channels_group.dataset_name, *options, **own)
+    options = ("--modalities", "MR=FLAIR,T2", "T1", "-c", "2d", "-np", 1, "-npfp", 1)
+    done = run_copy("nnUNetv2_semicml_plan_and_preprocess", "-d", channels_group.dataset_name, *options, **own)
     assert "7 labeled cases: 5 with MR + T1, 1 with MR, 1 with T1" in done.stdout
     assert "MR: Dataset551_Channels_MR (_0000 FLAIR, _0001 T2)" in done.stdout
     assert sorted((raw / channels_group.dataset_name).rglob("*")) == before
@@ -136,17 +208,23 @@ def test_stock_nnunet_deploys_each_modality(two_folds, stock_python, tmp_path, m
     in_parallel = ("-f", 0, 1, "-device", "cpu", "-npp", 1, "-nps", 1)
     by_name = ("-d", T1, "-c", "2d", "-tr", TRAINER)
 
-    def stock(program, *arguments, **environment):
-        run(program, *arguments, python=stock_python, **environment)
-
-    stock("nnUNetv2_predict_from_modelfolder", "-m", flair, "-i", flair_scans, "-o", tmp_path / "a", *in_parallel)
-    stock("nnUNetv2_predict", *by_name, "-i", t1_scans, "-o", tmp_path / "b", *options)
     archive, elsewhere = tmp_path / "model.zip", tmp_path / "elsewhere"
     elsewhere.mkdir()
+    truth = Path(os.environ["nnUNet_raw"]) / LABELS / "labelsTs"
+    files = ("-djfile", t1 / "dataset.json", "-pfile", t1 / "plans.json", "-np", 1)
+    on_site = [
+        ("nnUNetv2_predict_from_modelfolder", "-m", flair, "-i", flair_scans, "-o", tmp_path / "a", *in_parallel),
+        ("nnUNetv2_predict", *by_name, "-i", t1_scans, "-o", tmp_path / "b", *options),
+        ("nnUNetv2_export_model_to_zip", *by_name, "-f", 0, 1, "-o", archive),
+        ("nnUNetv2_evaluate_folder", truth, tmp_path / "b", *files),
+    ]
+    run_all(on_site, stock_python)
     hospital = {"nnUNet_results": str(elsewhere), "nnUNet_raw": "/nowhere", "nnUNet_preprocessed": "/nowhere"}
-    stock("nnUNetv2_export_model_to_zip", *by_name, "-f", 0, 1, "-o", archive)
-    stock("nnUNetv2_install_pretrained_model_from_zip", archive, **hospital)
-    stock("nnUNetv2_predict", *by_name, "-i", t1_scans, "-o", tmp_path / "c", *options, **hospital)
+    in_hospital = [
+        ("nnUNetv2_install_pretrained_model_from_zip", archive),
+        ("nnUNetv2_predict", *by_name, "-i", t1_scans, "-o", tmp_path / "c", *options),
+    ]
+    run_all(in_hospital, stock_python, **hospital)
     for file in (elsewhere / T1 / MODEL).glob("d*.json"):
         assert os.environ["nnUNet_raw"] not in file.read_text()
 
@@ -157,27 +235,25 @@ def test_stock_nnunet_deploys_each_modality(two_folds, stock_python, tmp_path, m
         first, second = (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / way / name))) for way in "bc")
         assert (first == second).all()
 
-    truth = Path(os.environ["nnUNet_raw"]) / LABELS / "labelsTs"
-    files = ("-djfile", t1 / "dataset.json", "-pfile", t1 / "plans.json", "-np", 1)
-    stock("nnUNetv2_evaluate_folder", truth, tmp_path / "b", *files)
     summary = json.loads((tmp_path / "b" / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == len(names)
 
 
 def test_stock_nnunet_collects_the_folds(two_folds, stock_python, tmp_path, monkeypatch):
     monkeypatch.delenv("nnUNet_extTrainer")
-    found = run("nnUNetv2_find_best_configuration", 501, "-c", "2d", "-tr", TRAINER, "-f", 0, 1, "-np", 1,
-                "--disable_ensembling", python=stock_python)  # fmt: skip
-    assert f"-tr {TRAINER}" in found.stdout
-    run("nnUNetv2_accumulate_crossval_results", 502, "-c", "2d", "-tr", TRAINER, "-f", 0, 1, "-o", tmp_path / "cv",
-        python=stock_python)  # fmt: skip
+    of_folds = ("-c", "2d", "-tr", TRAINER, "-f", 0, 1)
+    calls = [
+        ("nnUNetv2_find_best_configuration", 501, *of_folds, "-np", 1, "--disable_ensembling"),
+        ("nnUNetv2_accumulate_crossval_results", 502, *of_folds, "-o", tmp_path / "cv"),
+    ]
+    assert f"-tr {TRAINER}" in run_all(calls, stock_python).stdout
     summary = json.loads((tmp_path / "cv" / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == 2
 
 
 def test_second_stage_goes_on_from_the_first_and_is_deployed_by_stock_nnunet(two_folds, stock_python, tmp_path):
     second = f"{SECOND}__nnUNetPlans__2d"
-    done = train(0, trainer=SECOND)
+    done = train(0, trainer=SECOND, pictures=True)
     assert "The better modality is " in done.stdout
     method = torch.load(two_folds / LABELS / second / "fold_0" / "checkpoint_final.pth", weights_only=True)["method"]
     assert method["better_modality"] in ("FLAIR", "T1")

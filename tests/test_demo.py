@@ -31,6 +31,8 @@ def programs(tmp_path, monkeypatch):
     folder.mkdir()
     python = sys.executable
     monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    for name, value in {"NUM_LABELED": 1, "NUM_UNLABELED": 2, "NUM_TEST": 1, "SHAPE": (16, 16, 16)}.items():
+        monkeypatch.setattr(run, name, value)
 
     def write(**status):
         for name in (PLAN, COMPARE):
@@ -62,7 +64,7 @@ def test_commands_are_shown_and_can_be_repeated(programs, tmp_path, capfd):
         assert environment == {name: shlex.split(exports[name])[0] for name in environment}
         assert environment["nnUNet_semicml_seed"] == "3"
         assert environment["nnUNet_raw"] == str(out / "nnUNet_raw")
-    assert len(list((out / "nnUNet_raw" / "Dataset500_Phantom" / "imagesUn").iterdir())) == 2 * run.NUM_UNLABELED
+    assert len(list((out / "nnUNet_raw" / "Dataset500_Phantom" / "imagesUn").iterdir())) == 2 * 2
 
 
 def test_compared_trainers_are_found_and_take_as_many_steps(monkeypatch, tmp_path):
