@@ -223,7 +223,7 @@ def draw_batches(trainer: nnUNetTrainer, number: int, seed: int = 0) -> list[dic
 
 def touch_if_there_are_terms(logging, filename):
     """In the place of the picture, which takes longer to draw than such an epoch to train."""
-    if any(key.startswith("unsupervised/") for key in logging):
+    if any(key.startswith(("unsupervised/", "pseudo_volume/")) for key in logging):
         Path(filename).touch()
 
 

@@ -64,7 +64,7 @@ def run(program, *arguments, python=sys.executable, ok=True, **environment):
 
 
 def run_copy(program, *arguments, ok=True, pictures=False, **environment):
-    """The same in a copy of this process; in a training, its own processes are copies, too, and there are no pictures."""
+    """The same in a copy of this process. A training's own processes are copies, too, and it draws no pictures."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("stdout", "stderr")]
         process = FORK.Process(target=_be, args=(program, arguments, environment, files, pictures))
