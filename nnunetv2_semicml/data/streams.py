@@ -127,8 +127,9 @@ class PairedDataLoader(nnUNetDataLoader):
         if self._data.labeled:
             return list(super().get_indices())
         rounds = ceil(self.batch_size / len(self.indices))
-        drawn = np.concatenate([np.random.permutation(self.indices) for _ in range(rounds)])
-        return [str(case) for case in drawn[: self.batch_size]]
+        # of numbers: of names it takes 40 ms if there are 10⁵
+        drawn = np.concatenate([np.random.permutation(len(self.indices)) for _ in range(rounds)])
+        return [str(self.indices[number]) for number in drawn[: self.batch_size]]
 
     def generate_train_batch(self) -> Patches:
         """Draw a batch as nnU-Net does, and keep the modalities apart."""
