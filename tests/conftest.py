@@ -11,7 +11,7 @@ import torch
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from toy import use_threads
+from toy import copy_processes, use_threads
 
 from nnunetv2_semicml.data.locks import locked
 from nnunetv2_semicml.data.modality_group import ModalityGroup
@@ -232,6 +232,7 @@ def results(tmp_path, monkeypatch):
     """An empty nnUNet_results, data loading in this process, so that seeds hold, and no pictures (seconds each)."""
     monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda self, folder: None)
     monkeypatch.setattr(conductor, "plot_terms", touch_if_there_are_terms)
+    copy_processes(monkeypatch)
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     yield tmp_path

@@ -18,15 +18,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import nnunetv2.training.nnUNetTrainer.nnUNetTrainer as nnunet_trainer_module
 import pytest
 import SimpleITK as sitk
 import torch
 from conftest import LABELS
-from nnunetv2.evaluation import evaluate_predictions
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-from toy import draw_few_intensities
+from toy import copy_processes, draw_few_intensities
 
 from nnunetv2_semicml.ext_trainers import main as print_trainers_folder
 from nnunetv2_semicml.training import conductor
@@ -84,9 +82,7 @@ def _be(program, arguments, environment, files, pictures):
             os.dup2(stream.fileno(), number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
     os.environ.update(environment)
-    for module in (nnunet_trainer_module, evaluate_predictions):
-        module.multiprocessing = SimpleNamespace(get_context=lambda method: FORK)
-    nnunet_trainer_module.default_num_processes = 1
+    copy_processes(pytest.MonkeyPatch())
     draw_few_intensities(pytest.MonkeyPatch())
     if not pictures:
         MetaLogger.plot_progress_png = lambda self, folder: None

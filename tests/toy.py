@@ -1,6 +1,7 @@
 """A raw dataset as a user may have it, and planning without processes: each that nnU-Net spawns costs seconds."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -13,8 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
+import nnunetv2.training.nnUNetTrainer.nnUNetTrainer as nnunet_trainer_module
 import numpy as np
 import pytest
+from nnunetv2.evaluation import evaluate_predictions
 from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
 
 from nnunetv2_semicml.data import image_check
@@ -100,6 +103,14 @@ def use_threads(patch) -> None:
         patch.setattr(module, "ProcessPoolExecutor", lambda number, context: ThreadPoolExecutor(number))
     stand_in = SimpleNamespace(get_context=lambda method: SimpleNamespace(Pool=ThreadPool))
     patch.setattr(fingerprint_extractor, "multiprocessing", stand_in)
+
+
+def copy_processes(patch) -> None:
+    """Let nnU-Net's validations have copies of this process, and not such that import nnU-Net for half a minute."""
+    forking = SimpleNamespace(get_context=lambda method: multiprocessing.get_context("fork"))
+    for module in (nnunet_trainer_module, evaluate_predictions):
+        patch.setattr(module, "multiprocessing", forking)
+    patch.setattr(nnunet_trainer_module, "default_num_processes", 1)
 
 
 def set_folders(patch, root: Path) -> Path:
