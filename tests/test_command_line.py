@@ -1,7 +1,8 @@
 """What users type, in processes of their own: train, resume, validate; predict with an nnU-Net without this package.
 
-Every program runs once, at least, as a user starts it. To import nnU-Net takes longer than all that these trainings do,
-so the others are copies of this process, and programs without this package follow each other in one process.
+A training, predictions, and a planning that fails are started as a user does. To import nnU-Net takes longer than what
+they do, so the other trainings and plannings are copies of this process, and of the programs without this package
+several follow each other in one process.
 """
 
 import json
@@ -50,14 +51,18 @@ for words in json.loads(sys.argv[1]):
 
 def run(program, *arguments, python=sys.executable, ok=True, **environment):
     """Run one of the command lines installed beside this Python, with that or another interpreter."""
-    done = subprocess.run(
-        [str(python), str(BIN / program), *map(str, arguments)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert (done.returncode == 0) == ok, f"{program} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return start([str(python), str(BIN / program), *map(str, arguments)], ok, environment)
+
+
+def run_all(calls, python, **environment):
+    """Run several of them, one after the other, in one process."""
+    words = [[str(BIN / program), *map(str, arguments)] for program, *arguments in calls]
+    return start([str(python), "-c", ONE_BY_ONE, json.dumps(words)], True, environment)
+
+
+def start(words, ok, environment):
+    done = subprocess.run(words, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600)
+    assert (done.returncode == 0) == ok, f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
@@ -93,20 +98,6 @@ def _be(program, arguments, environment, files, pictures):
 
 def train(*arguments, dataset=500, trainer=TRAINER, how=run_copy, **options):
     return how("nnUNetv2_train", dataset, "2d", *arguments, "-tr", trainer, "-device", "cpu", **options)
-
-
-def run_all(calls, python, **environment):
-    """Run several programs one after the other in one process of another interpreter."""
-    words = [[str(BIN / program), *map(str, arguments)] for program, *arguments in calls]
-    done = subprocess.run(
-        [str(python), "-c", ONE_BY_ONE, json.dumps(words)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +146,7 @@ def single_modality_scans(folder, channel):
 
 
 def test_planning_is_that_of_the_function(channels_group, tmp_path):
-    """With nnU-Net's real fingerprint, planner and processes, without writing to nnUNet_raw."""
+    """With nnU-Net's real fingerprint, but of few intensities, planner and processes; writes nothing to nnUNet_raw."""
     raw, own = Path(os.environ["nnUNet_raw"]), {"nnUNet_preprocessed": str(tmp_path)}
     before = sorted((raw / channels_group.dataset_name).rglob("*"))  # others are being made
     options = ("--modalities", "MR=FLAIR,T2", "T1", "-c", "2d", "-np", 1, "-npfp", 1)

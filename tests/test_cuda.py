@@ -5,8 +5,6 @@ SEMICML_TEST_DEVICE=cpu runs what does not need one on the CPU, to try the tests
 
 import contextlib
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -19,18 +17,18 @@ from conftest import (
     assert_close_gradients,
     change_tensors,
     draw_batches,
-    make_trainer,
+    initialized,
     step_gradients,
     unsupervised_terms,
     with_something_seen,
 )
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from test_command_line import FLAIR, SECOND, T1, TRAINER, run, single_modality_scans
 from torch import distributed as dist
 from torch._dynamo import OptimizedModule
 
 from nnunetv2_semicml.ext_trainers import semicml_trainers
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
-from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
 from nnunetv2_semicml.trainers.nnUNetTrainerUniMatch import nnUNetTrainerUniMatch
 
 DEVICE = torch.device(os.environ.get("SEMICML_TEST_DEVICE", "cuda"))
@@ -40,7 +38,6 @@ METHODS = [
     for name in semicml_trainers.__all__
     if not name.endswith("epochs") and not hasattr(method := getattr(semicml_trainers, name), "first_stage")
 ]
-FLAIR = "Dataset501_Labels_FLAIR"
 SCHEDULE = {"num_epochs": 4, "save_every": 2, "num_iterations_per_epoch": 3}
 pytestmark = [
     pytest.mark.cuda,
@@ -53,16 +50,13 @@ needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
 
 
 def make(method, configuration, device=DEVICE, **attributes):
-    """An initialized trainer whose networks segment something, with the same weights at every call."""
-    torch.manual_seed(0)
+    """An initialized trainer, with the same weights at every call."""
     dataset = LABELS if method.min_modalities > 1 else FLAIR
-    trainer = make_trainer(dataset, configuration, method, device=device, **SCHEDULE, **attributes)
-    trainer.initialize()
-    return trainer
+    return initialized(dataset, configuration, method, device=device, **SCHEDULE, **attributes)
 
 
-def on_cpu(weights):
-    return [p.detach().cpu().clone() for t in weights.trainers for p in t.unwrapped_network().parameters()]
+def on_cpu(trainer):
+    return [p.detach().cpu().clone() for t in trainer.trainers for p in t.unwrapped_network().parameters()]
 
 
 def apart(a, b):
@@ -215,30 +209,18 @@ def test_nccl_averages_the_gradients_of_one_process(monkeypatch):
         dist.destroy_process_group()
 
 
-def run(program, *words, environment):
-    call = [Path(sys.executable).with_name(program), *map(str, words)]
-    done = subprocess.run(call, env=environment, capture_output=True, text=True)
-    assert not done.returncode, done.stdout[-3000:] + done.stderr[-3000:]
-
-
 @pytest.mark.parametrize("num_gpus", [1, pytest.param(2, marks=pytest.mark.skipif(GPUS < 2, reason="one GPU"))])
-def test_both_stages_are_trained_and_deployed_by_command_lines(num_gpus, nnunet_folders, tmp_path):
+def test_both_stages_are_trained_and_deployed_by_command_lines(num_gpus, nnunet_folders, tmp_path, monkeypatch):
     """On the GPU, as users do it; with two, by NCCL."""
-    environment = os.environ | {
-        "nnUNet_results": str(tmp_path),
-        "nnUNet_extTrainer": str(Path(__file__).with_name("trainers")),
-        "nnUNet_n_proc_DA": "2",
-    }
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    monkeypatch.setenv("nnUNet_extTrainer", str(Path(__file__).with_name("trainers")))
     on_device = ["-device", DEVICE.type]
-    prel = f"{nnUNetTrainerSemiCMLPReL.__name__}_test"
-    for trainer in (f"{nnUNetTrainerSemiCML.__name__}_test", prel):
+    for trainer in (TRAINER, SECOND):
         words = [LABELS, "2d", 0, "-tr", trainer, *on_device]
-        run("nnUNetv2_train", *words, *(["-num_gpus", num_gpus] if num_gpus > 1 else []), environment=environment)
-    scans = tmp_path / "scans"
-    scans.mkdir()
-    for scan in (nnunet_folders / "nnUNet_raw" / LABELS / "imagesTs").glob("*_0001.nii.gz"):
-        (scans / scan.name.replace("_0001", "_0000")).write_bytes(scan.read_bytes())
-    del environment["nnUNet_extTrainer"]  # whoever predicts needs nothing of this package
-    model = ["-d", "Dataset502_Labels_T1", "-c", "2d", "-f", 0, "-tr", prel]
-    run("nnUNetv2_predict", "-i", scans, "-o", tmp_path / "out", *model, *on_device, environment=environment)
+        run("nnUNetv2_train", *words, *(["-num_gpus", num_gpus] if num_gpus > 1 else []))
+    monkeypatch.delenv("nnUNet_extTrainer")  # whoever predicts needs nothing of this package
+    scans = single_modality_scans(tmp_path / "scans", 1)
+    model = ["-d", T1, "-c", "2d", "-f", 0, "-tr", SECOND]
+    run("nnUNetv2_predict", "-i", scans, "-o", tmp_path / "out", *model, *on_device)
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == len(list(scans.iterdir())) > 0

@@ -405,6 +405,19 @@ def test_page_shows_how_the_networks_were_trained(study, call, monkeypatch):
         assert re.search(r"Read (&lt;|\\<)this(&gt;|\\>) first\.", (study / "out" / file).read_text(encoding="utf-8"))
 
 
+def test_page_shows_the_terms_of_every_modality_that_was_trained_alone(study, call):
+    methods = "--methods", f"each:{SEMI}"
+    call(*methods)
+    for dataset in ("Dataset501_Toy_FLAIR", "Dataset502_Toy_T1"):
+        (fold_folder(study, dataset) / "unsupervised_terms.png").write_text(dataset)
+    assert call(*methods, page=True) == []
+    page = (study / "out" / "leaderboard.html").read_text(encoding="utf-8")
+    for modality, dataset in zip(CHANNELS, ("Dataset501_Toy_FLAIR", "Dataset502_Toy_T1"), strict=True):
+        picture = re.escape(base64.b64encode(dataset.encode()).decode())
+        title = rf"<summary>each:{SEMI}, {modality}: what it learns from unlabeled cases</summary>"
+        assert re.search(rf"{title}\s*<p[^<]*</p>\s*<figure><img [^>]*base64,{picture}\"", page)
+
+
 def test_curves_are_means_of_the_folds_after_the_epochs_of_the_first_stage():
     folds = [{"mean_fg_dice": [0.5, 0.7, 0.9], "train_losses": [0.0] * 3}, {"mean_fg_dice": [0.7, float("nan")]}, {}]
     trainings = [Training("a", "FLAIR", folds, 10, None), Training("b", "T1", [{}, folds[0]], 0, None)]

@@ -106,7 +106,7 @@ def use_threads(patch) -> None:
 
 
 def copy_processes(patch) -> None:
-    """Let nnU-Net's validations have copies of this process, and not such that import nnU-Net for half a minute."""
+    """Let the processes of nnU-Net's validations be copies of this one, and not such that import nnU-Net first."""
     forking = SimpleNamespace(get_context=lambda method: multiprocessing.get_context("fork"))
     for module in (nnunet_trainer_module, evaluate_predictions):
         patch.setattr(module, "multiprocessing", forking)

@@ -117,7 +117,7 @@ def main() -> None:
     ]
     header = ["seconds (MiB)", *(f"{number} unlabeled" for number in options.cases)]
     parts = ["\n\n".join(__doc__.split("\n\n")[2:]), table(header, rows)]
-    write_results(HERE / "cases.md", "What grows with the number of unlabeled cases", parts)
+    write_results(HERE / "cases.md", "What grows with the number of unlabeled cases", parts, " Each measured once.")
 
 
 if __name__ == "__main__":

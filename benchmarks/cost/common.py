@@ -70,7 +70,7 @@ def prepare(work: Path) -> None:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         os.environ[name] = str(work.resolve() / name)
     os.environ |= {"nnUNet_def_n_proc": "2", "nnUNet_n_proc_DA": "2", "nnUNet_compile": "f"}
-    if not (work / "prepared").is_file():
+    if not _prepared(work).is_file():
         _prepare(work)
     os.environ["nnUNet_n_proc_DA"] = "0"
 
@@ -101,7 +101,12 @@ def _prepare(work: Path) -> None:
         epoch = {"num_epochs": 1, "num_iterations_per_epoch": 1, "num_val_iterations_per_epoch": 1}
         with quiet():
             make_trainer(nnUNetTrainerSemiCML, configuration, **epoch).run_training()  # where PReL starts
-    (work / "prepared").touch()
+    _prepared(work).touch()
+
+
+def _prepared(work: Path) -> Path:
+    """There, if the phantom is, with the plans for this device."""
+    return work / f"prepared_for_{memory.DEVICE}"
 
 
 @contextlib.contextmanager
@@ -191,8 +196,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def write_results(file: Path, title: str, parts: Sequence[str]) -> None:
-    """Write a page of results, headed by how it was made."""
+RATIOS = " Ratios are medians (range) over rounds in which everything is measured in turn."
+
+
+def write_results(file: Path, title: str, parts: Sequence[str], measured: str = RATIOS) -> None:
+    """Write a page of results, headed by how it was made and measured."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("nnunetv2", "torch", "numpy"))
     script = Path(sys.argv[0]).resolve().relative_to(HERE.parents[1])
     on_gpu = memory.DEVICE == "cuda"
@@ -201,8 +209,8 @@ def write_results(file: Path, title: str, parts: Sequence[str]) -> None:
     head = (
         f"# {title}\n\n"
         f"`python {script} {' '.join(sys.argv[1:])}`, {datetime.date.today()}, {machine}{platform.machine()} CPU with "
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, Python {platform.python_version()}, {packages}. "
-        "Ratios are medians (range) over rounds in which everything is measured in turn.\n"
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, Python {platform.python_version()}, {packages}."
+        f"{measured}\n"
     )
     file.write_text("\n".join([head, *parts]))
     print(f"Wrote {file}")

@@ -8,8 +8,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 _FOLDER = 0x10  # among the attributes of a file in an archive
 
 
@@ -98,6 +96,8 @@ def numpy_numbers() -> list[Any]:
 
     Pickle knows the function that makes them by its name, which NumPy 2 has changed.
     """
+    import numpy as np  # see `_read`
+
     make = np.float64().__reduce__()[0]
     kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"}
     return [*((make, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")), np.dtype, *kinds]

@@ -12,8 +12,10 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
+from nnunetv2_semicml import ext_trainers
 from nnunetv2_semicml.data.files import explains_failed_writes
 from nnunetv2_semicml.data.phantom import write_phantom_dataset
 from nnunetv2_semicml.errors import UserError, reports_user_errors
@@ -32,6 +34,7 @@ NOTE = (
     "A demonstration, not evidence: minutes of training on a handful of synthetic patients show that every part works, "
     "and nothing about accuracy on real scans. Differences may be chance."
 )
+TRAINERS = Path(ext_trainers.__file__).parent, Path(__file__).with_name("trainers")
 AT_ONCE = 2  # trainings and predictions, which share the cores
 MARKER = "made_by_nnUNetv2_semicml_demo.txt"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "leaderboard")
@@ -57,7 +60,7 @@ class Demo:
         self.environment = {
             **{name: str(self.out / name) for name in FOLDERS[:3]},
             # nnU-Net looks for trainers in these folders, too
-            "nnUNet_extTrainer": os.pathsep.join(str(_package() / name) for name in ("ext_trainers", "demo/trainers")),
+            "nnUNet_extTrainer": os.pathsep.join(map(str, TRAINERS)),
             "nnUNet_n_proc_DA": "1",
             "nnUNet_def_n_proc": "1",  # of validation; each takes longer to start than these cases take
             "nnUNet_compile": "f",
@@ -139,21 +142,13 @@ class Demo:
         words = [program, *map(str, arguments)]
         print(f"      $ {shlex.join(words)}", flush=True)
         start = time.monotonic()
-        with (log or Path(os.devnull)).open("w") as file:
-            ended = subprocess.run(
-                [str(executable), *words[1:]],
-                env=os.environ | self.environment,
-                stdout=file if log else None,
-                stderr=subprocess.STDOUT if log else None,
-            )
+        with log.open("w") if log else nullcontext() as file:
+            command, environment = [str(executable), *words[1:]], os.environ | self.environment
+            ended = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT if log else None)
         if ended.returncode:
             said = log or "what it printed above"
             raise UserError(said, f"exit status {ended.returncode} of {program}", "0", "Its last lines say why.")
         print(f"      done in {time.monotonic() - start:.0f} s", flush=True)
-
-
-def _package() -> Path:
-    return Path(__file__).parents[1]
 
 
 @reports_user_errors

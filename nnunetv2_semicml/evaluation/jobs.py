@@ -471,7 +471,8 @@ def run_jobs(
     """Run what is not done, every job after those that it needs.
 
     Args:
-        jobs: what is to be done; those that most others wait for begin first, else in this order.
+        jobs: in an order in which each stands after those that it needs; those with the longest chain of jobs after
+            them begin first, else in this order.
         executor: of submitit.
         at_once: number of jobs that run at a time; those that call no program run beside them in this process, one
             after the other, if the others are processes of this machine.
@@ -483,8 +484,8 @@ def run_jobs(
     """
     failures: dict[str, str] = {}
     names = {job.name for job in jobs}
-    # those with most after them first: the last to end decides when all have ended
-    waiting = sorted(jobs, key=lambda job: -_length(job.name, jobs))
+    after = _lengths(jobs)
+    waiting = sorted(jobs, key=lambda job: -after[job.name])  # the last chain to end decides when all have ended
     finished: set[str] = set()
     running: dict[int, tuple[Job, submitit.Job | Future[str]]] = {}
     progress = Progress({job.name: (type(job).__name__, job.size) for job in jobs}, at_once)
@@ -523,7 +524,8 @@ def run_jobs(
                         finished.add(job.name)
                         progress.say(f"{job.name} done in {seconds:.0f} s; {progress}")
             if running:
-                progress.show(_log_of(running[min(running, key=lambda slot: slot % at_once)][1]))
+                logs = (_log_of(handle) for _, handle in running.values())
+                progress.show(next(filter(None, logs), None))
                 time.sleep(0.2)
     finally:
         for job, handle in running.values():
@@ -534,9 +536,14 @@ def run_jobs(
     return failures
 
 
-def _length(name: str, jobs: Sequence[Job]) -> int:
-    """Number of jobs in the longest chain that needs one."""
-    return 1 + max((_length(job.name, jobs) for job in jobs if name in job.needs), default=0)
+def _lengths(jobs: Sequence[Job]) -> dict[str, int]:
+    """For every job the number of jobs in the longest chain of those that need it; each stands after what it needs."""
+    lengths: dict[str, int] = {}
+    for job in reversed(jobs):
+        length = lengths.setdefault(job.name, 0)
+        for need in job.needs:
+            lengths[need] = max(lengths.get(need, 0), length + 1)
+    return lengths
 
 
 def _run_here(job: Job) -> Future[str]:

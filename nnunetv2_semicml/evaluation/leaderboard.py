@@ -829,23 +829,26 @@ def _trainings(entries: Sequence[Entry], incomplete: Sequence[Incomplete]) -> li
     gaps = {(entry.method, entry.modality) for entry in incomplete}
     found = []
     for entry in entries:
-        *jobs, predict = next(iter(entry.chains.values())).before or (None,)
-        if not isinstance(predict, Predict) or (entry.method, entry.modality) in gaps:
+        before = next(iter(entry.chains.values())).before
+        if not before or (entry.method, entry.modality) in gaps:
             continue
+        *jobs, predict = before
+        assert isinstance(predict, Predict)
         trained = [job for job in jobs if isinstance(job, Train) and job.name in predict.needs]
-
-        def log_of(training: Train, dataset: str = predict.dataset) -> dict[str, list[float]]:
-            file = training.model.fold_folder(dataset, training.fold) / "checkpoint_final.pth"
-            return read_log(file) if file.is_file() else {}
-
-        before, first = 0, trained[0].first
+        epochs_before, first = 0, trained[0].first
         while first is not None:
-            before += len(log_of(first).get("train_losses", []))
+            epochs_before += len(_log_of(first, predict.dataset).get("train_losses", []))
             first = first.first
+        logs = [_log_of(training, predict.dataset) for training in trained]
         terms = trained[0].target / "unsupervised_terms.png"
-        logs = [log_of(training) for training in trained]
-        found.append(Training(entry.method, entry.modality, logs, before, terms if terms.is_file() else None))
+        found.append(Training(entry.method, entry.modality, logs, epochs_before, terms if terms.is_file() else None))
     return found
+
+
+def _log_of(training: Train, dataset: str) -> dict[str, list[float]]:
+    """nnU-Net's log of the network of a dataset; nothing if the network is gone, as first stages may be."""
+    file = training.model.fold_folder(dataset, training.fold) / "checkpoint_final.pth"
+    return read_log(file) if file.is_file() else {}
 
 
 def _describe_shown(raw: RawDataset, scans: Scans) -> str:

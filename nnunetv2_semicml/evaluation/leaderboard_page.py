@@ -4,6 +4,7 @@ From a table of cases and the image files alone; numbers come from `statistics`.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -225,8 +226,6 @@ def write_page(file: Path, report: Report) -> None:
     if logged := [training for training in report.trainings if any(training.logs)]:
         size = (width, 2.6 * len(LOGGED) + 0.4)
         plots["trainings"] = themed(lambda figure: plot_trainings(figure, logged, colors), size)
-    # one for all modalities of a method that trains them together
-    terms = {t.method: t.terms for t in report.trainings if t.terms}
     page = render_page(
         Path(__file__).with_name("leaderboard.html.jinja"),
         title=report.title,
@@ -242,7 +241,7 @@ def write_page(file: Path, report: Report) -> None:
         several_seeds=any(row["seeds"] > 1 for row in report.summary),
         differences=differences.to_dict("records"),
         plots=plots,
-        terms={method: data_uri(picture.read_bytes()) for method, picture in terms.items()},
+        terms=_pictures_of_terms(report.trainings),
         overlays=[
             (of_modality, _draw_cases(of_modality.volumes, shown[shown["modality"] == of_modality.modality], colors))
             for of_modality in report.files
@@ -384,6 +383,19 @@ def plot_trainings(figure: Figure, trainings: Sequence[Training], colors: Mappin
         axis.set_title(modality)
     for axis in axes[-1]:
         axis.set_xlabel("epoch")
+
+
+def _pictures_of_terms(trainings: Sequence[Training]) -> dict[str, str]:
+    """Title -> picture, one for all modalities that a method trains together."""
+    modalities: dict[tuple[str, Path], list[str]] = {}
+    for training in trainings:
+        if training.terms:
+            modalities.setdefault((training.method, training.terms), []).append(training.modality)
+    number = Counter(method for method, _ in modalities)
+    return {
+        method if number[method] == 1 else f"{method}, {' + '.join(of_picture)}": data_uri(picture.read_bytes())
+        for (method, picture), of_picture in modalities.items()
+    }
 
 
 def _draw_cases(volumes: Volumes, scores: pd.DataFrame, colors: Mapping[str, str]) -> list[CasePanels]:
