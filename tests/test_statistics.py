@@ -12,6 +12,7 @@ from nnunetv2_semicml.evaluation.statistics import (
     holm,
     interval,
     score,
+    share_of_gap,
     summarize,
     wilcoxon_p,
 )
@@ -144,3 +145,29 @@ def test_holm_by_hand():
     assert holm([0.03, 0.01, 0.5, 0.02]).tolist() == pytest.approx([0.06, 0.04, 0.5, 0.06])
     assert holm([0.6, 0.7]).tolist() == [1, 1]
     assert holm([]).tolist() == []
+
+
+def test_share_of_the_gap_between_two_methods():
+    lower, upper, method = [0.2, 0.4, 0.6], [0.6, 0.8, 1.0], [0.5, 0.4, 0.9]
+    scores = score(table(rows("few", lower), rows("all", upper), rows("A", method), rows("B", upper)))
+    found = share_of_gap(scores, "few", "all").set_index("method")
+    assert list(found.index) == ["A", "B"]
+    assert found.loc["A", "gap"] == pytest.approx(0.4)
+    assert found.loc["A", "share"] == pytest.approx(0.2 / 0.4)  # gains 0.3, 0 and 0.3
+    # the gap is the same for all patients, so that a resample's share is its mean gain over it: 0, 0.75, or between
+    assert found.loc["A", "low"] == pytest.approx(0)
+    assert found.loc["A", "high"] == pytest.approx(0.75)
+    assert found.loc["B", ["share", "low", "high"]].tolist() == [1, 1, 1]
+
+
+def test_share_of_a_gap_of_one_patient_has_no_interval_and_of_no_gap_no_value():
+    one = share_of_gap(score(table(rows("few", [0.2]), rows("all", [0.6]), rows("A", [0.3]))), "few", "all").iloc[0]
+    assert one["share"] == pytest.approx(0.25)
+    assert np.isnan([one["low"], one["high"]]).all()
+    none = share_of_gap(score(table(rows("few", [0.2]), rows("all", [0.2]), rows("A", [0.3]))), "few", "all").iloc[0]
+    assert np.isnan(none["share"])
+
+
+def test_share_of_the_gap_is_of_modalities_that_have_both_bounds():
+    scores = score(table(rows("few", [0.2]), rows("all", [0.6]), rows("A", [0.3]), rows("A", [0.3], modality="T1")))
+    assert share_of_gap(scores, "few", "all")["modality"].tolist() == ["FLAIR"]

@@ -115,6 +115,54 @@ def compare(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     return table.assign(p_holm=table.groupby("metric")["p"].transform(holm))
 
 
+def share_of_gap(scores: pd.DataFrame, lower: str, upper: str, metric: str = "dice") -> pd.DataFrame:
+    """Of what lies between two methods, the share that the others gain: (method − lower) / (upper − lower).
+
+    Args:
+        scores: what `score` returns; within a modality all methods have the same cases.
+        lower: trained on the labeled share alone.
+        upper: trained on all labels.
+        metric: that is compared.
+
+    Returns:
+        One row per modality, class and other method, for modalities that both bounds have: `gap`, the difference of the
+        bounds, `share`, and its 95 % bootstrap interval `low` … `high` over patients (percentiles: where the gap is
+        small, a resampled one can be anything).
+    """
+    patients = average_seeds(scores)
+    table = patients.pivot(index=["modality", "class", "case"], columns="method", values=metric)
+    rows = []
+    for modality, of_class in dict.fromkeys(zip(patients["modality"], patients["class"], strict=True)):
+        values = table.loc[(modality, of_class)].dropna(axis=1, how="all")
+        for method in dict.fromkeys(patients["method"]):
+            if method in (lower, upper) or not {method, lower, upper} <= set(values):
+                continue
+            samples = tuple(values[name].to_numpy() for name in (method, lower, upper))
+            gap = float((samples[2] - samples[1]).mean())
+            low, high = np.nan, np.nan
+            if gap and len(values) > 1:
+                options = {"paired": True, "method": "percentile", "rng": np.random.default_rng(0)}
+                low, high = bootstrap(samples, _share, **options).confidence_interval
+            rows.append(
+                {
+                    "modality": modality,
+                    "class": of_class,
+                    "method": method,
+                    "gap": gap,
+                    "share": float(_share(*samples)) if gap else np.nan,
+                    "low": float(low),
+                    "high": float(high),
+                }
+            )
+    return pd.DataFrame(rows, columns=["modality", "class", "method", "gap", "share", "low", "high"])
+
+
+def _share(method: np.ndarray, lower: np.ndarray, upper: np.ndarray, axis: int = -1) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resampled gap may be none
+        share: np.ndarray = (method - lower).mean(axis) / (upper - lower).mean(axis)
+    return share
+
+
 def interval(values: np.ndarray) -> tuple[float, float]:
     """95 % bootstrap interval of the mean, bias-corrected and accelerated (BCa; Efron 1987), over patients.
 

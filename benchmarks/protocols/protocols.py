@@ -1,0 +1,198 @@
+"""What the study compares, on which data, for how long: the rows of run.py and report.py.
+
+A protocol has a test set, which nothing is chosen by, and training cases. Its purposes:
+
+- "validation": all labels for several lengths, of which a protocol takes the one that gains less than 0.01 Dice in its
+  last third, and variants of methods, whose defaults rest on these; on cases of the training set that no network of the
+  draw has seen.
+- "test": the methods, and again with more labels the bounds and those that did best on validation cases.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+PURPOSES = ("validation", "test")
+
+
+class Protocol(NamedTuple):
+    """Data, networks and length.
+
+    Attributes:
+        title: for tables.
+        source: the raw dataset, a folder below --data, or none for synthetic patients.
+        modalities: name -> its channels by name, as planning takes them.
+        foreground: the class.
+        labeled: numbers of training cases that keep their labels, the main comparison first; all is added to these.
+        num_validation: cases of the training set that "validation" holds out.
+        steps: of a training; both stages together, where there are two.
+        lengths: other numbers of steps, for which the networks of the first draw are trained on all labels.
+        draws: of labeled and validation cases, each also the seed of weights and patches.
+        configuration: nnU-Net's.
+        plan: options of planning.
+        patch_size: None as planned.
+        features: at full resolution; twice as many at each lower one. Encoder and decoder have one convolution at each.
+        stages: resolutions of the networks; None as planned.
+        batch_size: of labeled and of unlabeled patches.
+        only_slices: whether cases consist of the slices with foreground alone.
+        alphabetical: whether the first cases in alphabetical order are labeled instead of drawn ones.
+    """
+
+    title: str
+    source: str | None
+    modalities: Mapping[str, str]
+    foreground: str
+    labeled: Sequence[int]
+    num_validation: int
+    steps: int
+    lengths: Sequence[int]
+    draws: Sequence[int] = (0, 1, 2)
+    configuration: str = "2d"
+    plan: Sequence[object] = ()
+    patch_size: Sequence[int] | None = None
+    features: int = 8
+    stages: int | None = None
+    batch_size: int = 8
+    only_slices: bool = False
+    alphabetical: bool = False
+
+
+_LGG = {"FLAIR": "FLAIR", "T1post": "T1post"}
+# nominal mm, twice the original distance in the plane: slices of 64 × 64
+_COARSE = ("-overwrite_target_spacing", 5, 4, 4)
+PROTOCOLS = {
+    "lgg": Protocol(
+        "Gliomas, whole volumes", "Dataset700_LGG", _LGG, "tumour", (5, 15), 15, 3000, (2000, 4500), plan=_COARSE
+    ),
+    "lgg_slices": Protocol(
+        "Gliomas, slices with tumour alone",
+        "Dataset700_LGG",
+        _LGG,
+        "tumour",
+        (5,),
+        15,
+        3000,
+        (2000,),
+        plan=_COARSE,
+        only_slices=True,
+    ),
+    "ombria": Protocol(
+        "Floods, radar and optical satellite",
+        "Dataset710_OMBRIA",
+        {
+            "S1": "S1before,S1after",
+            "S2": ",".join(f"S2{when}_{band}" for when in ("before", "after") for band in "RGB"),
+        },
+        "flood",
+        (12, 62),
+        124,
+        3000,
+        (2000, 4500),
+        plan=("-overwrite_target_spacing", 999, 2, 2),  # 999: nnU-Net's for images without depth
+    ),
+    "la": Protocol(
+        "Left atria",
+        "Dataset720_LA",
+        {"GEMRI": "GEMRI"},
+        "left_atrium",
+        (8,),
+        16,
+        1500,
+        (1000,),
+        draws=(0,),
+        configuration="3d_fullres",
+        patch_size=(32, 48, 48),
+        stages=4,
+        batch_size=2,
+        alphabetical=True,
+    ),
+    "phantom": Protocol("Phantom", None, {"FLAIR": "FLAIR", "T1": "T1"}, "lesion", (5,), 15, 1000, (), draws=(0,)),
+}
+
+LOWER, UPPER = "few labels", "all labels"
+# method for tables: the trainers of the study, each of which starts from the one before
+ALONE = {
+    "Mean Teacher": ["MeanTeacher"],
+    "BCP": ["BCP"],
+    "FixMatch": ["FixMatch"],
+    "UniMatch": ["UniMatch"],
+    "FilterMatch": ["FilterMatch"],
+}
+TOGETHER = {
+    "cross-modal CPS": ["CrossModalCPS"],
+    "Semi-CML": ["SemiCML"],
+    "Semi-CML + PReL": ["First_SemiCML", "PReL"],
+    "Semi-CML Plus": ["SemiCMLPlus"],
+    "Semi-CML Plus + PReL": ["First_SemiCMLPlus", "PReL_Plus"],
+    "cross-modal BCP": ["CrossModalBCP"],
+}
+ONLY_ALONE = {  # where there is one modality
+    "UA-MT": ["UAMT"],
+    "CPS": ["CPS"],
+    "SECL, region": ["SECLRegion"],
+    "SECL, anatomical": ["SECLAnatomical"],
+}
+PUBLISHED = {name: TOGETHER[name] for name in ("Semi-CML", "Semi-CML + PReL")}  # and what is compared with them
+METHODS = {
+    "lgg": {**ALONE, **TOGETHER},
+    "lgg_slices": {**PUBLISHED, "BCP": ALONE["BCP"], "cross-modal BCP": TOGETHER["cross-modal BCP"]},
+    "ombria": {**ALONE, **TOGETHER},
+    "la": {**ONLY_ALONE, **ALONE},
+    "phantom": {**ALONE, **TOGETHER},
+}
+BEST: Mapping[str, Sequence[str]] = {"lgg": (), "ombria": ()}  # on validation cases; also trained with more labels
+VARIANTS = {
+    "Semi-CML": ["SemiCML"],
+    "Semi-CML, one way": ["SemiCML_OneWay"],
+    "BCP": ["BCP"],
+    "cross-modal BCP": ["CrossModalBCP"],
+    "cross-modal BCP, own teacher": ["XBCP_own"],
+    "cross-modal BCP, all teachers": ["XBCP_all"],
+    "cross-modal BCP, other teacher": ["XBCP_others"],
+    "cross-modal BCP, all components": ["XBCP_components"],
+    "cross-modal BCP, pseudo-labels 1": ["XBCP_weight_1"],
+    "cross-modal BCP, pseudo-labels 0.25": ["XBCP_weight_025"],
+    "cross-modal BCP, no warm-up": ["XBCP_warmup_0"],
+    "cross-modal BCP, warm-up 0.5": ["XBCP_warmup_05"],
+    "cross-modal BCP, strong views": ["XBCP_strong"],
+    "cross-modal BCP, sure from 0.8": ["XBCP_sure"],
+    "cross-modal BCP, ASC of mixtures": ["XBCP_asc"],
+    "cross-modal BCP, ASC of unmixed": ["XBCP_unmixed_asc"],
+    "cross-modal BCP, MSE of unmixed": ["XBCP_unmixed_mse"],
+}
+
+
+class Task(NamedTuple):
+    """A method on a draw.
+
+    Attributes:
+        protocol: its name.
+        purpose: see above.
+        draw: of the protocol.
+        labeled: cases; 0: all.
+        method: its name for tables.
+        trainers: , without "Protocol_"; the last one is evaluated.
+        steps: of all of them together.
+    """
+
+    protocol: str
+    purpose: str
+    draw: int
+    labeled: int
+    method: str
+    trainers: tuple[str, ...]
+    steps: int
+
+
+def tasks_of(name: str, purpose: str) -> list[Task]:
+    """What to run, draw by draw, the bounds first."""
+    protocol = PROTOCOLS[name]
+    few, *more = protocol.labeled
+    methods = METHODS[name] if purpose == "test" else VARIANTS
+    rows = [(0, UPPER, ["Supervised"]), (few, LOWER, ["Supervised"])]
+    rows += [(few, method, trainers) for method, trainers in methods.items()]
+    if purpose == "test":
+        rows += [(n, m, t) for n in more for m, t in [(LOWER, ["Supervised"]), *((m, methods[m]) for m in BEST[name])]]
+    tasks = [Task(name, purpose, draw, n, m, tuple(t), protocol.steps) for draw in protocol.draws for n, m, t in rows]
+    if purpose == "validation":
+        tasks = [Task(name, purpose, 0, 0, UPPER, ("Supervised",), steps) for steps in protocol.lengths] + tasks
+    return tasks

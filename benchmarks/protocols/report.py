@@ -1,0 +1,197 @@
+"""Tables and figures of run.py's results: python benchmarks/protocols/report.py
+
+Of every protocol that has any: <protocol>.md, and <protocol>.png of the shares of the gap. README.md puts the shares of
+all protocols together.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from protocols import LOWER, PROTOCOLS, UPPER, Protocol, tasks_of
+from run import WEIGHTS, read_runs
+
+from nnunetv2_semicml.evaluation.leaderboard_page import interval_text, p_text, signed
+from nnunetv2_semicml.evaluation.statistics import compare, holm, score, share_of_gap, summarize
+
+HERE = Path(__file__).parent
+EXPLAINED = """\
+Mean per case, in 3D, each modality predicted alone; in brackets the lowest and highest mean of a draw. *Share*: of
+what lies between the bounds, the part that a method gains, (method − few labels) / (all labels − few labels), of Dice,
+with a 95 % bootstrap interval over the cases. Bounds and method have the same weights: those of the last step, or
+their exponential moving average (EMA). Differences are paired by case (95 % interval, BCa); p: two-sided Wilcoxon,
+Holm-corrected for all methods and modalities of the table. Draws that a bound lacks are left out."""
+
+
+def results_of(name: str, purpose: str) -> pd.DataFrame:
+    """Rows of the table of a protocol that are of its length; none if there is none."""
+    file = HERE / f"{name}_{purpose}.csv"
+    if not file.is_file():
+        return pd.DataFrame()
+    cases = pd.read_csv(file)
+    if purpose == "validation":  # another draw's case is another training's
+        cases["case"] = cases["case"].astype(str) + " of draw " + cases["seed"].astype(str)
+    return cases
+
+
+def with_bounds(cases: pd.DataFrame, labeled: int) -> pd.DataFrame:
+    """What was trained with so many labels, and with all, on the draws that have both bounds."""
+    part = cases[cases["labeled"].isin([labeled, 0])]
+    draws = [set(part.loc[part["method"] == bound, "seed"]) for bound in (LOWER, UPPER)]
+    return part[part["seed"].isin(set.intersection(*draws))]
+
+
+def table(cases: pd.DataFrame) -> list[str]:
+    """Markdown: every method, in every modality."""
+    modalities = list(dict.fromkeys(cases["modality"]))
+    scores = {weights: score(of_weights) for weights, of_weights in cases.groupby("weights", sort=False)}
+    heads = ["method"]
+    for modality in modalities:
+        heads += [f"{modality} Dice, last step", f"{modality} Dice, EMA", f"{modality} HD95, EMA"]
+        heads += [f"{modality} share, last step", f"{modality} share, EMA"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = {
+        weights: {(row["method"], row["modality"]): row for row in summarize(of).to_dict("records")}
+        for weights, of in scores.items()
+    }
+    shares = {weights: shares_of(of) for weights, of in scores.items()}
+    for method in dict.fromkeys(cases["method"]):
+        cells = [method]
+        for modality in modalities:
+            of = {weights: found.get((method, modality)) for weights, found in rows.items()}
+            cells += [mean_text(of[weights], "dice", 3) for weights in WEIGHTS]
+            cells += [mean_text(of["EMA"], "hd95", 1)]
+            cells += [shares[weights].get((method, modality), "") for weights in WEIGHTS]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def mean_text(row: dict, metric: str, digits: int) -> str:
+    """Of a row of `summarize`."""
+    spread = f" ({row[f'{metric}_low']:.{digits}f} … {row[f'{metric}_high']:.{digits}f})" if row["seeds"] > 1 else ""
+    return f"{row[metric]:.{digits}f}{spread}"
+
+
+def shares_of(scores: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """Method and modality -> share of the gap, on the draws that the method has."""
+    found = {}
+    for method in dict.fromkeys(scores["method"]):
+        draws = set(scores.loc[scores["method"] == method, "seed"])
+        part = scores[scores["seed"].isin(draws) & scores["method"].isin([method, LOWER, UPPER])]
+        for row in share_of_gap(part, LOWER, UPPER).to_dict("records"):
+            found[row["method"], row["modality"]] = f"{row['share']:.2f} ({row['low']:.2f} … {row['high']:.2f})"
+    return found
+
+
+def differences(cases: pd.DataFrame, reference: str) -> list[str]:
+    """Markdown: Dice of EMA weights, less that of the reference, on the draws that both have."""
+    scores = score(cases[cases["weights"] == "EMA"])
+    parts = []
+    for method in dict.fromkeys(scores["method"]):
+        both = scores[scores["method"].isin([method, reference])]
+        draws = [set(both.loc[both["method"] == name, "seed"]) for name in (method, reference)]
+        compared = compare(both[both["seed"].isin(set.intersection(*draws))], reference)
+        parts.append(compared[compared["metric"] == "dice"])
+    rows = pd.concat(parts)
+    rows["p_holm"] = holm(rows["p"])
+    modalities = list(dict.fromkeys(rows["modality"]))
+    lines = [f"| − {reference} | {' | '.join(modalities)} |", "|---" * (len(modalities) + 1) + "|"]
+    for method, of_method in rows.groupby("method", sort=False):
+        texts = {
+            row["modality"]: f"{signed(row, 'difference')} ({interval_text(row)}), p {p_text(row['p_holm'])}"
+            for row in of_method.to_dict("records")
+        }
+        lines.append(f"| {method} | {' | '.join(texts.get(m, '') for m in modalities)} |")
+    return lines
+
+
+def about(name: str, protocol: Protocol, purpose: str) -> list[str]:
+    """How the results of a purpose were made, and what they cost."""
+    runs = read_runs()
+    runs = runs[(runs["protocol"] == name) & (runs["purpose"] == purpose)]
+    hours = runs["cpu_seconds"].sum() / 3600
+    folder = " --data FOLDER" if protocol.source else ""
+    return [
+        f"`python benchmarks/protocols/run.py {name} {purpose}{folder} --work SCRATCH`",
+        "",
+        f"{len(runs)} of {len(tasks_of(name, purpose))} trainings, {hours:.1f} core-hours of x86_64 CPUs without GPU; "
+        f"draws, which are the seeds: {', '.join(map(str, sorted(set(runs['draw']))))}; "
+        f"{runs['date'].min()} to {runs['date'].max()}; "
+        f"commits {', '.join(dict.fromkeys(runs['commit'].astype(str)))}.",
+    ]
+
+
+def write_protocol(name: str) -> None:
+    """<protocol>.md."""
+    protocol = PROTOCOLS[name]
+    lines = [f"# {protocol.title}", ""]
+    size = f"{protocol.steps} steps of {protocol.batch_size} labeled and as many unlabeled patches"
+    lines += [f"{protocol.source or 'Synthetic patients'}; {size}; networks of {protocol.features} features.", ""]
+    lines += [EXPLAINED]
+    for purpose in ("test", "validation"):
+        cases = results_of(name, purpose)
+        if cases.empty:
+            continue
+        lines += ["", f"## {purpose.capitalize()} cases", "", *about(name, protocol, purpose)]
+        if purpose == "validation":
+            upper = cases[(cases["method"] == UPPER) & (cases["seed"] == protocol.draws[0])]
+            steps = upper.groupby(["steps", "modality"])["dice"].mean().unstack().round(3)
+            texts = [f"{n} steps {', '.join(f'{m} {d:.3f}' for m, d in row.items())}" for n, row in steps.iterrows()]
+            lines += ["", f"Length: mean Dice of {UPPER}, both weights, first draw: {'; '.join(texts)}."]
+        for labeled in protocol.labeled:
+            part = with_bounds(cases[cases["steps"] == protocol.steps], labeled)
+            if LOWER in set(part["method"]) and UPPER in set(part["method"]):
+                lines += ["", f"### {labeled} labeled", "", *table(part), "", *differences(part, LOWER)]
+                if purpose == "test" and labeled == protocol.labeled[0]:
+                    plot_shares(name, part)
+                    lines += ["", f"![shares of the gap]({name}.png)"]
+    (HERE / f"{name}.md").write_text("\n".join([*lines, ""]))
+
+
+def plot_shares(name: str, cases: pd.DataFrame) -> None:
+    """<protocol>.png: share of the gap with its interval, EMA weights."""
+    rows = share_of_gap(score(cases[cases["weights"] == "EMA"]), LOWER, UPPER)
+    modalities = list(dict.fromkeys(rows["modality"]))
+    with rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+        figure = Figure(figsize=(4.5 * len(modalities), 1 + 0.3 * rows["method"].nunique()), layout="constrained")
+        for axis, modality in zip(figure.subplots(1, len(modalities), squeeze=False)[0], modalities, strict=True):
+            of = rows[rows["modality"] == modality].iloc[::-1]
+            axis.errorbar(of["share"], of["method"], xerr=[of["share"] - of["low"], of["high"] - of["share"]], fmt="o")
+            for bound in (0, 1):
+                axis.axvline(bound, color="gray", linewidth=1, linestyle=":")
+            axis.set_title(f"{modality}: share of the gap")
+        figure.savefig(HERE / f"{name}.png", dpi=110)
+
+
+def write_overview() -> None:
+    """README.md: shares of the gap of all protocols, EMA weights, with the fewest labels."""
+    columns, methods = {}, []
+    for name, protocol in PROTOCOLS.items():
+        cases = results_of(name, "test")
+        part = with_bounds(cases[cases["steps"] == protocol.steps], protocol.labeled[0]) if len(cases) else cases
+        if part.empty:
+            continue
+        shares = shares_of(score(part[part["weights"] == "EMA"]))
+        for modality in dict.fromkeys(part["modality"]):
+            title = f"{protocol.title}: {modality}"
+            columns[title] = {method: text for (method, of), text in shares.items() if of == modality}
+            methods += [method for method in columns[title] if method not in methods]
+    lines = ["# Protocols: what methods gain of what there is to gain", "", *EXPLAINED.split("\n"), ""]
+    if columns:
+        lines += [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        lines += [f"| {m} | {' | '.join(column.get(m, '') for column in columns.values())} |" for m in methods]
+    lines += ["", "Details: " + ", ".join(f"[{n}]({n}.md)" for n in PROTOCOLS if (HERE / f"{n}.md").is_file()) + "."]
+    (HERE / "README.md").write_text("\n".join([*lines, ""]))
+
+
+def main() -> None:
+    """Write what there is."""
+    for name in PROTOCOLS:
+        if any(len(results_of(name, purpose)) for purpose in ("test", "validation")):
+            write_protocol(name)
+    write_overview()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Found through nnUNet_extTrainer: the methods and variants of ../protocols, as long as a protocol says.
+
+nnU-Net finds a trainer by the name of its class, so each row of TRAINERS becomes a class Protocol_<name>. The number of
+steps is `PROTOCOL_STEPS` in the environment; where PReL follows, the first stage takes two thirds of them and PReL the
+rest. Optimizers and learning rates are nnU-Net's.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from os.path import join
+from typing import Any
+
+from torch import Tensor
+
+from nnunetv2_semicml.losses.consistency import prediction_consistency
+from nnunetv2_semicml.trainers.nnUNetTrainerBCP import nnUNetTrainerBCP
+from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
+from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalBCP import nnUNetTrainerCrossModalBCP
+from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalCPS import nnUNetTrainerCrossModalCPS
+from nnunetv2_semicml.trainers.nnUNetTrainerFilterMatch import nnUNetTrainerFilterMatch
+from nnunetv2_semicml.trainers.nnUNetTrainerFixMatch import nnUNetTrainerFixMatch
+from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
+from nnunetv2_semicml.trainers.nnUNetTrainerSECLAnatomical import nnUNetTrainerSECLAnatomical
+from nnunetv2_semicml.trainers.nnUNetTrainerSECLRegion import nnUNetTrainerSECLRegion
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPlus import nnUNetTrainerSemiCMLPlus
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
+from nnunetv2_semicml.trainers.nnUNetTrainerSupervisedEMA import nnUNetTrainerSupervisedEMA
+from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
+from nnunetv2_semicml.trainers.nnUNetTrainerUniMatch import nnUNetTrainerUniMatch
+from nnunetv2_semicml.training.conductor import LabeledPatches, UnlabeledDraw, View
+from nnunetv2_semicml.training.copy_paste import MixedLabels
+from nnunetv2_semicml.training.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
+from nnunetv2_semicml.training.photometry import draw_photometry
+from nnunetv2_semicml.training.teacher import Teacher
+
+STEPS, STEPS_PER_EPOCH = int(os.environ.get("PROTOCOL_STEPS", "3000")), 50
+SHARES = {"single": 1.0, "first": 2 / 3, "second": 1 / 3}
+EMA_CHECKPOINT = "checkpoint_ema.pth"
+
+
+class WithAverages(nnUNetTrainerSemiSupervised):
+    """Of every method: the networks of the last step and, beside them, their exponential moving averages.
+
+    Attributes:
+        averages: of every deployed network, whatever teachers the method has.
+    """
+
+    deploy_average = False
+    num_iterations_per_epoch = STEPS_PER_EPOCH
+    num_val_iterations_per_epoch = 3
+    save_every = 1000
+
+    def initialize(self) -> None:
+        """Build the networks and their averages."""
+        super().initialize()
+        self.averages = {t.name: Teacher(t.unwrapped_network()) for t in self.trainers if t.deployed}
+
+    def on_train_start(self) -> None:
+        """Start, without progress.png: half a second per epoch and network."""
+        super().on_train_start()
+        for trainer in self.trainers:
+            trainer.logger.plot_progress_png = lambda folder: None
+        self.logger.plot_progress_png = lambda folder: None
+
+    def train_step(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """Make a step; the averages follow."""
+        losses = super().train_step(batch)
+        for trainer in (t for t in self.trainers if t.deployed):
+            self.averages[trainer.name].follow(trainer.unwrapped_network(), self.ema_decay)
+        return losses
+
+    def on_train_end(self) -> None:
+        """Save the networks, then the averages."""
+        super().on_train_end()
+        for trainer in (t for t in self.trainers if t.deployed):
+            trainer.averaged_network = self.averages[trainer.name].network
+            trainer.save_checkpoint(join(trainer.output_folder, EMA_CHECKPOINT))
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Do not validate: with fold "all" the cases are those of the training."""
+
+
+class OneWay(nnUNetTrainerSemiCML):
+    """Semi-CML whose better modality teaches and is not taught."""
+
+    best_dice = nnUNetTrainerCrossModalBCP.best_dice
+
+    def unsupervised_terms(self, outputs: Sequence[View], targets: None) -> dict[str, Tensor]:
+        """Those of Semi-CML, without a gradient for the better modality."""
+        (logits,) = outputs
+        dice = self.best_dice()
+        better = max(dice, key=lambda name: dice[name])
+        taught = {name: z.detach() if name == better and any(dice.values()) else z for name, z in logits.items()}
+        return super().unsupervised_terms([taught], targets)
+
+
+class StrongMixtures(nnUNetTrainerCrossModalBCP):
+    """Mixtures have the photometry of strong views."""
+
+    def views_and_targets(
+        self, unlabeled: UnlabeledDraw, labeled: Mapping[str, LabeledPatches]
+    ) -> tuple[Sequence[View], Sequence[Mapping[str, MixedLabels]]]:
+        """Change brightness, contrast and blur of the mixtures."""
+        views, targets = super().views_and_targets(unlabeled, labeled)
+        return [
+            {name: draw_photometry(len(image), image.device).apply(image) for name, image in view.items()}
+            for view in views
+        ], targets
+
+
+class SureMixtures(nnUNetTrainerCrossModalBCP):
+    """Pseudo-labels count where the teacher is sure. For classes, not for regions.
+
+    Attributes:
+        sure_from: probability from which it is.
+    """
+
+    sure_from = 0.8
+
+    def segmented(self, name: str, probabilities: Tensor) -> Tensor:
+        """Zeros and ones; zero everywhere where the teacher is not sure."""
+        return super().segmented(name, probabilities) * (probabilities.amax(1, keepdim=True) >= self.sure_from)
+
+    def views_and_targets(
+        self, unlabeled: UnlabeledDraw, labeled: Mapping[str, LabeledPatches]
+    ) -> tuple[Sequence[View], Sequence[Mapping[str, MixedLabels]]]:
+        """Leave out what has no label."""
+        views, targets = super().views_and_targets(unlabeled, labeled)
+        return views, [
+            {name: t._replace(from_teacher=t.from_teacher * t.labels.sum(1, keepdim=True)) for name, t in of.items()}
+            for of in targets
+        ]
+
+
+class Unmixed(nnUNetTrainerCrossModalBCP):
+    """Beside the mixtures, Semi-CML's terms of the unlabeled patches as they are.
+
+    Attributes:
+        mse_weight: of the mean squared difference.
+        unmixed_asc_weight: of the contrast; both are ramped.
+    """
+
+    term_weights = {**nnUNetTrainerCrossModalBCP.term_weights, "mse": "mse_weight", "asc": "unmixed_asc_weight"}
+    mse_weight = 0.0
+    unmixed_asc_weight = 0.1
+
+    def views_and_targets(
+        self, unlabeled: UnlabeledDraw, labeled: Mapping[str, LabeledPatches]
+    ) -> tuple[Sequence[View], Sequence[Mapping[str, MixedLabels]]]:
+        """A third view."""
+        views, targets = super().views_and_targets(unlabeled, labeled)
+        return [*views, unlabeled.images], targets
+
+    def unsupervised_terms(
+        self, outputs: Sequence[View], targets: Sequence[Mapping[str, MixedLabels]]
+    ) -> dict[str, Tensor]:
+        """Those of copy-paste, and those of Semi-CML on the third view."""
+        *mixed, unmixed = outputs
+        predictions = [self.foreground(self.probabilities(z)) for z in unmixed.values()]
+        return {
+            **super().unsupervised_terms(mixed, targets),
+            "mse": prediction_consistency([self.in_batch(p) for p in predictions]),
+            "asc": self.area_contrast(predictions),
+        }
+
+
+TRAINERS: dict[str, tuple[type[nnUNetTrainerSemiSupervised], str, str | None, dict[str, object]]] = {
+    # name: (class, part of the schedule, first stage, what differs from its defaults)
+    "Supervised": (nnUNetTrainerSupervisedEMA, "single", None, {}),
+    "MeanTeacher": (nnUNetTrainerMeanTeacher, "single", None, {}),
+    "UAMT": (nnUNetTrainerUAMT, "single", None, {}),
+    "CPS": (nnUNetTrainerCPS, "single", None, {}),
+    "SECLRegion": (nnUNetTrainerSECLRegion, "single", None, {}),
+    "SECLAnatomical": (nnUNetTrainerSECLAnatomical, "single", None, {}),
+    "BCP": (nnUNetTrainerBCP, "single", None, {}),
+    "FixMatch": (nnUNetTrainerFixMatch, "single", None, {}),
+    "UniMatch": (nnUNetTrainerUniMatch, "single", None, {}),
+    "FilterMatch": (nnUNetTrainerFilterMatch, "single", None, {}),
+    "CrossModalCPS": (nnUNetTrainerCrossModalCPS, "single", None, {}),
+    "SemiCML": (nnUNetTrainerSemiCML, "single", None, {}),
+    "SemiCMLPlus": (nnUNetTrainerSemiCMLPlus, "single", None, {}),
+    "CrossModalBCP": (nnUNetTrainerCrossModalBCP, "single", None, {}),
+    "First_SemiCML": (nnUNetTrainerSemiCML, "first", None, {}),
+    "First_SemiCMLPlus": (nnUNetTrainerSemiCMLPlus, "first", None, {}),
+    "PReL": (nnUNetTrainerSemiCMLPReL, "second", "First_SemiCML", {}),
+    "PReL_Plus": (nnUNetTrainerSemiCMLPReL, "second", "First_SemiCMLPlus", {}),
+    "SemiCML_OneWay": (OneWay, "single", None, {}),
+    "XBCP_own": (nnUNetTrainerCrossModalBCP, "single", None, {"labeled_by": "own"}),
+    "XBCP_others": (nnUNetTrainerCrossModalBCP, "single", None, {"labeled_by": "others"}),
+    "XBCP_all": (nnUNetTrainerCrossModalBCP, "single", None, {"labeled_by": "all"}),
+    "XBCP_components": (nnUNetTrainerCrossModalBCP, "single", None, {"largest_component": False}),
+    "XBCP_weight_1": (nnUNetTrainerCrossModalBCP, "single", None, {"pseudo_label_weight": 1.0}),
+    "XBCP_weight_025": (nnUNetTrainerCrossModalBCP, "single", None, {"pseudo_label_weight": 0.25}),
+    "XBCP_warmup_0": (nnUNetTrainerCrossModalBCP, "single", None, {"warmup_fraction": 0.0}),
+    "XBCP_warmup_05": (nnUNetTrainerCrossModalBCP, "single", None, {"warmup_fraction": 0.5}),
+    "XBCP_strong": (StrongMixtures, "single", None, {}),
+    "XBCP_sure": (SureMixtures, "single", None, {}),
+    "XBCP_asc": (nnUNetTrainerCrossModalBCP, "single", None, {"asc_weight": 0.1}),
+    "XBCP_unmixed_asc": (Unmixed, "single", None, {}),
+    "XBCP_unmixed_mse": (Unmixed, "single", None, {"mse_weight": 1.0, "unmixed_asc_weight": 0.0}),
+}
+
+
+for _name, (_base, _part, _first, _changes) in TRAINERS.items():
+    for _attribute in _changes:
+        getattr(_base, _attribute)  # a misspelled one would change nothing
+    _members = {"num_epochs": round(SHARES[_part] * STEPS / STEPS_PER_EPOCH), **_changes}
+    _members |= {"first_stage": globals()[f"Protocol_{_first}"]} if _first else {}
+    _members |= {"__module__": __name__, "__doc__": f"{_base.__name__}, {_changes}"}
+    globals()[f"Protocol_{_name}"] = type(f"Protocol_{_name}", (WithAverages, _base), _members)

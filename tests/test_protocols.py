@@ -1,0 +1,173 @@
+"""benchmarks/protocols: who is held out, what is written of unlabeled cases, and what its trainers deploy."""
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import LABELS, make_trainer
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def load(file, monkeypatch):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, file.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def protocols(monkeypatch):
+    return load(BENCHMARKS / "protocols" / "protocols.py", monkeypatch)
+
+
+@pytest.fixture
+def run(protocols, monkeypatch):
+    return load(BENCHMARKS / "protocols" / "run.py", monkeypatch)
+
+
+@pytest.fixture
+def trainers(monkeypatch):
+    monkeypatch.setenv("PROTOCOL_STEPS", "300")
+    return load(BENCHMARKS / "trainers" / "protocol_trainers.py", monkeypatch)
+
+
+def write_source(folder, tests=()):
+    """Twenty volumes of six slices in two modalities, of two hospitals; the slices of case i with foreground: 1 … 3."""
+    for part, cases in (("Tr", [f"case{i:02d}" for i in range(20)]), ("Ts", tests)):
+        for case in cases:
+            label = np.zeros((6, 4, 4), np.uint8)
+            label[1:4, 1, 1] = 1
+            arrays = {f"images{part}/{case}_{m:04d}.nii.gz": np.arange(96.0).reshape(6, 4, 4) + m for m in range(2)}
+            for name, array in {**arrays, f"labels{part}/{case}.nii.gz": label}.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                image = sitk.GetImageFromArray(array)
+                image.SetSpacing((2, 2, 5))
+                sitk.WriteImage(image, str(folder / name))
+    with (folder / "subjects.csv").open("w") as file:
+        csv.writer(file).writerows([("case", "institution"), *((f"case{i:02d}", "AB"[i % 2]) for i in range(20))])
+    described = {"channel_names": {"0": "FLAIR", "1": "T1post"}, "labels": {"background": 0, "tumour": 1}}
+    (folder / "dataset.json").write_text(json.dumps({**described, "numTraining": 20, "file_ending": ".nii.gz"}))
+    return folder
+
+
+def test_every_task_has_its_trainers_and_a_dataset_and_a_file_of_its_own(protocols, run, trainers):
+    for name, protocol in protocols.PROTOCOLS.items():
+        for purpose in protocols.PURPOSES:
+            tasks = protocols.tasks_of(name, purpose)
+            files = {run.result_file(Path("work"), task) for task in tasks}
+            assert len(files) == len(tasks)  # no two write the same file
+            names = {(task.draw, task.labeled): run.dataset_of(protocol, task) for task in tasks}
+            numbers = {dataset[7:10] for dataset in names.values()}
+            assert len(numbers) == len(set(names.values()))
+            for task in tasks:
+                *first, last = (getattr(trainers, f"Protocol_{trainer}") for trainer in task.trainers)
+                assert [getattr(last, "first_stage", None)] == (first or [None])
+                assert sum(t.num_epochs * t.num_iterations_per_epoch for t in (*first, last)) == 300
+            assert {task.method for task in tasks} >= {protocols.LOWER, protocols.UPPER}
+            assert set(protocols.BEST.get(name, ())) <= set(protocols.METHODS[name])
+
+
+@pytest.mark.parametrize("own_tests", [False, True])
+def test_validation_never_sees_a_test_case_and_fewer_labels_are_part_of_more(tmp_path, protocols, run, own_tests):
+    source = write_source(tmp_path / "source", ["other1", "other2"] if own_tests else [])
+    protocol = protocols.PROTOCOLS["lgg"]._replace(labeled=(2, 4), num_validation=5)
+    of_test, test = run.cases_of(protocol, source, "test", 0)
+    assert test == ({"other1": "Ts", "other2": "Ts"} if own_tests else dict.fromkeys(test, "Tr"))
+    assert len(test) == (2 if own_tests else 6)
+    assert run.cases_of(protocol, source, "test", 1)[1] == test
+    assert len(of_test) == (20 if own_tests else 14)
+    for draw in range(3):
+        training, held_out = run.cases_of(protocol, source, "validation", draw)
+        assert len(held_out) == 5
+        assert not set(training) & set(held_out)
+        assert sorted([*training, *held_out]) == sorted(of_test)
+    assert run.cases_of(protocol, source, "validation", 1)[0] != run.cases_of(protocol, source, "validation", 0)[0]
+    ordered, _ = run.cases_of(protocol._replace(alphabetical=True), source, "test", 2)
+    assert ordered == sorted(ordered)
+
+
+def test_unlabeled_cases_have_no_labels_and_slices_without_foreground_can_be_left_out(tmp_path, protocols, run):
+    source = write_source(tmp_path / "source")
+    protocol = protocols.PROTOCOLS["lgg"]._replace(labeled=(2, 4), num_validation=5)
+    task = protocols.Task("lgg", "test", 0, 2, "any", ("any",), 10)
+    training, test = run.cases_of(protocol, source, "test", 0)
+    for only_slices, slices in ((False, 6), (True, 3)):
+        folder = tmp_path / f"raw_{only_slices}"
+        run.write_raw(protocol._replace(only_slices=only_slices), task, source, folder)
+        found = {part.name: sorted(file.name for file in part.iterdir()) for part in folder.glob("*/")}
+        cases = {"Tr": sorted(training[:2]), "Un": sorted(training[2:]), "Ts": sorted(test)}
+        for share, of_share in cases.items():
+            assert found[f"images{share}"] == [f"{case}_{m:04d}.nii.gz" for case in of_share for m in range(2)]
+        assert {k: v for k, v in found.items() if k.startswith("labels")} == {
+            f"labels{share}": [f"{case}.nii.gz" for case in cases[share]] for share in ("Tr", "Ts")
+        }
+        assert json.loads((folder / "dataset.json").read_text())["numTraining"] == 2
+        for share in cases:
+            image = sitk.ReadImage(str(folder / f"images{share}" / found[f"images{share}"][1]))
+            assert image.GetSpacing() == (2, 2, 5)
+            array = sitk.GetArrayFromImage(image)
+            expected = (np.arange(96.0).reshape(6, 4, 4) + 1)[1:4] if only_slices else array
+            assert array.shape[0] == slices
+            np.testing.assert_array_equal(array, expected)
+
+
+@pytest.mark.usefixtures("groups")
+def test_variants_change_what_they_say(trainers):
+    for name, (base, _, first_stage, changes) in trainers.TRAINERS.items():
+        variant = getattr(trainers, f"Protocol_{name}")
+        assert issubclass(variant, base)
+        assert (first_stage is not None) == hasattr(base, "first_stage")
+        assert not variant.deploy_average
+        for attribute, value in changes.items():
+            assert getattr(variant, attribute) == value != getattr(base, attribute)
+
+
+@pytest.mark.usefixtures("groups")
+@pytest.mark.parametrize("name", ["Supervised", "MeanTeacher", "SemiCML"])
+def test_the_last_step_and_the_average_of_all_are_deployed(trainers, name):
+    """Whatever teachers a method has. The average is the mean of the start and of all steps, while these are few."""
+    seen = {}
+
+    class Recording(getattr(trainers, f"Protocol_{name}")):
+        def train_step(self, batch):
+            if not seen:
+                seen.update({t.name: [_weights(t.network)] for t in self.trainers})
+            losses = super().train_step(batch)
+            for t in self.trainers:
+                seen[t.name].append(_weights(t.network))
+            return losses
+
+    trainer = make_trainer(LABELS, "2d", Recording, num_epochs=1, num_iterations_per_epoch=3)
+    trainer.run_training()
+    for t in trainer.trainers:
+        last, average = (
+            torch.load(Path(t.output_folder) / f"checkpoint_{kind}.pth", weights_only=True)["network_weights"]
+            for kind in ("final", "ema")
+        )
+        for key in seen[t.name][0]:
+            assert torch.equal(last[key], seen[t.name][-1][key])
+            torch.testing.assert_close(average[key], torch.stack([weights[key] for weights in seen[t.name]]).mean(0))
+
+
+def _weights(network):
+    return {key: value.clone() for key, value in network.state_dict().items()}
+
+
+@pytest.mark.usefixtures("groups")
+def test_the_better_modality_is_not_taught_one_way(trainers):
+    for better, dice in (("FLAIR", (0.9, 0.2)), ("T1", (0.1, 0.3))):
+        trainer = make_trainer(LABELS, "2d", trainers.Protocol_SemiCML_OneWay)
+        trainer.initialize()
+        for t, value in zip(trainer.trainers, dice, strict=True):
+            t.logger.log("mean_fg_dice", value, 0)
+        outputs = {t.name: torch.randn(4, 3, 8, 8, requires_grad=True) for t in trainer.trainers}
+        sum(trainer.unsupervised_terms([outputs], None).values()).backward()
+        assert {name for name, output in outputs.items() if output.grad is None} == {better}
