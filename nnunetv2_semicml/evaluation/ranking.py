@@ -1,0 +1,314 @@
+"""Which unlabeled cases to outline next: `nnUNetv2_semicml_rank`.
+
+Every modality's networks predict the unlabeled cases; those that they are least sure of, and differ most about, would
+teach most. Writes ranking.csv, ranking.json, ranking.html and the predictions. May import nnU-Net, `errors`, `data`;
+knows trainers by name alone.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.cluster import AgglomerativeClustering
+
+from nnunetv2_semicml.data.environment import environment_folder
+from nnunetv2_semicml.data.files import Json, explains_failed_writes, read_json, write_json, written_whole
+from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup
+from nnunetv2_semicml.data.raw_dataset import CaseFiles, Cases, RawDataset, number_or_name, read_raw_dataset
+from nnunetv2_semicml.data.reading import require_whole
+from nnunetv2_semicml.data.result_folders import fold_folder, model_folder
+from nnunetv2_semicml.errors import UserError, reports_user_errors, some_of
+from nnunetv2_semicml.evaluation.figures import colors_of, draw_disagreement
+from nnunetv2_semicml.evaluation.jobs import stamp, try_read_json
+from nnunetv2_semicml.evaluation.page import render_page
+from nnunetv2_semicml.evaluation.progress import Progress
+from nnunetv2_semicml.evaluation.uncertainty import CHECKPOINT, FoldPredictor, measure
+
+TEMPLATE = Path(__file__).with_name("ranking.html.jinja")
+# what a case is ranked by, in the mean of its percentile ranks: name -> the measures of `measure`
+SCORES = {
+    "mean": ("entropy", "fold_disagreement", "disagreement"),
+    "entropy": ("entropy",),
+    "folds": ("fold_disagreement",),
+    "modalities": ("disagreement",),
+}
+_SHOWN, _MOST_ROWS = 12, 200
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a case.
+
+    Attributes:
+        measures: what `measure` returns.
+        features: modality -> those of `FoldPredictions`.
+    """
+
+    measures: Mapping[str, Mapping[str, float]]
+    features: Mapping[str, Sequence[float]]
+
+    def flat(self) -> dict[str, float]:
+        """A row of a table: "FLAIR entropy", "FLAIR | T1 disagreement", …"""
+        return {f"{where} {name}": value for where, of in self.measures.items() for name, value in of.items()}
+
+
+def score_cases(cases: Mapping[str, Measured], by: str) -> pd.Series:
+    """How little the networks know of every case, 0 … 1.
+
+    The mean, over the measures that a case has, of its percentile rank in each among all cases. So a modality that a
+    case lacks, or an entropy where nothing is predicted, counts neither for nor against it.
+
+    Args:
+        cases: name -> what was measured.
+        by: one of `SCORES`.
+
+    Returns:
+        Case -> score, the highest first; cases without any measure last, with 0.
+    """
+    rows = {
+        case: {
+            f"{where} {name}": value
+            for where, of in measured.measures.items()
+            for name, value in of.items()
+            if name in SCORES[by]
+        }
+        for case, measured in cases.items()
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index").reindex(list(cases))
+    scores = table.rank(pct=True).mean(axis=1).fillna(0.0)
+    return scores.sort_values(ascending=False, kind="stable")
+
+
+def choose(scores: pd.Series, cases: Mapping[str, Measured], number: int, pool: float) -> list[str]:
+    """Choose cases with high scores that are not alike.
+
+    The `pool` · `number` cases with the highest scores are grouped by the features that the networks' encoders see in
+    them (Ward's clustering of standardized features), and of every group the one with the highest score is chosen.
+
+    Args:
+        scores: what `score_cases` returns.
+        cases: the same.
+        number: of cases to choose.
+        pool: 1 chooses by score alone.
+
+    Returns:
+        The chosen cases, the highest score first.
+    """
+    candidates = [str(case) for case in scores.index[: max(number, round(pool * number))]]
+    parts = []
+    for modality in dict.fromkeys(name for case in candidates for name in cases[case].features):
+        features = [cases[case].features.get(modality) for case in candidates]
+        length = max(len(f) for f in features if f is not None)
+        table = np.array([f if f else [np.nan] * length for f in features], dtype=float).reshape(len(candidates), -1)
+        spread = np.nanstd(table, axis=0)
+        # a case without the modality is like the mean of all
+        parts.append(np.nan_to_num((table - np.nanmean(table, axis=0)) / np.where(spread > 0, spread, 1)))
+    if number >= len(candidates) or not any(part.shape[1] for part in parts):
+        return candidates[:number]
+    groups = AgglomerativeClustering(number).fit_predict(np.concatenate(parts, axis=1))
+    first = [int(np.flatnonzero(groups == group)[0]) for group in range(number)]
+    return [candidates[i] for i in sorted(first)]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The trained networks of a group.
+
+    Attributes:
+        models: modality -> nnU-Net's model folder.
+        folds: 0, 1, … or all.
+        device: to predict on.
+        mirroring: as nnU-Net's.
+    """
+
+    models: Mapping[str, Path]
+    folds: Sequence[str]
+    device: torch.device
+    mirroring: bool
+
+    def predictors(self) -> dict[str, FoldPredictor]:
+        """Those of every modality."""
+        options = (self.folds, self.device, self.mirroring)
+        return {modality: FoldPredictor(model, *options) for modality, model in self.models.items()}
+
+    def stamps(self) -> Json:
+        """What changes when a network changes."""
+        files = [fold_folder(model, fold) / CHECKPOINT for model in self.models.values() for fold in self.folds]
+        return {"checkpoints": [stamp(file) for file in files], "mirroring": self.mirroring}
+
+
+def measure_cases(
+    cases: Cases, modalities: Sequence[Modality], networks: Networks, out: Path, file_ending: str
+) -> dict[str, Measured]:
+    """Predict and measure cases, or what is left to do of that.
+
+    Args:
+        cases: name -> files.
+        modalities: of the group, in the order of its tables.
+        networks: theirs.
+        out: for predictions/MODALITY/CASE and measures/CASE.json, which are written case by case.
+        file_ending: of the predictions.
+
+    Raises:
+        UserError: a checkpoint or a scan is missing or damaged.
+    """
+    predictors: dict[str, FoldPredictor] = {}
+    progress = Progress(dict.fromkeys(cases, ("case", 1)), 1)
+    found = {}
+    for case, files in cases.items():
+        present = _present(files, modalities)
+        inputs = {**networks.stamps(), "scans": [stamp(file) for of in present.values() for file in of]}
+        inputs = json.loads(json.dumps(inputs))  # as JSON gives it back
+        file = out / "measures" / f"{case}.json"
+        written = [out / "predictions" / modality / f"{case}{file_ending}" for modality in present]
+        content = try_read_json(file) or {}
+        progress.start(case)
+        if content.get("inputs") != inputs or not all(prediction.is_file() for prediction in written):
+            for scan in (scan for of in present.values() for scan in of):
+                require_whole(scan)
+            predictors = predictors or networks.predictors()
+            predictions = {modality: predictors[modality].predict(scans) for modality, scans in present.items()}
+            for modality, prediction in zip(present, written, strict=True):
+                predictors[modality].write(predictions[modality], prediction)
+            first = next(iter(present))
+            measures = measure(predictions, predictors[first].labels, predictions[first].properties["spacing"])
+            content = {"inputs": inputs, "measures": measures}
+            content["features"] = {modality: of.features for modality, of in predictions.items()}
+            write_json(file, content)
+            progress.end(case)
+            progress.say(f"{case}; {progress}")
+        else:
+            progress.end(case, well=False)
+        found[case] = Measured(content["measures"], content["features"])
+    return found
+
+
+def _present(files: CaseFiles, modalities: Sequence[Modality]) -> dict[str, list[str]]:
+    """The modalities that a case has -> its images of them."""
+    images = {m.name: [files["images"][i] for i in m.files] for m in modalities}
+    return {name: [image for image in of if image] for name, of in images.items() if None not in of}
+
+
+def rank(args: argparse.Namespace, command: str) -> Path:
+    """Rank the unlabeled cases of a dataset.
+
+    Args:
+        args: the command line.
+        command: the same as text, for the page.
+
+    Returns:
+        The HTML page.
+
+    Raises:
+        UserError: an option does not fit, or a network or a scan is missing or damaged.
+    """
+    raw = read_raw_dataset(args.d)
+    group = ModalityGroup.load(raw.name)
+    if args.number < 1 or args.pool < 1:
+        raise UserError("--number, --pool", f"{args.number}, {args.pool:g}", "1 or more", "Correct them.")
+    results = environment_folder("nnUNet_results")
+    models = {m.name: model_folder(results, m.dataset_name, args.tr, args.p, args.c) for m in group.modalities}
+    default = results / "rankings" / model_folder(results, raw.name, args.tr, args.p, args.c).relative_to(results)
+    out = (args.o or default).absolute()
+    networks = Networks(models, args.f, torch.device(args.device), not args.disable_tta)
+    if len(args.f) == 1 and len(models) == 1 and args.score in ("folds", "modalities"):
+        raise UserError("--score", args.score, "mean or entropy, where one network predicts", "Give more folds.")
+    with explains_failed_writes(out, "Make room, and repeat the command: it goes on from here."):
+        cases = measure_cases(raw.unlabeled, group.modalities, networks, out, raw.file_ending)
+        scores = score_cases(cases, args.score)
+        chosen = choose(scores, cases, min(args.number, len(cases)), args.pool)
+        table = pd.DataFrame([{"case": case, "score": scores[case], **cases[case].flat()} for case in scores.index])
+        table.insert(0, "rank", range(1, len(table) + 1))
+        table.insert(3, "chosen", table["case"].isin(chosen))
+        with written_whole(out / "ranking.csv") as file:
+            table.to_csv(file, index=False, float_format="%.6g")
+        record = {"dataset": raw.name, "command": command, "score": args.score, "label_next": chosen}
+        write_json(out / "ranking.json", record)
+        with written_whole(out / "ranking.html") as file:
+            file.write_text(_page(table, chosen, raw, group, out, command, args), encoding="utf-8")
+    return out / "ranking.html"
+
+
+def _page(
+    table: pd.DataFrame,
+    chosen: Sequence[str],
+    raw: RawDataset,
+    group: ModalityGroup,
+    out: Path,
+    command: str,
+    args: argparse.Namespace,
+) -> str:
+    reader = raw.find_reader()()
+    pictures = []
+    for case in chosen[:_SHOWN]:
+        present = _present(raw.unlabeled[case], group.modalities)
+        predictions = {name: out / "predictions" / name / f"{case}{raw.file_ending}" for name in present}
+        score = float(table.loc[table["case"] == case, "score"].iloc[0])
+        scans = {name: images[0] for name, images in present.items()}
+        pictures.append((score, draw_disagreement(case, scans, predictions, reader)))
+    facts = {
+        "Dataset": raw.name,
+        "Networks": f"{args.tr}, {args.c}, {args.p}, folds {' '.join(args.f)}",
+        "Score": f"{args.score}: {', '.join(SCORES[args.score])}",
+        "Unlabeled cases": str(len(table)),
+        "Command": command,
+    }
+    return render_page(
+        TEMPLATE,
+        title=f"What to outline next: {raw.name}",
+        facts=facts,
+        pictures=pictures,
+        colors=colors_of([modality.name for modality in group.modalities]),
+        rows=table.head(_MOST_ROWS).to_dict("records"),
+        number=len(table),
+    )
+
+
+@reports_user_errors
+def main() -> None:
+    """Command line of `rank`."""
+    parser = argparse.ArgumentParser(
+        description="Predict the unlabeled cases (imagesUn) with the networks of every modality and rank them by how "
+        "little these know of them: entropy, and disagreement between folds and between modalities. Writes ranking.csv "
+        "and .html, ranking.json with the cases to outline next, and the predictions, to begin with. Repeat the "
+        "command to go on.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""example:
+  nnUNetv2_semicml_rank -d 500 -c 3d_fullres -tr nnUNetTrainerSemiCML --number 5
+
+To go on with the new labels: move the images of these cases from imagesUn to imagesTr, put their labels into labelsTr,
+raise numTraining in dataset.json, and run nnUNetv2_semicml_plan_and_preprocess -d 500 --keep_plans.""",
+    )
+    add = parser.add_argument
+    add("-d", type=number_or_name, required=True, metavar="ID", help="id or name of the dataset that was trained on")
+    add("-c", required=True, metavar="CONFIGURATION", help="e.g. 2d, 3d_fullres")
+    add("-tr", required=True, metavar="TRAINER", help="whose networks predict, e.g. nnUNetTrainerSemiCML")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
+    add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="folds (default: 0 1 2 3 4), or all")
+    add("-o", type=Path, metavar="FOLDER", help="output folder (default: nnUNet_results/rankings/…)")
+    add("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="(default: %(default)s)")
+    add("--number", type=int, default=5, metavar="N", help="cases to choose (default: %(default)s)")
+    add("--score", default="mean", choices=SCORES, help="what counts (default: %(default)s of all measures)")
+    add(
+        "--pool",
+        type=float,
+        default=3.0,
+        metavar="X",
+        help="choose N cases that are not alike from the X · N with the highest scores; 1: by score alone "
+        "(default: %(default)s)",
+    )
+    add("--disable_tta", action="store_true", help="predict without mirrored copies, as of nnUNetv2_predict")
+    page = rank(parser.parse_args(), shlex.join(["nnUNetv2_semicml_rank", *sys.argv[1:]]))
+    chosen = read_json(page.with_suffix(".json"))["label_next"]
+    print(f"Ranking: {page}\nTo outline next: {some_of(chosen)}")
+
+
+if __name__ == "__main__":
+    main()
