@@ -15,10 +15,11 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2_semicml.data.raw_dataset import read_raw_dataset
 from nnunetv2_semicml.data.result_folders import model_folder
 from nnunetv2_semicml.evaluation import ranking
-from nnunetv2_semicml.evaluation.ranking import Measured, choose, score_cases
+from nnunetv2_semicml.evaluation.ranking import choose, score_cases
 from nnunetv2_semicml.evaluation.uncertainty import (
     FoldPredictions,
     FoldPredictor,
+    Measured,
     compare_segmentations,
     foreground_entropy,
     measure,

@@ -6,11 +6,9 @@ knows trainers by name alone.
 """
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +17,14 @@ import torch
 from sklearn.cluster import AgglomerativeClustering
 
 from nnunetv2_semicml.data.environment import environment_folder
-from nnunetv2_semicml.data.files import Json, explains_failed_writes, read_json, write_json, written_whole
-from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup
-from nnunetv2_semicml.data.raw_dataset import CaseFiles, Cases, RawDataset, number_or_name, read_raw_dataset
-from nnunetv2_semicml.data.reading import require_whole
-from nnunetv2_semicml.data.result_folders import fold_folder, model_folder
+from nnunetv2_semicml.data.files import explains_failed_writes, read_json, write_json, written_whole
+from nnunetv2_semicml.data.modality_group import ModalityGroup
+from nnunetv2_semicml.data.raw_dataset import RawDataset, number_or_name, read_raw_dataset
+from nnunetv2_semicml.data.result_folders import model_folder
 from nnunetv2_semicml.errors import UserError, reports_user_errors, some_of
 from nnunetv2_semicml.evaluation.figures import colors_of, draw_disagreement
-from nnunetv2_semicml.evaluation.jobs import stamp, try_read_json
 from nnunetv2_semicml.evaluation.page import render_page
-from nnunetv2_semicml.evaluation.progress import Progress
-from nnunetv2_semicml.evaluation.uncertainty import CHECKPOINT, FoldPredictor, measure
+from nnunetv2_semicml.evaluation.uncertainty import Measured, Networks, measure_cases, present_modalities
 
 TEMPLATE = Path(__file__).with_name("ranking.html.jinja")
 # what a case is ranked by, in the mean of its percentile ranks: name -> the measures of `measure`
@@ -40,23 +35,6 @@ SCORES = {
     "modalities": ("disagreement",),
 }
 _SHOWN, _MOST_ROWS = 12, 200
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What is known of a case.
-
-    Attributes:
-        measures: what `measure` returns.
-        features: modality -> those of `FoldPredictions`.
-    """
-
-    measures: Mapping[str, Mapping[str, float]]
-    features: Mapping[str, Sequence[float]]
-
-    def flat(self) -> dict[str, float]:
-        """A row of a table: "FLAIR entropy", "FLAIR | T1 disagreement", …"""
-        return {f"{where} {name}": value for where, of in self.measures.items() for name, value in of.items()}
 
 
 def score_cases(cases: Mapping[str, Measured], by: str) -> pd.Series:
@@ -117,85 +95,6 @@ def choose(scores: pd.Series, cases: Mapping[str, Measured], number: int, pool: 
     return [candidates[i] for i in sorted(first)]
 
 
-@dataclass(frozen=True)
-class Networks:
-    """The trained networks of a group.
-
-    Attributes:
-        models: modality -> nnU-Net's model folder.
-        folds: 0, 1, … or all.
-        device: to predict on.
-        mirroring: as nnU-Net's.
-    """
-
-    models: Mapping[str, Path]
-    folds: Sequence[str]
-    device: torch.device
-    mirroring: bool
-
-    def predictors(self) -> dict[str, FoldPredictor]:
-        """Those of every modality."""
-        options = (self.folds, self.device, self.mirroring)
-        return {modality: FoldPredictor(model, *options) for modality, model in self.models.items()}
-
-    def stamps(self) -> Json:
-        """What changes when a network changes."""
-        files = [fold_folder(model, fold) / CHECKPOINT for model in self.models.values() for fold in self.folds]
-        return {"checkpoints": [stamp(file) for file in files], "mirroring": self.mirroring}
-
-
-def measure_cases(
-    cases: Cases, modalities: Sequence[Modality], networks: Networks, out: Path, file_ending: str
-) -> dict[str, Measured]:
-    """Predict and measure cases, or what is left to do of that.
-
-    Args:
-        cases: name -> files.
-        modalities: of the group, in the order of its tables.
-        networks: theirs.
-        out: for predictions/MODALITY/CASE and measures/CASE.json, which are written case by case.
-        file_ending: of the predictions.
-
-    Raises:
-        UserError: a checkpoint or a scan is missing or damaged.
-    """
-    predictors: dict[str, FoldPredictor] = {}
-    progress = Progress(dict.fromkeys(cases, ("case", 1)), 1)
-    found = {}
-    for case, files in cases.items():
-        present = _present(files, modalities)
-        inputs = {**networks.stamps(), "scans": [stamp(file) for of in present.values() for file in of]}
-        inputs = json.loads(json.dumps(inputs))  # as JSON gives it back
-        file = out / "measures" / f"{case}.json"
-        written = [out / "predictions" / modality / f"{case}{file_ending}" for modality in present]
-        content = try_read_json(file) or {}
-        progress.start(case)
-        if content.get("inputs") != inputs or not all(prediction.is_file() for prediction in written):
-            for scan in (scan for of in present.values() for scan in of):
-                require_whole(scan)
-            predictors = predictors or networks.predictors()
-            predictions = {modality: predictors[modality].predict(scans) for modality, scans in present.items()}
-            for modality, prediction in zip(present, written, strict=True):
-                predictors[modality].write(predictions[modality], prediction)
-            first = next(iter(present))
-            measures = measure(predictions, predictors[first].labels, predictions[first].properties["spacing"])
-            content = {"inputs": inputs, "measures": measures}
-            content["features"] = {modality: of.features for modality, of in predictions.items()}
-            write_json(file, content)
-            progress.end(case)
-            progress.say(f"{case}; {progress}")
-        else:
-            progress.end(case, well=False)
-        found[case] = Measured(content["measures"], content["features"])
-    return found
-
-
-def _present(files: CaseFiles, modalities: Sequence[Modality]) -> dict[str, list[str]]:
-    """The modalities that a case has -> its images of them."""
-    images = {m.name: [files["images"][i] for i in m.files] for m in modalities}
-    return {name: [image for image in of if image] for name, of in images.items() if None not in of}
-
-
 def rank(args: argparse.Namespace, command: str) -> Path:
     """Rank the unlabeled cases of a dataset.
 
@@ -248,7 +147,7 @@ def _page(
     reader = raw.find_reader()()
     pictures = []
     for case in chosen[:_SHOWN]:
-        present = _present(raw.unlabeled[case], group.modalities)
+        present = present_modalities(raw.unlabeled[case], group.modalities)
         predictions = {name: out / "predictions" / name / f"{case}{raw.file_ending}" for name in present}
         score = float(table.loc[table["case"] == case, "score"].iloc[0])
         scans = {name: images[0] for name, images in present.items()}

@@ -5,10 +5,11 @@ can be compared with what all folds say of new ones; only how folds differ from 
 May import nnU-Net, `errors` and data/.
 """
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import log
 from pathlib import Path
@@ -23,9 +24,15 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 
 from nnunetv2_semicml.data.checkpoint_file import find_damage
+from nnunetv2_semicml.data.files import Json, write_json
+from nnunetv2_semicml.data.modality_group import Modality
+from nnunetv2_semicml.data.raw_dataset import CaseFiles, Cases
+from nnunetv2_semicml.data.reading import require_whole
 from nnunetv2_semicml.data.result_folders import fold_folder
 from nnunetv2_semicml.errors import UserError
+from nnunetv2_semicml.evaluation.jobs import stamp, try_read_json
 from nnunetv2_semicml.evaluation.metrics import classes_of, compute_metrics, fill_undefined
+from nnunetv2_semicml.evaluation.progress import Progress
 
 CHECKPOINT = "checkpoint_final.pth"
 
@@ -244,3 +251,103 @@ def _masks(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for value in labels.values():
         yield region_or_label_to_mask(first, value), region_or_label_to_mask(second, value)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a case.
+
+    Attributes:
+        measures: what `measure` returns.
+        features: modality -> those of `FoldPredictions`.
+    """
+
+    measures: Mapping[str, Mapping[str, float]]
+    features: Mapping[str, Sequence[float]]
+
+    def flat(self) -> dict[str, float]:
+        """A row of a table: "FLAIR entropy", "FLAIR | T1 disagreement", …"""
+        return {f"{where} {name}": value for where, of in self.measures.items() for name, value in of.items()}
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The trained networks of a group.
+
+    Attributes:
+        models: modality -> nnU-Net's model folder.
+        folds: 0, 1, … or all.
+        device: to predict on.
+        mirroring: as nnU-Net's.
+    """
+
+    models: Mapping[str, Path]
+    folds: Sequence[str]
+    device: torch.device
+    mirroring: bool
+
+    def predictors(self) -> dict[str, FoldPredictor]:
+        """Those of every modality."""
+        options = (self.folds, self.device, self.mirroring)
+        return {modality: FoldPredictor(model, *options) for modality, model in self.models.items()}
+
+    def of_fold(self, fold: str) -> "Networks":
+        """Those of one fold."""
+        return replace(self, folds=[fold])
+
+    def stamps(self) -> Json:
+        """What changes when a network changes."""
+        files = [fold_folder(model, fold) / CHECKPOINT for model in self.models.values() for fold in self.folds]
+        return {"checkpoints": [stamp(file) for file in files], "mirroring": self.mirroring}
+
+
+def measure_cases(
+    cases: Cases, modalities: Sequence[Modality], networks: Networks, out: Path, file_ending: str
+) -> dict[str, Measured]:
+    """Predict and measure cases, or what is left to do of that.
+
+    Args:
+        cases: name -> files.
+        modalities: of the group, in the order of its tables.
+        networks: theirs.
+        out: for predictions/MODALITY/CASE and measures/CASE.json, which are written case by case.
+        file_ending: of the predictions.
+
+    Raises:
+        UserError: a checkpoint or a scan is missing or damaged.
+    """
+    predictors: dict[str, FoldPredictor] = {}
+    progress = Progress(dict.fromkeys(cases, ("case", 1)), 1)
+    found = {}
+    for case, files in cases.items():
+        present = present_modalities(files, modalities)
+        inputs = {**networks.stamps(), "scans": [stamp(file) for of in present.values() for file in of]}
+        inputs = json.loads(json.dumps(inputs))  # as JSON gives it back
+        file = out / "measures" / f"{case}.json"
+        written = [out / "predictions" / modality / f"{case}{file_ending}" for modality in present]
+        content = try_read_json(file) or {}
+        progress.start(case)
+        if content.get("inputs") != inputs or not all(prediction.is_file() for prediction in written):
+            for scan in (scan for of in present.values() for scan in of):
+                require_whole(scan)
+            predictors = predictors or networks.predictors()
+            predictions = {modality: predictors[modality].predict(scans) for modality, scans in present.items()}
+            for modality, prediction in zip(present, written, strict=True):
+                predictors[modality].write(predictions[modality], prediction)
+            first = next(iter(present))
+            measures = measure(predictions, predictors[first].labels, predictions[first].properties["spacing"])
+            content = {"inputs": inputs, "measures": measures}
+            content["features"] = {modality: of.features for modality, of in predictions.items()}
+            write_json(file, content)
+            progress.end(case)
+            progress.say(f"{case}; {progress}")
+        else:
+            progress.end(case, well=False)
+        found[case] = Measured(content["measures"], content["features"])
+    return found
+
+
+def present_modalities(files: CaseFiles, modalities: Sequence[Modality]) -> dict[str, list[str]]:
+    """The modalities that a case has -> its images of them."""
+    images = {m.name: [files["images"][i] for i in m.files] for m in modalities}
+    return {name: [image for image in of if image] for name, of in images.items() if None not in of}

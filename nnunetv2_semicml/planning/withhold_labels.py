@@ -270,7 +270,8 @@ def _read_patients(file: Path, patient_of: dict[str, str]) -> set[str]:
     """The patients whose cases a file lists, all of them."""
     content = _read(file)
     if isinstance(content, dict):  # withheld_labels.json or ranking.json
-        content = list(content.get("label_next", content.get("labeled", [])))
+        named: list[Any] = content.get("label_next") or content.get("labeled") or []
+        content = named
     listed = set(map(str, content) if isinstance(content, list) else map(str.strip, str(content).splitlines())) - {""}
     if not listed or (unknown := listed - patient_of.keys()):
         raise UserError(
