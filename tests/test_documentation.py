@@ -1,0 +1,54 @@
+"""What users read before anything runs: the help of every console script answers at once."""
+
+import subprocess
+import sys
+from importlib.metadata import distribution
+
+import pytest
+
+SCRIPTS = sorted(script.name for script in distribution("nnunetv2-semicml").entry_points)
+# runs a console script and prints the packages that were imported for it
+RUN = """
+import importlib.metadata, sys
+before, name = {*sys.modules}, sys.argv[1]
+(script,) = importlib.metadata.distribution("nnunetv2-semicml").entry_points.select(name=name)
+del sys.argv[0]
+try:
+    script.load()()
+finally:
+    print(*{module.partition(".")[0] for module in sys.modules.keys() - before}, file=sys.stderr)
+"""
+# arguments that are right for argparse and contradict each other
+WRONG = [
+    ("nnUNetv2_semicml_withhold_labels", "-d 400 --output_id 500 --num_labeled 5 --drop_modality T2"),
+    ("nnUNetv2_semicml_plan_and_preprocess", "-d 500 600 --modality_ids 501 502"),
+]
+
+
+def run_lightly(script, *words):
+    """Run a console script that need not import more than the standard library and this package."""
+    done = subprocess.run([sys.executable, "-c", RUN, script, *words], capture_output=True, text=True)
+    imported = {*done.stderr.splitlines()[-1].split()}
+    assert imported - sys.stdlib_module_names == {"nnunetv2_semicml"}
+    return done
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_does_not_wait_for_imports(script):
+    done = run_lightly(script, "-h")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: {script} ")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_unknown_options_are_refused_without_imports(script):
+    done = run_lightly(script, "--no_such_option")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"usage: {script} ")
+
+
+@pytest.mark.parametrize(("script", "words"), WRONG)
+def test_what_contradicts_itself_is_refused_without_imports(script, words):
+    done = run_lightly(script, *words.split())
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
