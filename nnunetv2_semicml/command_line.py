@@ -6,7 +6,9 @@ more than that; the work is imported when the arguments are known to be right.
 
 import argparse
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,12 +25,29 @@ def number_or_name(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
+def _wrap(text: str) -> str:
+    """Break lines where argparse does."""
+    return textwrap.fill(text, shutil.get_terminal_size().columns - 2)
+
+
+def _parser(program: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser that is called like the program, however that was started, and keeps the line breaks of its epilog."""
+    return argparse.ArgumentParser(
+        prog=program,
+        description=_wrap(description),
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def trainers_parser() -> argparse.ArgumentParser:
     """Options of nnUNetv2_semicml_trainers."""
-    return argparse.ArgumentParser(
-        prog="nnUNetv2_semicml_trainers",
-        description="Print the folder in which nnU-Net finds the trainers of this package, for its variable "
-        "nnUNet_extTrainer.",
+    return _parser(
+        "nnUNetv2_semicml_trainers",
+        "Print the folder in which nnU-Net finds the trainers of this package, for its variable nnUNet_extTrainer.",
+        """example:
+  export nnUNet_extTrainer="$(nnUNetv2_semicml_trainers)"
+""",
     )
 
 
@@ -40,11 +59,16 @@ def print_trainers_folder() -> None:
 
 def withhold_labels_parser() -> argparse.ArgumentParser:
     """Options of nnUNetv2_semicml_withhold_labels."""
-    parser = argparse.ArgumentParser(
-        prog="nnUNetv2_semicml_withhold_labels",
-        description="Turn a fully labeled nnU-Net dataset into a semi-supervised one: a new raw dataset with a labeled "
+    parser = _parser(
+        "nnUNetv2_semicml_withhold_labels",
+        "Turn a fully labeled nnU-Net dataset into a semi-supervised one: a new raw dataset with a labeled "
         "share in imagesTr and labelsTr, the other images without labels in imagesUn, and optionally a test set. On "
         "request, some of the training cases lose a modality. withheld_labels.json there says which.",
+        """examples:
+  nnUNetv2_semicml_withhold_labels -d 400 --output_id 500 --labeled_fraction 0.1 --test_fraction 0.2
+  nnUNetv2_semicml_withhold_labels -d 400 --output_id 520 --num_labeled 10 --groups patients.csv \\
+      --drop_modality T2=0.5
+""",
     )
     add = parser.add_argument
     add(
@@ -115,14 +139,23 @@ def run_withhold_labels() -> None:
 
 def plan_and_preprocess_parser() -> argparse.ArgumentParser:
     """Options of nnUNetv2_semicml_plan_and_preprocess."""
-    parser = argparse.ArgumentParser(
-        prog="nnUNetv2_semicml_plan_and_preprocess",
-        description="nnUNetv2_plan_and_preprocess for a dataset with unlabeled cases (imagesUn): makes one nnU-Net "
+    parser = _parser(
+        "nnUNetv2_semicml_plan_and_preprocess",
+        "nnUNetv2_plan_and_preprocess for a dataset with unlabeled cases (imagesUn): makes one nnU-Net "
         "dataset of each of its modalities, all with the same geometry. A case may lack modalities: its files are not "
         "there. Nothing is written to nnUNet_raw.",
-        epilog="To predict with a modality's network, put its channels, renumbered from 0000, into one folder: with "
-        "--modalities MR=T1,T2 the files CASE_0000 (T1) and CASE_0001 (T2), and nothing else; then nnUNetv2_predict -d "
-        "with the id of that modality's dataset.",
+        _wrap(
+            "To predict with a modality's network, put its channels, renumbered from 0000, into one folder: with "
+            "--modalities MR=T1,T2 the files CASE_0000 (T1) and CASE_0001 (T2), and nothing else; then "
+            "nnUNetv2_predict -d with the id of that modality's dataset."
+        )
+        + """
+
+examples:
+  nnUNetv2_semicml_plan_and_preprocess -d 500 -c 3d_fullres
+  nnUNetv2_semicml_plan_and_preprocess -d 500 -c 2d 3d_fullres -pl nnUNetPlannerResEncM \\
+      --modalities MR=T1,T1ce T2
+""",
     )
     add = parser.add_argument
     add("-d", type=number_or_name, nargs="+", required=True, metavar="ID", help="ids or names of the datasets")
@@ -206,12 +239,11 @@ def run_plan_and_preprocess() -> None:
 
 def leaderboard_parser() -> argparse.ArgumentParser:
     """Options of nnUNetv2_semicml_leaderboard."""
-    parser = argparse.ArgumentParser(
-        prog="nnUNetv2_semicml_leaderboard",
-        description="Train what is missing, predict the test scans (imagesTs) of every modality alone, evaluate them "
+    parser = _parser(
+        "nnUNetv2_semicml_leaderboard",
+        "Train what is missing, predict the test scans (imagesTs) of every modality alone, evaluate them "
         "against labelsTs, and write leaderboard.csv, .md and .html. Repeat the command to go on.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"""methods: {NOTATION}
+        f"""methods: {NOTATION}
   nnUNetTrainerSemiCML        trained once on dataset -d, predicts every modality
   each:nnUNetTrainer          trained on the dataset of every modality by itself
   all:nnUNetTrainer           stock nnU-Net on all channels of dataset -d at once; no labeled case may lack one
@@ -221,7 +253,13 @@ def leaderboard_parser() -> argparse.ArgumentParser:
                               a second stage after the first one that it goes on from, which is trained if need be,
                               and compared if it is listed by itself, too
 Methods are independent of each other, but for the first stages that they have in common. If -d is one modality, all of
-these train on it. Test cases that lack a modality are left out of its results.""",
+these train on it. Test cases that lack a modality are left out of its results.
+
+examples:
+  nnUNetv2_semicml_leaderboard -d 500 -c 2d -f 0 --methods each:nnUNetTrainer nnUNetTrainerSemiCML
+  nnUNetv2_semicml_leaderboard -d 500 -c 3d_fullres --reference "Supervised only" \\
+      --methods "Supervised only=each:nnUNetTrainer" PReL=nnUNetTrainerSemiCML+nnUNetTrainerSemiCMLPReL
+""",
     )
     add = parser.add_argument
     add(
@@ -294,9 +332,13 @@ def run_leaderboard() -> None:
 
 def demo_parser() -> argparse.ArgumentParser:
     """Options of nnUNetv2_semicml_demo."""
-    parser = argparse.ArgumentParser(
-        prog="nnUNetv2_semicml_demo",
-        description="Command line: the demo, in minutes, without GPU and without data.",
+    parser = _parser(
+        "nnUNetv2_semicml_demo",
+        "Command line: the demo, in minutes, without GPU and without data.",
+        """examples:
+  nnUNetv2_semicml_demo
+  nnUNetv2_semicml_demo --out /scratch/demo --device cuda
+""",
     )
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the patients and trainings (default: %(default)s)")
@@ -314,3 +356,7 @@ def run_demo() -> None:
     with explains_failed_writes(args.out, "Make room, or choose another folder with --out."):
         report = Demo(args.out, args.device, args.seed).run()
     print(f"Report: {report}")
+
+
+# in the order in which a user needs them
+PARSERS = (trainers_parser, withhold_labels_parser, plan_and_preprocess_parser, leaderboard_parser, demo_parser)

@@ -1,10 +1,14 @@
 """What users read before anything runs: the help of every console script answers at once."""
 
+import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import distribution
 
 import pytest
+
+from nnunetv2_semicml.command_line import PARSERS
 
 SCRIPTS = sorted(script.name for script in distribution("nnunetv2-semicml").entry_points)
 # runs a console script and prints the packages that were imported for it
@@ -52,3 +56,19 @@ def test_what_contradicts_itself_is_refused_without_imports(script, words):
     done = run_lightly(script, *words.split())
     assert done.returncode == 1
     assert done.stderr.startswith("Error: ")
+
+
+@pytest.mark.parametrize("make_parser", PARSERS)
+def test_examples_in_the_help_are_command_lines(make_parser, monkeypatch):
+    """Written as shown, however narrow the terminal is."""
+    monkeypatch.setenv("COLUMNS", "60")
+    parser = make_parser()
+    examples = re.split(r"^examples?:\n", parser.format_help(), flags=re.MULTILINE)[1]
+    calls = re.findall(rf"{parser.prog}\b([^\n)]*)", examples.replace("\\\n", ""))  # to the end of the line or of $(…)
+    assert calls
+    for call in calls:
+        parser.parse_args(shlex.split(call))
+
+
+def test_every_script_has_a_parser():
+    assert sorted(make_parser().prog for make_parser in PARSERS) == SCRIPTS
