@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-gpu lint mutate chaos clean
+.PHONY: demo test test-gpu lint docs mutate chaos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nnUNetv2_semicml_demo --out demo_output
@@ -28,6 +28,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/commands.py
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,10 +1,12 @@
-"""What users read before anything runs: the help of every console script answers at once."""
+"""What users read before anything runs: help, which comes at once and shows examples that are right, and its page."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from importlib.metadata import distribution
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +74,11 @@ def test_examples_in_the_help_are_command_lines(make_parser, monkeypatch):
 
 def test_every_script_has_a_parser():
     assert sorted(make_parser().prog for make_parser in PARSERS) == SCRIPTS
+
+
+def test_page_of_commands_is_current(monkeypatch):
+    """Otherwise: make docs."""
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("PYTHON_COLORS", "1")
+    docs = Path(__file__).parents[1] / "docs"
+    assert runpy.run_path(str(docs / "commands.py"))["page"]() == (docs / "commands.md").read_text(encoding="utf-8")
