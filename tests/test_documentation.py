@@ -1,4 +1,4 @@
-"""What users read before anything runs: help, which comes at once and shows examples that are right, and its page."""
+"""What users read before anything runs: help, which comes at once, its examples and page; the citation."""
 
 import re
 import runpy
@@ -12,6 +12,7 @@ import pytest
 
 from nnunetv2_semicml.command_line import PARSERS
 
+ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(script.name for script in distribution("nnunetv2-semicml").entry_points)
 # runs a console script and prints the packages that were imported for it
 RUN = """
@@ -80,5 +81,10 @@ def test_page_of_commands_is_current(monkeypatch):
     """Otherwise: make docs."""
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("PYTHON_COLORS", "1")
-    docs = Path(__file__).parents[1] / "docs"
-    assert runpy.run_path(str(docs / "commands.py"))["page"]() == (docs / "commands.md").read_text(encoding="utf-8")
+    page = runpy.run_path(str(ROOT / "docs" / "commands.py"))["page"]
+    assert page() == (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+
+
+def test_citation_names_the_version():
+    (version,) = re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert version == distribution("nnunetv2-semicml").version
