@@ -29,8 +29,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The page of commands, and the documentation as a site: open site/index.html
 docs: $(VENV)/.installed
+	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[docs]'
 	$(BIN)/python docs/commands.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -38,4 +41,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output build mutants *.egg-info
+	rm -rf $(VENV) demo_output build mutants site *.egg-info
