@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunetv2_semicml import ext_trainers
-from nnunetv2_semicml.errors import UserError, reports_user_errors
-from nnunetv2_semicml.evaluation import NOTATION
+from nnunetv2_semicml.errors import UserError, reports_user_errors, some_of
+from nnunetv2_semicml.evaluation import NOTATION, SCORES
 from nnunetv2_semicml.planning import CONFIGURATIONS
 
 _DROP = "--drop_modality"
@@ -81,6 +81,15 @@ def withhold_labels_parser() -> argparse.ArgumentParser:
         "--labeled_fraction", type=float, metavar="F", help="share of the patients outside the test set; 1: all"
     )
     labeled.add_argument("--num_labeled", type=int, metavar="N", help="number of patients (without --groups: cases)")
+    labeled.add_argument(
+        "--labeled_cases",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="cases that keep their labels: one a line, a JSON list, or withheld_labels.json of an earlier dataset and "
+        "ranking.json of what nnUNetv2_semicml_rank would have outlined next",
+    )
     test = parser.add_mutually_exclusive_group()
     test.add_argument("--test_fraction", type=float, metavar="F", help="share of all patients to use as test set")
     test.add_argument(
@@ -330,6 +339,109 @@ def run_leaderboard() -> None:
     print(f"Leaderboard: {page}")
 
 
+def rank_parser() -> argparse.ArgumentParser:
+    """Options of nnUNetv2_semicml_rank."""
+    parser = _parser(
+        "nnUNetv2_semicml_rank",
+        "Predict the unlabeled cases (imagesUn) with the networks of every modality and rank them by how "
+        "little these know of them: entropy, and disagreement between folds and between modalities. Writes ranking.csv "
+        "and .html, ranking.json with the cases to outline next, and the predictions, to begin with. Repeat the "
+        "command to go on.",
+        _wrap(
+            "To go on with the new labels: move the images of these cases from imagesUn to imagesTr, put their labels "
+            "into labelsTr, raise numTraining in dataset.json, and run nnUNetv2_semicml_plan_and_preprocess -d 500 "
+            "--keep_plans."
+        )
+        + """
+
+example:
+  nnUNetv2_semicml_rank -d 500 -c 3d_fullres -tr nnUNetTrainerSemiCML --number 5
+""",
+    )
+    add = parser.add_argument
+    add("-d", type=number_or_name, required=True, metavar="ID", help="id or name of the dataset that was trained on")
+    add("-c", required=True, metavar="CONFIGURATION", help="e.g. 2d, 3d_fullres")
+    add("-tr", required=True, metavar="TRAINER", help="whose networks predict, e.g. nnUNetTrainerSemiCML")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
+    add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="folds (default: 0 1 2 3 4), or all")
+    add("-o", type=Path, metavar="FOLDER", help="output folder (default: nnUNet_results/rankings/…)")
+    add("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="(default: %(default)s)")
+    add("--number", type=int, default=5, metavar="N", help="cases to choose (default: %(default)s)")
+    add("--score", default="mean", choices=SCORES, help="what counts (default: %(default)s of all measures)")
+    add(
+        "--pool",
+        type=float,
+        default=3.0,
+        metavar="X",
+        help="choose N cases that are not alike from the X · N with the highest scores; 1: by score alone "
+        "(default: %(default)s)",
+    )
+    add("--disable_tta", action="store_true", help="predict without mirrored copies, as of nnUNetv2_predict")
+    return parser
+
+
+@reports_user_errors
+def run_rank() -> None:
+    """Run nnUNetv2_semicml_rank."""
+    parser = rank_parser()
+    args = parser.parse_args()
+    from nnunetv2_semicml.data.files import read_json
+    from nnunetv2_semicml.evaluation.ranking import rank
+
+    page = rank(args, shlex.join([parser.prog, *sys.argv[1:]]))
+    chosen = read_json(page.with_suffix(".json"))["label_next"]
+    print(f"Ranking: {page}\nTo outline next: {some_of(chosen)}")
+
+
+def expected_dice_parser() -> argparse.ArgumentParser:
+    """Options of nnUNetv2_semicml_expected_dice."""
+    parser = _parser(
+        "nnUNetv2_semicml_expected_dice",
+        "Predict scans with the networks of every modality, and say how good the predictions probably are: "
+        "the Dice that their entropy, their volume and the agreement between modalities stand for on the validation "
+        "cases of the folds, with an interval. Writes expected_dice.csv and .json, and the predictions. Repeat the "
+        "command to go on. Prediction itself needs none of this: nnUNetv2_predict.",
+        _wrap(
+            "The scans are named as in imagesTs of the dataset; a case may lack modalities. What is expected is the "
+            "mean over the classes, and of scans that are like those of the training: no other hospital, no other "
+            "disease."
+        )
+        + """
+
+example:
+  nnUNetv2_semicml_expected_dice -d 500 -c 3d_fullres -tr nnUNetTrainerSemiCML -i tonight -o tonight_checked
+""",
+    )
+    add = parser.add_argument
+    add("-d", type=number_or_name, required=True, metavar="ID", help="id or name of the dataset that was trained on")
+    add("-i", type=Path, required=True, metavar="FOLDER", help="the scans")
+    add("-o", type=Path, required=True, metavar="FOLDER", help="output folder")
+    add("-c", required=True, metavar="CONFIGURATION", help="e.g. 2d, 3d_fullres")
+    add("-tr", required=True, metavar="TRAINER", help="whose networks predict, e.g. nnUNetTrainerSemiCML")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
+    add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="folds (default: 0 1 2 3 4)")
+    add("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="(default: %(default)s)")
+    add("--confidence", type=float, default=0.9, metavar="C", help="of the interval (default: %(default)s)")
+    add("--flag_below", type=float, default=0.7, metavar="DICE", help="flag what is expected below (default: 0.7)")
+    add("--disable_tta", action="store_true", help="predict without mirrored copies, as of nnUNetv2_predict")
+    return parser
+
+
+@reports_user_errors
+def run_expected_dice() -> None:
+    """Run nnUNetv2_semicml_expected_dice."""
+    parser = expected_dice_parser()
+    args = parser.parse_args()
+    import pandas as pd
+
+    from nnunetv2_semicml.evaluation.expected_dice import expected_dice
+
+    file = expected_dice(args, shlex.join([parser.prog, *sys.argv[1:]]))
+    table = pd.read_csv(file, dtype={"case": str, "modality": str}, keep_default_na=False)
+    flagged = [f"{row['case']} ({row['modality']})" for row in table[table["flagged"]].to_dict("records")]
+    print(f"{file}\nFlagged: {some_of(flagged) or 'none'}")
+
+
 def demo_parser() -> argparse.ArgumentParser:
     """Options of nnUNetv2_semicml_demo."""
     parser = _parser(
@@ -359,4 +471,12 @@ def run_demo() -> None:
 
 
 # in the order in which a user needs them
-PARSERS = (trainers_parser, withhold_labels_parser, plan_and_preprocess_parser, leaderboard_parser, demo_parser)
+PARSERS = (
+    trainers_parser,
+    withhold_labels_parser,
+    plan_and_preprocess_parser,
+    leaderboard_parser,
+    rank_parser,
+    expected_dice_parser,
+    demo_parser,
+)

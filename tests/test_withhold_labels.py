@@ -285,6 +285,22 @@ def test_chosen_test_cases(raw: Path, tmp_path: Path, content: str):
     assert len(record["labeled"]) == 3  # of the other 10
 
 
+def test_chosen_labeled_cases(raw: Path, tmp_path: Path):
+    """As a year of labeling is simulated: those of before, and what was ranked highest."""
+    before = withhold_labels(500, 501, num_labeled=2, test_fraction=0.2)
+    tests = record_of(before)["test"]
+    (tmp_path / "test.json").write_text(json.dumps(tests))
+    chosen = record_of(before)["unlabeled"][:2]
+    (tmp_path / "ranking.json").write_text(json.dumps({"dataset": "Dataset501_Toy", "label_next": chosen}))
+    files = [before / "withheld_labels.json", tmp_path / "ranking.json"]
+    folder = withhold_labels(500, 502, labeled_cases=files, test_cases=tmp_path / "test.json")
+    record = record_of(folder)
+    assert record["labeled"] == sorted([*record_of(before)["labeled"], *chosen])
+    assert record["test"] == tests
+    assert sorted([*record["labeled"], *record["unlabeled"], *tests]) == CASES
+    assert names(folder / "labelsTr") == [f"{case}.nii.gz" for case in record["labeled"]]
+
+
 def test_the_sources_own_test_set_comes_along(raw: Path):
     source = raw / "Dataset500_Toy"
     for channel in range(2):
@@ -538,12 +554,12 @@ REFUSALS = {
     "two shares": (
         nothing,
         {"labeled_fraction": 0.5},
-        "--num_labeled",
-        "both or neither",
+        "--labeled_cases",
+        "none or several",
         "one of them",
         "exactly one",
     ),
-    "no share": (nothing, {"num_labeled": None}, "--num_labeled", "both or neither", "one of them", "exactly one"),
+    "no share": (nothing, {"num_labeled": None}, "--labeled_cases", "none or several", "one of them", "exactly one"),
     **{
         f"{option} {value}": (
             nothing,
@@ -605,6 +621,14 @@ REFUSALS = {
         "does not have: P9_x",
         "labeled cases of the source",
         "Correct the names",
+    ),
+    "labeled test case": (
+        write_file("P0_x"),
+        {"num_labeled": None, "labeled_cases": [FILE], "test_cases": FILE},
+        "--labeled_cases",
+        "P0_x of the test set",
+        "training cases",
+        "Leave it out",
     ),
     "no test case": (write_file("\n"), {"test_cases": FILE}, "file", "no case", "labeled cases", "Correct the names"),
     "torn patient": (
@@ -756,6 +780,7 @@ def test_refuses(raw: Path, prepare, options: dict, where: str, found: str, expe
     prepare(raw)
     options = {"dataset": 500, "output_id": 501, "num_labeled": 3} | options
     options = {key: raw.parent / value if isinstance(value, Path) else value for key, value in options.items()}
+    options |= {key: [raw.parent / file for file in value] for key, value in options.items() if key == "labeled_cases"}
     before = snapshot(raw.parent)
     with pytest.raises(UserError) as error:
         withhold_labels(**options)

@@ -114,6 +114,23 @@ class RawDataset:
         files = list(dict.fromkeys(i for c in channels for i, held in enumerate(self.channels_of_files) if c in held))
         return files if [c for i in files for c in self.channels_of_files[i]] == list(channels) else []
 
+    def find_scans(self, folder: Path) -> Cases:
+        """Cases of another folder whose images are named as in this dataset; any may lack files.
+
+        Raises:
+            UserError: there is none, or a file has another name.
+        """
+        found = _find_images(folder, self.file_ending)
+        number = len(self.channels_of_files)
+        _require_known_channels(found, number, self.file_ending)
+        if not found:
+            raise UserError(
+                folder, f"no image ending in {self.file_ending}", "scans, named as in imagesTs", "Add them."
+            )
+        cases: Cases = {c: {"images": [files.get(i) for i in range(number)]} for c, files in sorted(found.items())}
+        require_sound_names(cases, folder)
+        return cases
+
     def read_files(self, files: CaseFiles, indices: Sequence[int]) -> list[str]:
         """All files that nnU-Net reads of a case.
 
@@ -173,15 +190,8 @@ def read_raw_dataset(dataset: int | str, require_unlabeled: bool = True) -> RawD
         }
         for name, of_folder in found.items()
     }
-    for index, file in (item for of_folder in found.values() for files in of_folder.values() for item in files.items()):
-        if index >= len(channels_of_files):
-            last = len(channels_of_files) - 1
-            raise UserError(
-                file,
-                "a channel that dataset.json does not have",
-                f"a name that ends in one of _0000{file_ending} … _{last:04d}{file_ending}",
-                "Rename or remove the file, or correct channel_names and file_ending in dataset.json.",
-            )
+    for of_folder in found.values():
+        _require_known_channels(of_folder, len(channels_of_files), file_ending)
     for case, label in labels.items():
         cases["imagesTr"][case]["label"] = label
     if require_unlabeled and not cases["imagesUn"]:
@@ -360,6 +370,17 @@ def _find_images(folder: Path, file_ending: str) -> dict[str, dict[int, str]]:
             )
         cases.setdefault(match[1], {})[int(match[2])] = str(file)
     return cases
+
+
+def _require_known_channels(cases: Mapping[str, Mapping[int, str]], number: int, file_ending: str) -> None:
+    for index, file in (item for files in cases.values() for item in files.items()):
+        if index >= number:
+            raise UserError(
+                file,
+                "a channel that dataset.json does not have",
+                f"a name that ends in one of _0000{file_ending} … _{number - 1:04d}{file_ending}",
+                "Rename or remove the file, or correct channel_names and file_ending in dataset.json.",
+            )
 
 
 def _require_pairs(folder: Path, images: dict[str, dict[int, str]], labels: dict[str, str], file_ending: str) -> None:

@@ -45,6 +45,23 @@ class Volumes:
 
 
 @dataclass(frozen=True)
+class Disagreement:
+    """A slice of one case in all of its modalities, with what each of their networks outlines: where they differ most.
+
+    Attributes:
+        case: its name.
+        slice: number of the slice, from 1.
+        slices: how many there are.
+        panels: modality -> its scan with the outlines of all, as data URI.
+    """
+
+    case: str
+    slice: int
+    slices: int
+    panels: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class CasePanels:
     """A slice of one case for a page: the one with the largest reference area.
 
@@ -143,6 +160,35 @@ def draw_case(
         outlines = [(reference[z], REFERENCE_COLOR, 1.2), (prediction[z], colors[method], 1.8)]
         panels[method] = _overlay(scan[z], outlines, spacing)
     return CasePanels(rank, case, z + 1, len(reference), _overlay(scan[z], [], spacing), panels, dice)
+
+
+def draw_disagreement(
+    case: str, scans: Mapping[str, str], predictions: Mapping[str, Path], reader: BaseReaderWriter
+) -> Disagreement:
+    """Draw the slice in which the predictions of a case differ in most voxels or, of one modality, show most.
+
+    Args:
+        case: its name.
+        scans: modality -> image file; the mean of its channels is shown.
+        predictions: modality -> segmentation, all on one grid.
+        reader: for all of these.
+
+    Raises:
+        UserError: one of the files cannot be read, or a segmentation does not lie on the grid of its scan.
+    """
+    images, segmentations = {}, {}
+    for modality, file in scans.items():
+        image, grid = read_image(file, reader)
+        label, own_grid = read_image(predictions[modality], reader, is_label=True)
+        require_grid(predictions[modality], own_grid, file, grid)
+        images[modality], segmentations[modality] = (image.mean(0), grid.spacing[1:].tolist()), label[0]
+    all_of = np.stack(list(segmentations.values()))
+    shown = (all_of != all_of[:1]).any(0)
+    z = int((shown if shown.any() else all_of.any(0)).sum((1, 2)).argmax())
+    colors = colors_of(list(segmentations))
+    outlines = [(segmentation[z], colors[modality], 1.6) for modality, segmentation in segmentations.items()]
+    panels = {modality: _overlay(image[z], outlines, spacing) for modality, (image, spacing) in images.items()}
+    return Disagreement(case, z + 1, len(shown), panels)
 
 
 def _overlay(image: np.ndarray, outlines: Sequence[tuple[np.ndarray, str, float]], spacing: Sequence[float]) -> str:

@@ -41,6 +41,7 @@ def withhold_labels(
     *,
     labeled_fraction: float | None = None,
     num_labeled: int | None = None,
+    labeled_cases: Sequence[Path] = (),
     test_fraction: float | None = None,
     test_cases: Path | None = None,
     groups: Path | None = None,
@@ -70,7 +71,9 @@ def withhold_labels(
         output_name: name of the new dataset without "DatasetXXX_"; default: that of the source.
         labeled_fraction: share of the patients outside the test set that keep their labels; 1 withholds none, which
             makes the fully labeled dataset to compare with. Either this or
-        num_labeled: number of these patients. Without `groups`, every case is a patient.
+        num_labeled: number of these patients, without `groups` of cases, or
+        labeled_cases: files that name the cases that keep their labels: one a line, a JSON list, or what
+            withheld_labels.json of another dataset ("labeled") or ranking.json ("label_next") have.
         test_fraction: share of all patients to move to the test set. Either this or
         test_cases: file that names the cases to move there, one a line or, if it ends in .json, as a list.
         groups: the patient of every case; all cases of a patient go the same way, also in the folds, which are then
@@ -89,8 +92,9 @@ def withhold_labels(
         UserError: the source is not a fully labeled dataset, the id is taken, an option or a file does not fit. Then
             nothing has been written.
     """
-    if (labeled_fraction is None) == (num_labeled is None):
-        raise UserError("--labeled_fraction, --num_labeled", "both or neither", "one of them", "Give exactly one.")
+    if (labeled_fraction is not None) + (num_labeled is not None) + bool(labeled_cases) != 1:
+        options = "--labeled_fraction, --num_labeled, --labeled_cases"
+        raise UserError(options, "none or several", "one of them", "Give exactly one.")
     source = read_raw_dataset(dataset, require_unlabeled=False)
     if source.unlabeled:
         raise UserError(
@@ -115,7 +119,7 @@ def withhold_labels(
         )
     test: Collection[str] = []
     if test_cases is not None:
-        test = _read_test_patients(test_cases, patient_of)
+        test = _read_patients(test_cases, patient_of)
     elif test_fraction is not None:
         test = draw_order(stratum_of, seed)[: _number_of_share("--test_fraction", test_fraction, len(stratum_of))]
     order = draw_order({patient: stratum for patient, stratum in stratum_of.items() if patient not in test}, seed)
@@ -124,6 +128,11 @@ def withhold_labels(
         n = _require_share("--num_labeled", num_labeled, len(order))
     elif labeled_fraction is not None and labeled_fraction != 1:
         n = _number_of_share("--labeled_fraction", labeled_fraction, len(order))
+    if labeled_cases:
+        named = set[str]().union(*(_read_patients(file, patient_of) for file in labeled_cases))
+        if tested := sorted(named & {*test}):
+            raise UserError("--labeled_cases", f"{some_of(tested)} of the test set", "training cases", "Leave it out.")
+        order, n = sorted(order, key=lambda patient: patient not in named), len(named)
     shares = {
         name: {case: files for case, files in source.labeled.items() if patient_of[case] in patients}
         for name, patients in (("labeled", order[:n]), ("unlabeled", order[n:]), ("test", test))
@@ -137,6 +146,7 @@ def withhold_labels(
         "options": {
             "labeled_fraction": labeled_fraction,
             "num_labeled": num_labeled,
+            "labeled_cases": [str(file) for file in labeled_cases],
             "test_fraction": test_fraction,
             "test_cases": test_cases and str(test_cases),
             "groups": groups and str(groups),
@@ -253,8 +263,12 @@ def _read_strata(file: Path, patient_of: dict[str, str]) -> dict[str, str]:
     return stratum_of
 
 
-def _read_test_patients(file: Path, patient_of: dict[str, str]) -> set[str]:
+def _read_patients(file: Path, patient_of: dict[str, str]) -> set[str]:
+    """The patients whose cases a file lists, all of them."""
     content = _read(file)
+    if isinstance(content, dict):  # withheld_labels.json or ranking.json
+        named: list[Any] = content.get("label_next") or content.get("labeled") or []
+        content = named
     listed = set(map(str, content) if isinstance(content, list) else map(str.strip, str(content).splitlines())) - {""}
     if not listed or (unknown := listed - patient_of.keys()):
         raise UserError(

@@ -1,0 +1,157 @@
+"""Do networks know how good their predictions are? Rank correlation of what they say with the true Dice.
+
+    python benchmarks/ranking/run.py lgg validation --data FOLDER_OF_RAW_DATASETS --work SCRATCH
+
+SCRATCH is that of ../protocols/run.py: networks that it has trained there are measured on the held-out cases of their
+draw and on the unlabeled cases, whose labels were withheld from them. Rows are added to cases.csv beside this script;
+networks that stand there are not measured again. ranking.md is made of it.
+
+There is one network for each modality (fold "all"), hence no disagreement between folds.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import bootstrap, spearmanr
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "protocols"))
+from protocols import PROTOCOLS, Task, tasks_of  # noqa: E402
+from run import cases_of, dataset_of, set_environment, source_of  # noqa: E402
+
+METHODS = ("few labels", "Semi-CML", "BCP", "cross-modal BCP", "all labels")
+MEASURES = ("entropy", "disagreement", "volume", "mean")
+KEYS = ["protocol", "purpose", "method", "draw", "labeled"]
+TABLE = HERE / "cases.csv"
+
+
+def measure_networks(data: Path, work: Path, task: Task) -> pd.DataFrame | None:
+    """What the networks of a task say of every case, and the Dice of their predictions; None if they are not there."""
+    set_environment(work, task)
+    import torch
+
+    from nnunetv2_semicml.data.modality_group import ModalityGroup
+    from nnunetv2_semicml.data.raw_dataset import read_raw_dataset
+    from nnunetv2_semicml.data.result_folders import model_folder
+    from nnunetv2_semicml.evaluation.metrics import evaluate_files, fill_undefined
+    from nnunetv2_semicml.evaluation.ranking import score_cases
+    from nnunetv2_semicml.evaluation.uncertainty import CHECKPOINT, Networks, measure_cases
+
+    protocol = PROTOCOLS[task.protocol]
+    results = Path(os.environ["nnUNet_results"])
+    trainer = f"Protocol_{task.trainers[-1]}"
+    options = trainer, "nnUNetPlans", protocol.configuration
+    models = {m: model_folder(results, dataset_of(protocol, task, m), *options) for m in protocol.modalities}
+    if not all((model / "fold_all" / CHECKPOINT).is_file() for model in models.values()):
+        return None
+    torch.set_num_threads(1)
+    raw = read_raw_dataset(dataset_of(protocol, task), require_unlabeled=False)
+    group = ModalityGroup.load(raw.name)
+    source = source_of(protocol, data)
+    _, held_out = cases_of(protocol, source, task.purpose, task.draw)
+    networks = Networks(models, ["all"], torch.device("cpu"), mirroring=False)
+    rows, reader = [], raw.find_reader()()
+    for share, cases in (("held out", raw.test), ("unlabeled", raw.unlabeled)):
+        out = work / "ranking" / f"{task.protocol}_{task.purpose}" / f"{raw.name}_{task.trainers[-1]}_{task.draw}"
+        measured = measure_cases(cases, group.modalities, networks, out, raw.file_ending)
+        scores = score_cases(measured, "mean") if measured else {}
+        for case, of_case in measured.items():
+            label = source / f"labels{held_out.get(case, 'Tr')}" / f"{case}{raw.file_ending}"
+            for modality in protocol.modalities:
+                prediction = out / "predictions" / modality / f"{case}{raw.file_ending}"
+                found = evaluate_files(label, prediction, reader, raw.dataset_json["labels"])
+                pairs = [of["disagreement"] for name, of in of_case.measures.items() if " | " in name]
+                rows.append(
+                    {
+                        **{key: getattr(task, key) for key in KEYS},
+                        "share": share,
+                        "modality": modality,
+                        "case": case,
+                        "dice": fill_undefined(found[protocol.foreground])["dice"],
+                        "entropy": of_case.measures[modality]["entropy"],
+                        "volume": of_case.measures[modality]["volume"],
+                        "disagreement": np.mean(pairs) if pairs else np.nan,
+                        "mean": scores[case],
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def correlation(measure: np.ndarray, dice: np.ndarray) -> float:
+    """Spearman's, with the sign by which a good measure of doubt has 1."""
+    return float(-spearmanr(measure, dice).statistic)
+
+
+def report(table: pd.DataFrame) -> None:
+    """ranking.md: correlations over the cases of all draws, each case of a draw by itself."""
+    facts = json.loads((HERE / "facts.json").read_text())
+    lines = ["# Do networks know how good their predictions are?", "", f"`{facts.pop('command')}`", ""]
+    lines += [f"- {name}: {value}" for name, value in facts.items()]
+    lines += [
+        "",
+        "Spearman's rank correlation of doubt with 1 − Dice, mean over the draws; in brackets the 95 % bootstrap",
+    ]
+    lines += [
+        "interval over the cases (of all draws together). Entropy: where foreground is predicted (cases without any"
+    ]
+    lines += [
+        "are least sure); volume: a small one as doubt; disagreement: 1 − Dice between the modalities; mean: the score"
+    ]
+    lines += ["of `nnUNetv2_semicml_rank`.", ""]
+    heads = ["protocol", "cases", "method", "labeled", "modality", "n", *MEASURES]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    table = table.assign(entropy=table["entropy"].fillna(1.0), volume=-table["volume"])
+    by = ["protocol", "purpose", "share", "method", "labeled", "modality"]
+    for key, rows in table.groupby(by, sort=False):
+        protocol, purpose, share, method, labeled, modality = key
+        cells = [protocol, f"{purpose}, {share}", method, str(labeled or "all"), modality, str(len(rows))]
+        for measure in MEASURES:
+            if rows[measure].isna().any():
+                cells.append("")
+                continue
+            draws = [correlation(of[measure], of["dice"]) for _, of in rows.groupby("draw")]
+            samples = (rows[measure].to_numpy(), rows["dice"].to_numpy())
+            found = bootstrap(
+                samples, correlation, paired=True, vectorized=False, method="percentile", rng=np.random.default_rng(0)
+            ).confidence_interval
+            cells.append(f"{np.mean(draws):.2f} ({found.low:.2f} … {found.high:.2f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    (HERE / "ranking.md").write_text("\n".join([*lines, ""]))
+
+
+def main() -> None:
+    """Measure what is trained and not measured yet, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder of the raw datasets")
+    parser.add_argument("--work", type=Path, required=True, help="the scratch folder of ../protocols/run.py")
+    parser.add_argument("task", help="PROTOCOL PURPOSE, e.g. lgg validation", nargs=2)
+    args = parser.parse_args()
+    table = pd.read_csv(TABLE) if TABLE.is_file() else pd.DataFrame(columns=KEYS)
+    protocol = PROTOCOLS[args.task[0]]
+    for task in tasks_of(*args.task):
+        known = (table[KEYS] == [getattr(task, key) for key in KEYS]).all(axis=1).any()
+        if known or task.method not in METHODS or task.steps != protocol.steps:
+            continue
+        found = measure_networks(args.data.resolve(), args.work.resolve(), task)
+        if found is not None:
+            table = pd.concat([table, found]) if len(table) else found
+            table.to_csv(TABLE, index=False, float_format="%.4g")
+            print(task, flush=True)
+    facts = {
+        "command": "python benchmarks/ranking/run.py PROTOCOL PURPOSE --data FOLDER --work SCRATCH",
+        "draws, which are the seeds": ", ".join(map(str, sorted(set(table["draw"])))),
+        "machine": "x86_64 CPU",
+        "date": str(datetime.date.today()),
+    }
+    (HERE / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+    report(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""How sure networks are of their own predictions: entropy, and disagreement between folds and between modalities.
+
+Every measure is of the networks of one fold, averaged over the folds, so that what a fold says of its validation cases
+can be compared with what all folds say of new ones; only how folds differ from each other has no such counterpart.
+May import nnU-Net, `errors` and data/.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import combinations
+from math import log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.evaluation.evaluate_predictions import compute_tp_fp_fn_tn, region_or_label_to_mask
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor, nn
+
+from nnunetv2_semicml.data.checkpoint_file import find_damage
+from nnunetv2_semicml.data.files import Json, write_json
+from nnunetv2_semicml.data.modality_group import Modality
+from nnunetv2_semicml.data.raw_dataset import CaseFiles, Cases
+from nnunetv2_semicml.data.reading import require_whole
+from nnunetv2_semicml.data.result_folders import fold_folder
+from nnunetv2_semicml.errors import UserError
+from nnunetv2_semicml.evaluation.jobs import stamp, try_read_json
+from nnunetv2_semicml.evaluation.metrics import classes_of, compute_metrics, fill_undefined
+from nnunetv2_semicml.evaluation.progress import Progress
+
+CHECKPOINT = "checkpoint_final.pth"
+
+
+@dataclass(frozen=True)
+class FoldPredictions:
+    """What the networks of one modality make of a case.
+
+    Attributes:
+        segmentation: of the mean of their logits, as nnU-Net's ensemble makes it: (Z, Y, X) on the grid of the scan.
+        of_folds: fold -> segmentation by its network alone, on the same grid.
+        entropies: fold -> mean entropy of its probabilities where it predicts foreground, of their largest possible one
+            (0 … 1); NaN where it predicts none.
+        features: mean activations of the last stage of the first network's encoder over the scan; none if it has none.
+        properties: nnU-Net's, of the scan.
+    """
+
+    segmentation: np.ndarray
+    of_folds: dict[str, np.ndarray]
+    entropies: dict[str, float]
+    features: list[float]
+    properties: dict[str, Any]
+
+
+class FoldPredictor:
+    """The networks of one modality, each fold by itself.
+
+    Args:
+        model: nnU-Net's model folder.
+        folds: 0, 1, … or all.
+        device: to predict on.
+        mirroring: whether to average over mirrored copies, as nnU-Net does.
+
+    Raises:
+        UserError: a checkpoint is missing or damaged.
+    """
+
+    def __init__(self, model: Path, folds: Sequence[str], device: torch.device, mirroring: bool = True):
+        for file in (fold_folder(model, fold) / CHECKPOINT for fold in folds):
+            if not file.is_file():
+                raise UserError(file, "no such file", "a finished training", "Train this fold, or leave it out of -f.")
+            if damage := find_damage(file):
+                raise UserError(file, damage, "a whole checkpoint", "Restore it from a backup, or train again.")
+        on_device = device.type == "cuda"
+        options = {"use_mirroring": mirroring, "perform_everything_on_device": on_device, "allow_tqdm": False}
+        self.folds = list(folds)
+        self.predictor = nnUNetPredictor(device=device, **options)
+        self.predictor.initialize_from_trained_model_folder(str(model), tuple(folds), CHECKPOINT)
+        self._parameters = dict(zip(folds, self.predictor.list_of_parameters, strict=True))
+
+    @property
+    def labels(self) -> dict[str, int | tuple[int, ...]]:
+        """Classes or regions, name -> value or values."""
+        return classes_of(self.predictor.dataset_json["labels"])
+
+    def predict(self, files: Sequence[str]) -> FoldPredictions:
+        """Predict a case.
+
+        Args:
+            files: its images, as nnU-Net's reader takes them.
+        """
+        predictor = self.predictor
+        preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
+        managers = predictor.plans_manager, predictor.configuration_manager
+        data, _, properties = preprocessor.run_case(list(files), None, *managers, predictor.dataset_json)
+        label_manager = predictor.plans_manager.get_label_manager(predictor.dataset_json)
+
+        def segment(logits: Tensor) -> np.ndarray:
+            segmentation: np.ndarray = convert_predicted_logits_to_segmentation_with_correct_shape(
+                logits, *managers, label_manager, properties, num_threads_torch=torch.get_num_threads()
+            )
+            return segmentation
+
+        of_folds, entropies, total = {}, {}, None
+        features = _EncoderFeatures(predictor.network)
+        for fold, parameters in self._parameters.items():
+            predictor.list_of_parameters = [parameters]
+            with features if fold == self.folds[0] else nullcontext():
+                logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data)).float().cpu()
+            entropies[fold] = foreground_entropy(logits, label_manager)
+            of_folds[fold] = segment(logits)
+            total = logits if total is None else total + logits
+        assert total is not None  # there is a fold
+        whole = of_folds[self.folds[0]] if len(of_folds) == 1 else segment(total / len(of_folds))
+        return FoldPredictions(whole, of_folds, entropies, features.mean(), properties)
+
+    def write(self, predictions: FoldPredictions, file: Path) -> None:
+        """Write the segmentation as nnU-Net does, whole or not at all."""
+        writer = self.predictor.plans_manager.image_reader_writer_class()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=file.parent) as folder:
+            writer.write_seg(predictions.segmentation, str(Path(folder, file.name)), predictions.properties)
+            for written in Path(folder).iterdir():  # a TIFF has its spacing in a file beside it
+                written.replace(file.with_name(written.name))
+
+
+class _EncoderFeatures(AbstractContextManager[None]):
+    """Within it, collects the mean activations of the last stage of a network's encoder, over all patches."""
+
+    def __init__(self, network: nn.Module):
+        self._encoder = getattr(network, "encoder", None)
+        self._sum: Tensor | None = None
+        self._number = 0
+
+    def __enter__(self) -> None:
+        self._hook = self._encoder and self._encoder.register_forward_hook(self._add)
+
+    def __exit__(self, *error: object) -> None:
+        if self._hook:
+            self._hook.remove()
+
+    def _add(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        last = outputs[-1] if isinstance(outputs, list | tuple) else outputs
+        of_patches = last.float().flatten(2).mean(2).sum(0).cpu()
+        self._sum = of_patches if self._sum is None else self._sum + of_patches
+        self._number += len(last)
+
+    def mean(self) -> list[float]:
+        """Of all patches; nothing if there was no encoder."""
+        return [] if self._sum is None else (self._sum / self._number).tolist()
+
+
+def foreground_entropy(logits: Tensor, label_manager: LabelManager) -> float:
+    """Mean entropy of the probabilities where foreground is predicted, as a share of the largest possible one.
+
+    Of classes it is that of the softmax, of regions the mean of those of their sigmoids.
+
+    Args:
+        logits: (heads, *spatial).
+        label_manager: nnU-Net's.
+
+    Returns:
+        0 … 1; NaN where no foreground is predicted.
+    """
+    if label_manager.has_regions:
+        p = logits.sigmoid()
+        of_voxels = -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)).mean(0) / log(2)
+        foreground = (p > 0.5).any(0)
+    else:
+        p = logits.softmax(0)
+        of_voxels = -torch.xlogy(p, p).sum(0) / log(len(p))
+        foreground = p.argmax(0) > 0
+    return float(of_voxels[foreground].mean()) if bool(foreground.any()) else float("nan")
+
+
+def compare_segmentations(
+    first: np.ndarray, second: np.ndarray, labels: Mapping[str, int | Sequence[int]], spacing: Sequence[float]
+) -> dict[str, float]:
+    """How two segmentations of a case differ, as the mean over the classes or regions.
+
+    Args:
+        first: (Z, Y, X).
+        second: the same.
+        labels: name -> value or values.
+        spacing: of these axes, in mm.
+
+    Returns:
+        "disagreement", 1 − Dice, and "hd95" in mm, where a class that neither shows counts as agreed on and one that
+        only one shows as `fill_undefined` has it; "volume_difference", of the volumes by their sum, 0 … 1.
+    """
+    rows = []
+    for masks in _masks(first, second, labels):
+        metrics = fill_undefined(compute_metrics(*masks, spacing))
+        a, b = metrics["n_ref"], metrics["n_pred"]
+        rows.append((1 - metrics["dice"], metrics["hd95"], abs(a - b) / (a + b) if a + b else 0.0))
+    disagreement, hd95, volume = np.mean(rows, axis=0).tolist()
+    return {"disagreement": disagreement, "hd95": hd95, "volume_difference": volume}
+
+
+def measure(
+    predictions: Mapping[str, FoldPredictions],
+    labels: Mapping[str, int | Sequence[int]],
+    spacing: Sequence[float],
+) -> dict[str, dict[str, float]]:
+    """All measures of a case.
+
+    Args:
+        predictions: modality -> what its networks make of the case, for the modalities that it has.
+        labels: of the classes or regions, name -> value or values.
+        spacing: of the segmentations, in mm.
+
+    Returns:
+        modality -> "volume" in ml and "entropy" and, if there are several folds, "fold_disagreement", the mean of 1 −
+        Dice over their pairs; and "A | B" of every pair of modalities -> what `compare_segmentations` returns, in the
+        mean over the folds that both have.
+    """
+    found: dict[str, dict[str, float]] = {}
+    voxel = float(np.prod(spacing)) / 1000
+    for modality, own in predictions.items():
+        volumes = [float((segmentation > 0).sum()) * voxel for segmentation in own.of_folds.values()]
+        known = [value for value in own.entropies.values() if not np.isnan(value)]
+        entropy = float(np.mean(known)) if known else float("nan")
+        found[modality] = {"volume": float(np.mean(volumes)), "entropy": entropy}
+        pairs = list(combinations(own.of_folds.values(), 2))
+        if pairs:
+            differences = [_disagreement(a, b, labels) for a, b in pairs]
+            found[modality]["fold_disagreement"] = float(np.mean(differences))
+    for (a, of_a), (b, of_b) in combinations(predictions.items(), 2):
+        folds = [fold for fold in of_a.of_folds if fold in of_b.of_folds]
+        rows = [compare_segmentations(of_a.of_folds[f], of_b.of_folds[f], labels, spacing) for f in folds]
+        found[f"{a} | {b}"] = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return found
+
+
+def _disagreement(first: np.ndarray, second: np.ndarray, labels: Mapping[str, int | Sequence[int]]) -> float:
+    """1 − Dice, as the mean over the classes or regions; one that neither shows is agreed on."""
+    found = []
+    for a, b in _masks(first, second, labels):
+        tp, fp, fn, _ = map(int, compute_tp_fp_fn_tn(a, b))
+        found.append((fp + fn) / (2 * tp + fp + fn) if tp + fp + fn else 0.0)
+    return float(np.mean(found))
+
+
+def _masks(
+    first: np.ndarray, second: np.ndarray, labels: Mapping[str, int | Sequence[int]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for value in labels.values():
+        yield region_or_label_to_mask(first, value), region_or_label_to_mask(second, value)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a case.
+
+    Attributes:
+        measures: what `measure` returns.
+        features: modality -> those of `FoldPredictions`.
+    """
+
+    measures: Mapping[str, Mapping[str, float]]
+    features: Mapping[str, Sequence[float]]
+
+    def flat(self) -> dict[str, float]:
+        """A row of a table: "FLAIR entropy", "FLAIR | T1 disagreement", …"""
+        return {f"{where} {name}": value for where, of in self.measures.items() for name, value in of.items()}
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The trained networks of a group.
+
+    Attributes:
+        models: modality -> nnU-Net's model folder.
+        folds: 0, 1, … or all.
+        device: to predict on.
+        mirroring: as nnU-Net's.
+    """
+
+    models: Mapping[str, Path]
+    folds: Sequence[str]
+    device: torch.device
+    mirroring: bool
+
+    def predictors(self) -> dict[str, FoldPredictor]:
+        """Those of every modality."""
+        options = (self.folds, self.device, self.mirroring)
+        return {modality: FoldPredictor(model, *options) for modality, model in self.models.items()}
+
+    def of_fold(self, fold: str) -> "Networks":
+        """Those of one fold."""
+        return replace(self, folds=[fold])
+
+    def stamps(self) -> Json:
+        """What changes when a network changes."""
+        files = [fold_folder(model, fold) / CHECKPOINT for model in self.models.values() for fold in self.folds]
+        return {"checkpoints": [stamp(file) for file in files], "mirroring": self.mirroring}
+
+
+def measure_cases(
+    cases: Cases, modalities: Sequence[Modality], networks: Networks, out: Path, file_ending: str
+) -> dict[str, Measured]:
+    """Predict and measure cases, or what is left to do of that.
+
+    Args:
+        cases: name -> files.
+        modalities: of the group, in the order of its tables.
+        networks: theirs.
+        out: for predictions/MODALITY/CASE and measures/CASE.json, which are written case by case.
+        file_ending: of the predictions.
+
+    Raises:
+        UserError: a checkpoint or a scan is missing or damaged.
+    """
+    predictors: dict[str, FoldPredictor] = {}
+    progress = Progress(dict.fromkeys(cases, ("case", 1)), 1)
+    found = {}
+    for case, files in cases.items():
+        present = present_modalities(files, modalities)
+        inputs = {**networks.stamps(), "scans": [stamp(file) for of in present.values() for file in of]}
+        inputs = json.loads(json.dumps(inputs))  # as JSON gives it back
+        file = out / "measures" / f"{case}.json"
+        written = [out / "predictions" / modality / f"{case}{file_ending}" for modality in present]
+        content = try_read_json(file) or {}
+        progress.start(case)
+        if content.get("inputs") != inputs or not all(prediction.is_file() for prediction in written):
+            for scan in (scan for of in present.values() for scan in of):
+                require_whole(scan)
+            predictors = predictors or networks.predictors()
+            predictions = {modality: predictors[modality].predict(scans) for modality, scans in present.items()}
+            for modality, prediction in zip(present, written, strict=True):
+                predictors[modality].write(predictions[modality], prediction)
+            first = next(iter(present))
+            measures = measure(predictions, predictors[first].labels, predictions[first].properties["spacing"])
+            content = {"inputs": inputs, "measures": measures}
+            content["features"] = {modality: of.features for modality, of in predictions.items()}
+            write_json(file, content)
+            progress.end(case)
+            progress.say(f"{case}; {progress}")
+        else:
+            progress.end(case, well=False)
+        found[case] = Measured(content["measures"], content["features"])
+    return found
+
+
+def present_modalities(files: CaseFiles, modalities: Sequence[Modality]) -> dict[str, list[str]]:
+    """The modalities that a case has -> its images of them."""
+    images = {m.name: [files["images"][i] for i in m.files] for m in modalities}
+    return {name: [image for image in of if image] for name, of in images.items() if None not in of}
