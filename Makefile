@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-gpu lint mutate chaos clean
+.PHONY: demo test test-gpu lint docs mutate chaos clean
 
 demo: $(VENV)/.installed
 	$(BIN)/nnUNetv2_semicml_demo --out demo_output
@@ -29,10 +29,16 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The page of commands, and the documentation as a site: open site/index.html
+docs: $(VENV)/.installed
+	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[docs]'
+	$(BIN)/python docs/commands.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output build mutants *.egg-info
+	rm -rf $(VENV) demo_output build mutants site *.egg-info

@@ -27,7 +27,7 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from toy import copy_processes, draw_few_intensities
 
-from nnunetv2_semicml.ext_trainers import main as print_trainers_folder
+from nnunetv2_semicml.command_line import print_trainers_folder
 from nnunetv2_semicml.training import conductor
 
 TRAINER = "nnUNetTrainerSemiCML_test"
@@ -165,7 +165,8 @@ def test_planning_is_that_of_the_function(channels_group, tmp_path):
             assert first == second != set()
 
 
-def test_trainers_folder_is_printed(capsys):
+def test_trainers_folder_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_semicml_trainers"])
     print_trainers_folder()
     folder = Path(capsys.readouterr().out.strip())
     assert [f.name for f in sorted(folder.glob("*.py"))] == ["__init__.py", "semicml_trainers.py"]

@@ -12,6 +12,7 @@ import pytest
 import SimpleITK as sitk
 from conftest import LABELS, make_trainer
 
+from nnunetv2_semicml.command_line import run_expected_dice
 from nnunetv2_semicml.data.raw_dataset import read_raw_dataset
 from nnunetv2_semicml.data.result_folders import model_folder
 from nnunetv2_semicml.evaluation import expected_dice
@@ -108,7 +109,7 @@ def test_every_case_is_told_from_what_it_has_if_enough_others_have_that():
 
 def run(monkeypatch, *words):
     monkeypatch.setattr("sys.argv", ["nnUNetv2_semicml_expected_dice", *map(str, words), "-device", "cpu"])
-    expected_dice.main()
+    run_expected_dice()
 
 
 @pytest.fixture

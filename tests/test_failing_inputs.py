@@ -26,8 +26,8 @@ from toy import (
     write_toy,
 )
 
+from nnunetv2_semicml.command_line import run_plan_and_preprocess
 from nnunetv2_semicml.errors import UserError
-from nnunetv2_semicml.planning.plan_and_preprocess import main
 
 SMALL = (9, 10, 8)
 CASES = [f"P{i:02d}" for i in range(6)]
@@ -439,7 +439,7 @@ def test_command_line_prints_the_sentence_alone(raw, monkeypatch, capsys):
     save(folder / "imagesUn" / "P06_0001.nii.gz", np.zeros(SMALL, np.float32))
     monkeypatch.setattr("sys.argv", ["nnUNetv2_semicml_plan_and_preprocess", "-d", "500", "-npfp", "1"])
     with pytest.raises(SystemExit) as exit_:
-        main()
+        run_plan_and_preprocess()
     assert exit_.value.code == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"Error: {folder}/imagesUn/P06_0001.nii.gz: found the value 0 in every voxel; expected an image. Export it "

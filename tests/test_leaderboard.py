@@ -28,6 +28,7 @@ from skimage.io import imsave
 from tifffile import imwrite
 
 from nnunetv2_semicml import ext_trainers
+from nnunetv2_semicml.command_line import run_leaderboard
 from nnunetv2_semicml.data.checkpoint_file import content_digest
 from nnunetv2_semicml.data.files import read_json
 from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup
@@ -278,10 +279,10 @@ def call(study, monkeypatch, capsys):
         words = ["-d", 500, "-c", "2d", "-f", 0, "-device", "cpu", "-o", study / "out", *options]
         monkeypatch.setattr(sys, "argv", ["nnUNetv2_semicml_leaderboard", *map(str, words)])
         if error is None:
-            leaderboard.main()
+            run_leaderboard()
         else:
             with pytest.raises(SystemExit):
-                leaderboard.main()
+                run_leaderboard()
             assert re.search(error, capsys.readouterr().err)
         calls = study / "calls.txt"
         return [json.loads(line) for line in calls.read_text().splitlines()] if calls.is_file() else []

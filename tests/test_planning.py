@@ -40,11 +40,11 @@ from toy import (
 )
 from toy import write_json as change_json
 
+from nnunetv2_semicml.command_line import run_plan_and_preprocess
 from nnunetv2_semicml.data.modality_group import ModalityGroup
 from nnunetv2_semicml.data.phantom import write_phantom_dataset
 from nnunetv2_semicml.planning import plan_and_preprocess as planning
 from nnunetv2_semicml.planning import preprocess
-from nnunetv2_semicml.planning.plan_and_preprocess import main
 from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunetv2_semicml.trainers.nnUNetTrainerSupervisedEMA import nnUNetTrainerSupervisedEMA
 
@@ -767,14 +767,14 @@ def test_several_datasets_by_ids_and_names(raw, monkeypatch, capsys):
     write_toy(raw, 600, "Other")
     command = ["nnUNetv2_semicml_plan_and_preprocess", "-d", "500", "Dataset600_Other", "-c", "2d", "-np", "1"]
     monkeypatch.setattr("sys.argv", [*command, "-npfp", "1", "--no_pp", "--one_modality"])
-    main()
+    run_plan_and_preprocess()
     lines = capsys.readouterr().out.splitlines()
     for name in (GROUP, "Dataset600_Other"):
         assert f"{name} is planned: 6 labeled cases: 6 with all; 6 unlabeled cases: 6 with all" in lines
         assert f"  all: {name} (_0000 T1, _0001 T2)" in lines
     monkeypatch.setattr("sys.argv", [*command, "--modality_ids", "501", "502"])
     with pytest.raises(SystemExit):
-        main()
+        run_plan_and_preprocess()
     assert capsys.readouterr().err == (
         "Error: option --modality_ids: found it beside 2 datasets; expected one dataset. Plan each by itself.\n"
     )
@@ -889,9 +889,10 @@ def test_a_full_disk_is_one_sentence_and_the_command_can_be_repeated(raw):
     size = 30_000
     code = (
         f"import resource, sys, pytest; sys.path.append({str(Path(__file__).parent)!r}); import toy\n"
-        "from nnunetv2_semicml.planning.plan_and_preprocess import main\n"
+        "import nnunetv2_semicml.planning.plan_and_preprocess\n"
+        "from nnunetv2_semicml.command_line import run_plan_and_preprocess\n"
         "toy.draw_few_intensities(pytest.MonkeyPatch())\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); main()"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); run_plan_and_preprocess()"
     )
     options = ["-d", "500", "-c", "2d", "-np", "1", "-npfp", "1"]
     done = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True)

@@ -12,9 +12,9 @@ from conftest import LABELS, PATTERNS, make_trainer
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from nnunetv2_semicml.command_line import run_rank
 from nnunetv2_semicml.data.raw_dataset import read_raw_dataset
 from nnunetv2_semicml.data.result_folders import model_folder
-from nnunetv2_semicml.evaluation import ranking
 from nnunetv2_semicml.evaluation.ranking import choose, score_cases
 from nnunetv2_semicml.evaluation.uncertainty import (
     FoldPredictions,
@@ -173,7 +173,7 @@ def test_folds_and_their_ensemble_are_those_of_nnunet(trained, results, tmp_path
 
 def rank(monkeypatch, *words):
     monkeypatch.setattr("sys.argv", ["nnUNetv2_semicml_rank", *words, "-device", "cpu"])
-    ranking.main()
+    run_rank()
 
 
 def test_cases_are_ranked_with_the_modalities_that_they_have(trained, results, monkeypatch, capsys):

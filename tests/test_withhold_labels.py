@@ -16,10 +16,11 @@ import SimpleITK as sitk
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from skimage.io import imsave
 
+from nnunetv2_semicml.command_line import run_withhold_labels
 from nnunetv2_semicml.data.image_check import check_images
 from nnunetv2_semicml.data.raw_dataset import read_raw_dataset
 from nnunetv2_semicml.errors import UserError
-from nnunetv2_semicml.planning.withhold_labels import draw_order, main, withhold_labels
+from nnunetv2_semicml.planning.withhold_labels import draw_order, withhold_labels
 
 CASES = [f"P{patient}_{scan}" for patient in range(6) for scan in "xy"]  # 6 patients, 2 scans each
 PATIENTS = {case: case[:2] for case in CASES}
@@ -813,7 +814,7 @@ def test_an_interruption_leaves_nothing_behind(raw: Path, monkeypatch: pytest.Mo
 def test_command_line(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     command = "withhold_labels -d Dataset500_Toy --output_id 501 --output_name Small --labeled_fraction 0.25 --seed 3"
     monkeypatch.setattr(sys, "argv", command.split())
-    main()
+    run_withhold_labels()
     output = capsys.readouterr().out
     assert "Dataset501_Small: 3 labeled, 9 unlabeled, 0 test" in output
     assert "nnUNetv2_semicml_plan_and_preprocess -d 501" in output
@@ -821,7 +822,7 @@ def test_command_line(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not (raw / "Dataset501_Small" / "imagesTs").exists()
 
     with pytest.raises(SystemExit):
-        main()
+        run_withhold_labels()
     captured = capsys.readouterr()
     assert captured.err.startswith("Error: --output_id: found 501")
     assert "Traceback" not in captured.err
@@ -830,7 +831,7 @@ def test_command_line(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_command_line_drops_modalities(raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     command = "withhold_labels -d 500 --output_id 501 --num_labeled 4 --drop_modality"
     monkeypatch.setattr(sys, "argv", [*command.split(), "CT=0.5", "1=.25"])
-    main()
+    run_withhold_labels()
     output = capsys.readouterr().out
     assert "4 labeled, 8 unlabeled, 0 test" in output
     assert "Cases that lost CT: 2 labeled, 4 unlabeled\nCases that lost 1: 1 labeled, 2 unlabeled\n" in output
@@ -844,16 +845,13 @@ def test_command_line_drops_modalities(raw: Path, monkeypatch: pytest.MonkeyPatc
     ):
         monkeypatch.setattr(sys, "argv", [*command.split(), *texts])
         with pytest.raises(SystemExit):
-            main()
+            run_withhold_labels()
         assert capsys.readouterr().err.startswith(f"Error: --drop_modality: found {found}; expected ")
 
 
-def test_module_runs_without_warnings():
-    subprocess.run(
-        [sys.executable, "-W", "error", "-m", "nnunetv2_semicml.planning.withhold_labels", "--help"],
-        check=True,
-        capture_output=True,
-    )
+def test_module_is_imported_without_warnings():
+    code = "import nnunetv2_semicml.planning.withhold_labels"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True)
 
 
 def test_nothing_withheld_makes_the_fully_labeled_dataset_with_the_same_test_set(raw: Path):
@@ -871,9 +869,10 @@ def test_nothing_withheld_makes_the_fully_labeled_dataset_with_the_same_test_set
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(raw: Path):
     """A limit on the size of files stands for it, and a folder without hard links for one on another drive."""
     code = (
-        "import os, resource, sys; from nnunetv2_semicml.planning.withhold_labels import main\n"
+        "import os, resource, sys, nnunetv2_semicml.planning.withhold_labels\n"
+        "from nnunetv2_semicml.command_line import run_withhold_labels\n"
         "os.link = lambda *_: os.stat('/nowhere')\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))\nmain()"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))\nrun_withhold_labels()"
     )
     before = snapshot(raw)
     options = ["-d", "500", "--output_id", "501", "--num_labeled", "3"]

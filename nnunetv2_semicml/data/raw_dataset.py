@@ -214,11 +214,6 @@ def read_raw_dataset(dataset: int | str, require_unlabeled: bool = True) -> RawD
     )
 
 
-def number_or_name(text: str) -> int | str:
-    """What a command line takes for a dataset: its number, or its name in full."""
-    return int(text) if text.isdecimal() else text
-
-
 def raw_root() -> Path:
     """The folder of the raw datasets.
 

@@ -5,7 +5,6 @@ modality alone with stock nnU-Net, and are compared. Everything lies below one f
 it runs and can be repeated.
 """
 
-import argparse
 import os
 import shlex
 import shutil
@@ -16,9 +15,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from nnunetv2_semicml import ext_trainers
-from nnunetv2_semicml.data.files import explains_failed_writes
 from nnunetv2_semicml.data.phantom import write_phantom_dataset
-from nnunetv2_semicml.errors import UserError, reports_user_errors
+from nnunetv2_semicml.errors import UserError
 
 GROUP, MODALITIES = 500, ("FLAIR", "T1")
 NUM_LABELED, NUM_UNLABELED, NUM_TEST = 6, 14, 6
@@ -149,20 +147,3 @@ class Demo:
             said = log or "what it printed above"
             raise UserError(said, f"exit status {ended.returncode} of {program}", "0", "Its last lines say why.")
         print(f"      done in {time.monotonic() - start:.0f} s", flush=True)
-
-
-@reports_user_errors
-def main() -> None:
-    """Command line: the demo, in minutes, without GPU and without data."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the patients and trainings (default: %(default)s)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
-    args = parser.parse_args()
-    with explains_failed_writes(args.out, "Make room, or choose another folder with --out."):
-        report = Demo(args.out, args.device, args.seed).run()
-    print(f"Report: {report}")
-
-
-if __name__ == "__main__":
-    main()

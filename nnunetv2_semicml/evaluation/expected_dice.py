@@ -6,8 +6,6 @@ import nnU-Net, `errors`, `data`; knows trainers by name alone.
 """
 
 import argparse
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,9 +21,9 @@ from nnunetv2_semicml.data.environment import environment_folder
 from nnunetv2_semicml.data.files import explains_failed_writes, write_json, written_whole
 from nnunetv2_semicml.data.folds import SPLITS_FILE, read_folds
 from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup, preprocessed_folder
-from nnunetv2_semicml.data.raw_dataset import Cases, RawDataset, number_or_name, read_raw_dataset
+from nnunetv2_semicml.data.raw_dataset import Cases, RawDataset, read_raw_dataset
 from nnunetv2_semicml.data.result_folders import model_folder
-from nnunetv2_semicml.errors import UserError, reports_user_errors, some_of
+from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.evaluation.metrics import evaluate_files, fill_undefined
 from nnunetv2_semicml.evaluation.uncertainty import Measured, Networks, measure_cases, present_modalities
 
@@ -212,40 +210,3 @@ def expect_all(
             part.insert(1, "modality", modality)
             parts.append(part.assign(told_from=" + ".join(told_from)))
     return pd.concat(parts).sort_values(["case", "modality"], kind="stable", ignore_index=True)
-
-
-@reports_user_errors
-def main() -> None:
-    """Command line of `expected_dice`."""
-    parser = argparse.ArgumentParser(
-        description="Predict scans with the networks of every modality, and say how good the predictions probably are: "
-        "the Dice that their entropy, their volume and the agreement between modalities stand for on the validation "
-        "cases of the folds, with an interval. Writes expected_dice.csv and .json, and the predictions. Repeat the "
-        "command to go on. Prediction itself needs none of this: nnUNetv2_predict.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""example:
-  nnUNetv2_semicml_expected_dice -d 500 -c 3d_fullres -tr nnUNetTrainerSemiCML -i tonight -o tonight_checked
-
-The scans are named as in imagesTs of the dataset; a case may lack modalities. What is expected is the mean over the
-classes, and of scans that are like those of the training: no other hospital, no other disease.""",
-    )
-    add = parser.add_argument
-    add("-d", type=number_or_name, required=True, metavar="ID", help="id or name of the dataset that was trained on")
-    add("-i", type=Path, required=True, metavar="FOLDER", help="the scans")
-    add("-o", type=Path, required=True, metavar="FOLDER", help="output folder")
-    add("-c", required=True, metavar="CONFIGURATION", help="e.g. 2d, 3d_fullres")
-    add("-tr", required=True, metavar="TRAINER", help="whose networks predict, e.g. nnUNetTrainerSemiCML")
-    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
-    add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="folds (default: 0 1 2 3 4)")
-    add("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="(default: %(default)s)")
-    add("--confidence", type=float, default=0.9, metavar="C", help="of the interval (default: %(default)s)")
-    add("--flag_below", type=float, default=0.7, metavar="DICE", help="flag what is expected below (default: 0.7)")
-    add("--disable_tta", action="store_true", help="predict without mirrored copies, as of nnUNetv2_predict")
-    file = expected_dice(parser.parse_args(), shlex.join(["nnUNetv2_semicml_expected_dice", *sys.argv[1:]]))
-    table = pd.read_csv(file, dtype={"case": str, "modality": str}, keep_default_na=False)
-    flagged = [f"{row['case']} ({row['modality']})" for row in table[table["flagged"]].to_dict("records")]
-    print(f"{file}\nFlagged: {some_of(flagged) or 'none'}")
-
-
-if __name__ == "__main__":
-    main()

@@ -38,11 +38,11 @@ from nnunetv2_semicml.data.raw_dataset import (
     RawDataset,
     dataset_number,
     datasets_with_id,
-    number_or_name,
     raw_root,
     read_raw_dataset,
 )
-from nnunetv2_semicml.errors import UserError, reports_user_errors, some_of
+from nnunetv2_semicml.errors import UserError, some_of
+from nnunetv2_semicml.evaluation import NOTATION
 from nnunetv2_semicml.evaluation.figures import Volumes
 from nnunetv2_semicml.evaluation.jobs import Evaluate, Job, Model, Predict, Train, run_jobs, try_read_json
 from nnunetv2_semicml.evaluation.leaderboard_page import (
@@ -56,7 +56,6 @@ from nnunetv2_semicml.evaluation.leaderboard_page import (
 from nnunetv2_semicml.evaluation.metrics import METRICS
 
 PROGRAMS = Path(sys.executable).parent  # nnU-Net's command lines, installed beside this Python
-NOTATION = "[NAME=][each:|all:][FIRST+]TRAINER[@DATASET]"
 COLUMNS = ["dataset", "method", "modality", "seed", "case", "class", *METRICS, "n_ref", "n_pred", "diagonal"]
 COLUMNS += ["labeled", "unlabeled"]
 
@@ -857,85 +856,3 @@ def _describe_shown(raw: RawDataset, scans: Scans) -> str:
     if len(scans.channels) == 1:
         return ""
     return channels[0] if len(channels) == 1 else f"the mean of {', '.join(channels)}"
-
-
-@reports_user_errors
-def main() -> None:
-    """Command line of `leaderboard`."""
-    parser = argparse.ArgumentParser(
-        description="Train what is missing, predict the test scans (imagesTs) of every modality alone, evaluate them "
-        "against labelsTs, and write leaderboard.csv, .md and .html. Repeat the command to go on.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"""methods: {NOTATION}
-  nnUNetTrainerSemiCML        trained once on dataset -d, predicts every modality
-  each:nnUNetTrainer          trained on the dataset of every modality by itself
-  all:nnUNetTrainer           stock nnU-Net on all channels of dataset -d at once; no labeled case may lack one
-  each:nnUNetTrainer@600      trained on the modality datasets of dataset 600, e.g. the same patients, all labeled
-  "Upper bound=each:nnUNetTrainer@600"     the same with a name for the tables
-  PReL=nnUNetTrainerSemiCML+nnUNetTrainerSemiCMLPReL
-                              a second stage after the first one that it goes on from, which is trained if need be,
-                              and compared if it is listed by itself, too
-Methods are independent of each other, but for the first stages that they have in common. If -d is one modality, all of
-these train on it. Test cases that lack a modality are left out of its results.""",
-    )
-    add = parser.add_argument
-    add(
-        "-d",
-        type=number_or_name,
-        required=True,
-        metavar="ID",
-        help="id or name of the dataset, planned and preprocessed",
-    )
-    add("-c", required=True, metavar="CONFIGURATION", help="e.g. 2d, 3d_fullres")
-    add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="folds (default: 0 1 2 3 4), or all")
-    add("--methods", nargs="+", required=True, metavar="METHOD", help="see below")
-    add("--reference", metavar="NAME", help="the method that the others are compared with (default: the first)")
-    add(
-        "--external",
-        nargs="+",
-        default=[],
-        metavar="NAME=MODALITY=FOLDER",
-        help="predictions of other people's models, files named like the test cases",
-    )
-    add(
-        "--seeds",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="train everything once per seed, below the output folder; only this package's trainers are seeded, those "
-        "of nnU-Net differ by chance (default: one run, in nnUNet_results)",
-    )
-    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
-    add("-o", type=Path, metavar="FOLDER", help="output folder (default: nnUNet_results/leaderboards/…)")
-    add("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="(default: %(default)s)")
-    add("--train_options", default="", metavar="OPTIONS", help='of nnUNetv2_train: --train_options="-num_gpus 2"')
-    add(
-        "--predict_options",
-        default="",
-        metavar="OPTIONS",
-        help='of nnUNetv2_predict: --predict_options="--disable_tta -npp 1"',
-    )
-    add("--executor", default="local", choices=["local", "slurm"], help="(default: %(default)s)")
-    add("--jobs", type=int, metavar="N", help="jobs at a time (default: locally one for each GPU, on SLURM all)")
-    add(
-        "--slurm",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="parameters of submitit, e.g. timeout_min=2880 slurm_partition=gpu gpus_per_node=1 cpus_per_task=12",
-    )
-    add(
-        "--compare",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="CSV",
-        help="leaderboard.csv of datasets with other labeled shares, for curves",
-    )
-    add("--note", default="", metavar="TEXT", help="what readers of the tables should know first")
-    page = leaderboard(parser.parse_args(), shlex.join(["nnUNetv2_semicml_leaderboard", *sys.argv[1:]]))
-    print(f"Leaderboard: {page}")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,8 +6,6 @@ knows trainers by name alone.
 """
 
 import argparse
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,23 +15,17 @@ import torch
 from sklearn.cluster import AgglomerativeClustering
 
 from nnunetv2_semicml.data.environment import environment_folder
-from nnunetv2_semicml.data.files import explains_failed_writes, read_json, write_json, written_whole
+from nnunetv2_semicml.data.files import explains_failed_writes, write_json, written_whole
 from nnunetv2_semicml.data.modality_group import ModalityGroup
-from nnunetv2_semicml.data.raw_dataset import RawDataset, number_or_name, read_raw_dataset
+from nnunetv2_semicml.data.raw_dataset import RawDataset, read_raw_dataset
 from nnunetv2_semicml.data.result_folders import model_folder
-from nnunetv2_semicml.errors import UserError, reports_user_errors, some_of
+from nnunetv2_semicml.errors import UserError
+from nnunetv2_semicml.evaluation import SCORES
 from nnunetv2_semicml.evaluation.figures import colors_of, draw_disagreement
 from nnunetv2_semicml.evaluation.page import render_page
 from nnunetv2_semicml.evaluation.uncertainty import Measured, Networks, measure_cases, present_modalities
 
 TEMPLATE = Path(__file__).with_name("ranking.html.jinja")
-# what a case is ranked by, in the mean of its percentile ranks: name -> the measures of `measure`
-SCORES = {
-    "mean": ("entropy", "fold_disagreement", "disagreement"),
-    "entropy": ("entropy",),
-    "folds": ("fold_disagreement",),
-    "modalities": ("disagreement",),
-}
 _SHOWN, _MOST_ROWS = 12, 200
 
 
@@ -168,46 +160,3 @@ def _page(
         rows=table.head(_MOST_ROWS).to_dict("records"),
         number=len(table),
     )
-
-
-@reports_user_errors
-def main() -> None:
-    """Command line of `rank`."""
-    parser = argparse.ArgumentParser(
-        description="Predict the unlabeled cases (imagesUn) with the networks of every modality and rank them by how "
-        "little these know of them: entropy, and disagreement between folds and between modalities. Writes ranking.csv "
-        "and .html, ranking.json with the cases to outline next, and the predictions, to begin with. Repeat the "
-        "command to go on.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""example:
-  nnUNetv2_semicml_rank -d 500 -c 3d_fullres -tr nnUNetTrainerSemiCML --number 5
-
-To go on with the new labels: move the images of these cases from imagesUn to imagesTr, put their labels into labelsTr,
-raise numTraining in dataset.json, and run nnUNetv2_semicml_plan_and_preprocess -d 500 --keep_plans.""",
-    )
-    add = parser.add_argument
-    add("-d", type=number_or_name, required=True, metavar="ID", help="id or name of the dataset that was trained on")
-    add("-c", required=True, metavar="CONFIGURATION", help="e.g. 2d, 3d_fullres")
-    add("-tr", required=True, metavar="TRAINER", help="whose networks predict, e.g. nnUNetTrainerSemiCML")
-    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
-    add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="folds (default: 0 1 2 3 4), or all")
-    add("-o", type=Path, metavar="FOLDER", help="output folder (default: nnUNet_results/rankings/…)")
-    add("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="(default: %(default)s)")
-    add("--number", type=int, default=5, metavar="N", help="cases to choose (default: %(default)s)")
-    add("--score", default="mean", choices=SCORES, help="what counts (default: %(default)s of all measures)")
-    add(
-        "--pool",
-        type=float,
-        default=3.0,
-        metavar="X",
-        help="choose N cases that are not alike from the X · N with the highest scores; 1: by score alone "
-        "(default: %(default)s)",
-    )
-    add("--disable_tta", action="store_true", help="predict without mirrored copies, as of nnUNetv2_predict")
-    page = rank(parser.parse_args(), shlex.join(["nnUNetv2_semicml_rank", *sys.argv[1:]]))
-    chosen = read_json(page.with_suffix(".json"))["label_next"]
-    print(f"Ranking: {page}\nTo outline next: {some_of(chosen)}")
-
-
-if __name__ == "__main__":
-    main()

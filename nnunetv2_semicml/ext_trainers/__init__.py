@@ -3,10 +3,3 @@
 nnU-Net imports every module that it finds there under a top-level name and forgets it again. So the folder holds one
 thin module that re-exports the trainers of the installed package, whose classes thereby keep one identity.
 """
-
-from pathlib import Path
-
-
-def main() -> None:
-    """Print the folder: export nnUNet_extTrainer="$(nnUNetv2_semicml_trainers)"."""
-    print(Path(__file__).parent)

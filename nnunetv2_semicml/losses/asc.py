@@ -29,7 +29,7 @@ class AreaSimilarityContrastiveLoss(nn.Module):
 
     Two predictions that are both empty have no area to compare: their similarity would be 1 through eps alone, or noise
     with an exploding gradient. Such a pair is neither a positive nor a negative, and an anchor without a positive does
-    not count in the mean. A prediction is empty if its squared area <u, u> is below `empty_area`.
+    not count in the mean. A prediction is empty if its squared area `<u, u>` is below `empty_area`.
 
     With `distributed`, the cases of all ranks of the default process group are contrasted with each other. Every rank
     then returns the same loss, and the gradient on its own predictions is the number of ranks times that of the loss,

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize, softplus
 class ContrastiveLoss(nn.Module):
     """Anchors are attracted by the keys that are positive for them and repelled by those that are negative.
 
-    An anchor a and a key k, unit vectors, are compared by s(a, k) = <a, k> / tau. The loss of an anchor is the mean
+    An anchor a and a key k, unit vectors, are compared by `s(a, k) = <a, k> / tau`. The loss of an anchor is the mean
     over its positives p of
 
         -log( exp(s(a, p)) / (exp(s(a, p)) + sum_{n negative} exp(s(a, n))) ),

@@ -49,7 +49,7 @@ def soft_dice_loss(
     smooth: float = 1.0,
     distributed: bool = False,
 ) -> Tensor:
-    """One minus the soft Dice with squared areas, 2<p, q> / (<p, p> + <q, q>), averaged over classes or regions.
+    """One minus the soft Dice with squared areas, `2<p, q> / (<p, p> + <q, q>)`, averaged over classes or regions.
 
     With plain areas, sum(p) + sum(q), the minimum for a target between 0 and 1 would lie at a prediction of 0 or 1;
     with squared ones it lies at p = q (Milletari et al., V-Net, 3DV 2016).

@@ -6,7 +6,6 @@ folds; and modalities.json, written last. A dataset that is one modality is plan
 nnUNet_raw.
 """
 
-import argparse
 import inspect
 import os
 from collections.abc import Sequence
@@ -44,11 +43,11 @@ from nnunetv2_semicml.data.raw_dataset import (
     RawDataset,
     confusable_with_id,
     dataset_number,
-    number_or_name,
     raw_root,
     read_raw_dataset,
 )
-from nnunetv2_semicml.errors import UserError, reports_user_errors
+from nnunetv2_semicml.errors import UserError
+from nnunetv2_semicml.planning import CONFIGURATIONS
 from nnunetv2_semicml.planning.cases import (
     complete_cases,
     describe_left_out,
@@ -72,7 +71,6 @@ from nnunetv2_semicml.planning.shared_plans import (
     write_descriptions,
 )
 
-CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")  # nnU-Net's default
 _DEFAULT_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}  # nnU-Net's defaults
 
 
@@ -359,88 +357,3 @@ def _save(group: ModalityGroup) -> None:
     """Write modalities.json of the group and of every modality dataset by itself."""
     for each in [group] if group.is_single else [*map(group.alone, group.modalities), group]:
         each.save()
-
-
-@reports_user_errors
-def main() -> None:
-    """Run nnUNetv2_semicml_plan_and_preprocess."""
-    parser = argparse.ArgumentParser(
-        description="nnUNetv2_plan_and_preprocess for a dataset with unlabeled cases (imagesUn): makes one nnU-Net "
-        "dataset of each of its modalities, all with the same geometry. A case may lack modalities: its files are not "
-        "there. Nothing is written to nnUNet_raw.",
-        epilog="To predict with a modality's network, put its channels, renumbered from 0000, into one folder: with "
-        "--modalities MR=T1,T2 the files CASE_0000 (T1) and CASE_0001 (T2), and nothing else; then nnUNetv2_predict -d "
-        "with the id of that modality's dataset.",
-    )
-    add = parser.add_argument
-    add("-d", type=number_or_name, nargs="+", required=True, metavar="ID", help="ids or names of the datasets")
-    add("-c", nargs="+", help=f"configurations (default: {' '.join(CONFIGURATIONS)}; with --keep_plans: those done)")
-    add("-pl", default="ExperimentPlanner", help="experiment planner (default: %(default)s)")
-    add("-fpe", default="DatasetFingerprintExtractor", help="fingerprint extractor (default: %(default)s)")
-    add("-gpu_memory_target", type=float, help="in GB (default: the planner's)")
-    add("-preprocessor_name", default="DefaultPreprocessor", help="(default: %(default)s)")
-    add("-overwrite_target_spacing", nargs=3, type=float, help="in mm, as for nnU-Net")
-    add("-overwrite_plans_name", help="name of the plans (default: the planner's)")
-    add(
-        "--modalities",
-        nargs="+",
-        metavar="NAME[=CHANNEL,…]",
-        help="T2: that channel by itself; MR=T1,T1ce: a modality of several, by names or numbers (default: every "
-        "channel, or every file that holds several)",
-    )
-    add("--one_modality", action="store_true", help="all channels are one modality, in the dataset's own place")
-    add("--modality_ids", nargs="+", type=int, metavar="ID", help="ids of their datasets (default: the next free ids)")
-    add(
-        "--plans_of",
-        type=number_or_name,
-        metavar="ID",
-        help="take the plans of this dataset, e.g. to train on more labels alike",
-    )
-    add(
-        "--keep_plans",
-        action="store_true",
-        help="keep plans and modalities of an earlier run; preprocess only cases that are new or have changed, add new "
-        "labeled cases to the folds, and copy edited folds of the dataset to those of its modalities",
-    )
-    add("--no_pp", action="store_true", help="plan only, as for nnU-Net")
-    add("-np", type=int, nargs="+", help="processes, one number or one for each configuration")
-    add("-npfp", type=int, default=8, help="processes for checks and fingerprint (default: %(default)s)")
-    add("--clean", action="store_true", help="extract the fingerprints again, though the cases are the same")
-    add("--verify_dataset_integrity", action="store_true", help="run nnU-Net's own check as well")
-    add("--verbose", action="store_true", help="print more")
-    args = parser.parse_args()
-    if len(args.d) > 1 and args.modality_ids:
-        raise UserError(
-            "option --modality_ids", f"it beside {len(args.d)} datasets", "one dataset", "Plan each by itself."
-        )
-    for dataset in args.d:
-        group = plan_and_preprocess(
-            dataset,
-            args.c,
-            args.pl,
-            args.gpu_memory_target,
-            args.preprocessor_name,
-            args.overwrite_target_spacing,
-            args.overwrite_plans_name,
-            args.fpe,
-            args.modalities,
-            args.modality_ids,
-            args.one_modality,
-            args.plans_of,
-            args.keep_plans,
-            not args.no_pp,
-            args.np,
-            args.npfp,
-            args.clean,
-            args.verify_dataset_integrity,
-            args.verbose,
-        )
-        print(f"\n{group.dataset_name} is {'planned' if args.no_pp else 'ready'}: {'; '.join(group.describe())}")
-        for modality in group.modalities:
-            channels = read_json(preprocessed_folder(modality.dataset_name) / "dataset.json")["channel_names"]
-            listed = ", ".join(f"_{int(i):04d} {name}" for i, name in channels.items())
-            print(f"  {modality.name}: {modality.dataset_name} ({listed})")
-
-
-if __name__ == "__main__":
-    main()

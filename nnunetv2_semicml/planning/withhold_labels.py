@@ -4,7 +4,6 @@ The labels of the unlabeled cases do not exist in the new dataset, so that no co
 neither do the images of some modality of some training cases. May import nnU-Net, `errors` and data/.
 """
 
-import argparse
 import csv
 import hashlib
 import json
@@ -20,7 +19,6 @@ from nnunetv2_semicml.data.files import (
     Json,
     folder_written_whole,
     link_file,
-    read_json,
     require_sound_names,
     write_json,
 )
@@ -28,11 +26,10 @@ from nnunetv2_semicml.data.folds import NUM_FOLDS, SPLITS_FILE, Folds, extend_fo
 from nnunetv2_semicml.data.raw_dataset import (
     Cases,
     RawDataset,
-    number_or_name,
     read_raw_dataset,
     require_free_id,
 )
-from nnunetv2_semicml.errors import UserError, reports_user_errors, some_of
+from nnunetv2_semicml.errors import UserError, some_of
 
 _DROP = "--drop_modality"
 
@@ -449,83 +446,3 @@ def _link_cases(source: RawDataset, cases: Cases, kept: dict[str, set[int]], ima
             sidecar = f"{files['label'].removesuffix(source.file_ending)}.json"
             if sidecar in source.read_files(files, present):
                 link_file(sidecar, labels / f"{case}.json")
-
-
-def _parse_drops(texts: Sequence[str]) -> dict[str, float]:
-    drops: dict[str, float] = {}
-    for text in texts:
-        modality, _, fraction = text.rpartition("=")  # the name of a channel may contain =
-        try:
-            number = float(fraction)
-        except ValueError:
-            number = None
-        if not modality or number is None:
-            raise UserError(_DROP, repr(text), "NAME=FRACTION", "Write e.g. T2=0.3.")
-        if modality in drops:
-            raise UserError(_DROP, f"{modality} twice", "every channel once", "Remove one.")
-        drops[modality] = number
-    return drops
-
-
-@reports_user_errors
-def main() -> None:
-    """Command line of `withhold_labels`."""
-    parser = argparse.ArgumentParser(
-        description="Turn a fully labeled nnU-Net dataset into a semi-supervised one: a new raw dataset with a labeled "
-        "share in imagesTr and labelsTr, the other images without labels in imagesUn, and optionally a test set. On "
-        "request, some of the training cases lose a modality. withheld_labels.json there says which."
-    )
-    add = parser.add_argument
-    add(
-        "-d", type=number_or_name, required=True, metavar="SOURCE", help="id or whole name of the fully labeled dataset"
-    )
-    add("--output_id", type=int, required=True, metavar="ID", help="free id for the new dataset")
-    add("--output_name", metavar="NAME", help="name of the new dataset without DatasetXXX_ (default: the source's)")
-    labeled = parser.add_mutually_exclusive_group(required=True)
-    labeled.add_argument(
-        "--labeled_fraction", type=float, metavar="F", help="share of the patients outside the test set; 1: all"
-    )
-    labeled.add_argument("--num_labeled", type=int, metavar="N", help="number of patients (without --groups: cases)")
-    labeled.add_argument(
-        "--labeled_cases",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="cases that keep their labels: one a line, a JSON list, or withheld_labels.json of an earlier dataset and "
-        "ranking.json of what nnUNetv2_semicml_rank would have outlined next",
-    )
-    test = parser.add_mutually_exclusive_group()
-    test.add_argument("--test_fraction", type=float, metavar="F", help="share of all patients to use as test set")
-    test.add_argument(
-        "--test_cases", type=Path, metavar="FILE", help="cases of the test set: one a line, or a JSON list"
-    )
-    table = "CSV file with the columns case and group, or JSON file {case: group}"
-    add("--groups", type=Path, metavar="FILE", help=f"{table}: the patient of every case")
-    add("--stratify", type=Path, metavar="FILE", help=f"{table}: e.g. the hospital, to be drawn from in proportion")
-    add(
-        _DROP,
-        nargs="+",
-        default=[],
-        metavar="NAME[,NAME…]=FRACTION",
-        help="T2=0.3: of the patients with T2 this share, above 0 and below 1, loses its images, of the labeled and of "
-        "the unlabeled ones alike; never in the test set, and never all images of a case: such patients are passed "
-        "over for others, for the later modality. NAME: a channel in dataset.json, or its number; several channels "
-        "go together and must be whole files",
-    )
-    add("--seed", type=int, default=0, help="another seed, another draw; a smaller draw is part of a larger one")
-    options = vars(parser.parse_args())
-
-    options[_DROP[2:]] = _parse_drops(options[_DROP[2:]])
-    folder = withhold_labels(options.pop("d"), **options)
-    record = read_json(folder / "withheld_labels.json")
-    print(f"{folder}: " + ", ".join(f"{len(record[share])} {share}" for share in ("labeled", "unlabeled", "test")))
-    for modality, cases in record["dropped"].items():
-        counts = (f"{len({*cases} & {*record[share]})} {share}" for share in ("labeled", "unlabeled"))
-        print(f"Cases that lost {modality}: {', '.join(counts)}")
-    like = "" if record["unlabeled"] else " --plans_of ID_OF_THE_SEMI_SUPERVISED_DATASET"
-    print(f"Next: nnUNetv2_semicml_plan_and_preprocess -d {options['output_id']}{like}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,90 @@
+"""What users read before anything runs: help, which comes at once, its examples and page; the citation."""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_semicml.command_line import PARSERS
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(script.name for script in distribution("nnunetv2-semicml").entry_points)
+# runs a console script and prints the packages that were imported for it
+RUN = """
+import importlib.metadata, sys
+before, name = {*sys.modules}, sys.argv[1]
+(script,) = importlib.metadata.distribution("nnunetv2-semicml").entry_points.select(name=name)
+del sys.argv[0]
+try:
+    script.load()()
+finally:
+    print(*{module.partition(".")[0] for module in sys.modules.keys() - before}, file=sys.stderr)
+"""
+# arguments that are right for argparse and contradict each other
+WRONG = [
+    ("nnUNetv2_semicml_withhold_labels", "-d 400 --output_id 500 --num_labeled 5 --drop_modality T2"),
+    ("nnUNetv2_semicml_plan_and_preprocess", "-d 500 600 --modality_ids 501 502"),
+]
+
+
+def run_lightly(script, *words):
+    """Run a console script that need not import more than the standard library and this package."""
+    done = subprocess.run([sys.executable, "-c", RUN, script, *words], capture_output=True, text=True)
+    imported = {*done.stderr.splitlines()[-1].split()}
+    assert imported - sys.stdlib_module_names == {"nnunetv2_semicml"}
+    return done
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_does_not_wait_for_imports(script):
+    done = run_lightly(script, "-h")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: {script} ")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_unknown_options_are_refused_without_imports(script):
+    done = run_lightly(script, "--no_such_option")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"usage: {script} ")
+
+
+@pytest.mark.parametrize(("script", "words"), WRONG)
+def test_what_contradicts_itself_is_refused_without_imports(script, words):
+    done = run_lightly(script, *words.split())
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+
+
+@pytest.mark.parametrize("make_parser", PARSERS)
+def test_examples_in_the_help_are_command_lines(make_parser, monkeypatch):
+    """Written as shown, however narrow the terminal is."""
+    monkeypatch.setenv("COLUMNS", "60")
+    parser = make_parser()
+    examples = re.split(r"^examples?:\n", parser.format_help(), flags=re.MULTILINE)[1]
+    calls = re.findall(rf"{parser.prog}\b([^\n)]*)", examples.replace("\\\n", ""))  # to the end of the line or of $(…)
+    assert calls
+    for call in calls:
+        parser.parse_args(shlex.split(call))
+
+
+def test_every_script_has_a_parser():
+    assert sorted(make_parser().prog for make_parser in PARSERS) == SCRIPTS
+
+
+def test_page_of_commands_is_current(monkeypatch):
+    """Otherwise: make docs."""
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("PYTHON_COLORS", "1")
+    page = runpy.run_path(str(ROOT / "docs" / "commands.py"))["page"]
+    assert page() == (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+
+
+def test_citation_names_the_version():
+    (version,) = re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert version == distribution("nnunetv2-semicml").version
