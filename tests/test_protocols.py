@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import LABELS, make_trainer
+from conftest import LABELS, draw_batches, make_trainer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -159,6 +159,25 @@ def test_the_last_step_and_the_average_of_all_are_deployed(trainers, name):
 
 def _weights(network):
     return {key: value.clone() for key, value in network.state_dict().items()}
+
+
+@pytest.mark.usefixtures("groups")
+def test_second_stages_learn_from_the_first_ones_teacher(trainers):
+    """By copy-paste as by itself; the better modality's network rests for 0.8 of the stage."""
+    first = make_trainer(LABELS, "2d", trainers.Protocol_First_SemiCML_ema, num_epochs=1)
+    first.run_training()
+    for name in ("PReL_ema", "PReL_copy_paste"):
+        trainer = make_trainer(LABELS, "2d", getattr(trainers, f"Protocol_{name}"), num_epochs=5)
+        trainer.on_train_start()
+        before = {t.name: _weights(t.network) for t in trainer.trainers}
+        labeler = _weights(trainer.labeler.network)
+        (batch,) = draw_batches(trainer, 1)
+        losses = trainer.train_step(batch)
+        assert np.isfinite(list(losses["unsupervised"].values())).all()
+        for t in trainer.trainers:
+            moved = any(not torch.equal(before[t.name][key], value) for key, value in _weights(t.network).items())
+            assert moved == (t.name != trainer.better_modality)
+        assert all(torch.equal(labeler[key], value) for key, value in _weights(trainer.labeler.network).items())
 
 
 @pytest.mark.usefixtures("groups")

@@ -29,7 +29,7 @@ from nnunetv2_semicml.trainers.nnUNetTrainerSupervisedEMA import nnUNetTrainerSu
 from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
 from nnunetv2_semicml.trainers.nnUNetTrainerUniMatch import nnUNetTrainerUniMatch
 from nnunetv2_semicml.training.conductor import LabeledPatches, UnlabeledDraw, View
-from nnunetv2_semicml.training.copy_paste import MixedLabels
+from nnunetv2_semicml.training.copy_paste import MixedLabels, WithBidirectionalCopyPaste
 from nnunetv2_semicml.training.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
 from nnunetv2_semicml.training.photometry import draw_photometry
 from nnunetv2_semicml.training.teacher import Teacher
@@ -165,6 +165,22 @@ class Unmixed(nnUNetTrainerCrossModalBCP):
         }
 
 
+class CopyPastePReL(WithBidirectionalCopyPaste, nnUNetTrainerSemiCMLPReL):
+    """PReL whose learners see mixtures of labeled and unlabeled patches instead of the unlabeled ones."""
+
+    pairs_labeled = True
+    warmup_fraction = 0.0
+
+    def pseudo_labels(self, unlabeled: UnlabeledDraw) -> dict[str, Tensor]:
+        """Of all networks those of the better modality's teacher."""
+        soft = self.soft_pseudo_labels(unlabeled.images[self.better_modality])
+        return {name: self.segmented(name, soft) for name in unlabeled.images}
+
+    def unsupervised_weights(self) -> dict[str, float]:
+        """Those of copy-paste."""
+        return nnUNetTrainerSemiSupervised.unsupervised_weights(self)
+
+
 TRAINERS: dict[str, tuple[type[nnUNetTrainerSemiSupervised], str, str | None, dict[str, object]]] = {
     # name: (class, part of the schedule, first stage, what differs from its defaults)
     "Supervised": (nnUNetTrainerSupervisedEMA, "single", None, {}),
@@ -185,6 +201,9 @@ TRAINERS: dict[str, tuple[type[nnUNetTrainerSemiSupervised], str, str | None, di
     "First_SemiCMLPlus": (nnUNetTrainerSemiCMLPlus, "first", None, {}),
     "PReL": (nnUNetTrainerSemiCMLPReL, "second", "First_SemiCML", {}),
     "PReL_Plus": (nnUNetTrainerSemiCMLPReL, "second", "First_SemiCMLPlus", {}),
+    "First_SemiCML_ema": (nnUNetTrainerSemiCML, "first", None, {"teacher_averaging": "ema"}),
+    "PReL_ema": (nnUNetTrainerSemiCMLPReL, "second", "First_SemiCML_ema", {}),
+    "PReL_copy_paste": (CopyPastePReL, "second", "First_SemiCML_ema", {}),
     "SemiCML_OneWay": (OneWay, "single", None, {}),
     "XBCP_own": (nnUNetTrainerCrossModalBCP, "single", None, {"labeled_by": "own"}),
     "XBCP_others": (nnUNetTrainerCrossModalBCP, "single", None, {"labeled_by": "others"}),
