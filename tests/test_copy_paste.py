@@ -62,16 +62,17 @@ def with_no_two_voxels_alike(batch):
     return batch
 
 
-def boxes_of(views, labeled, unlabeled, half):
+def boxes_of(views, labeled, unlabeled, half, later):
     """The box read off the first view, where it is unlabeled, and off the second, where it is labeled."""
     first = (views[0] != labeled[:half]).any(1).any(0)
-    second = (views[1] != unlabeled[half:]).any(1).any(0)
+    second = (views[1] != unlabeled[later:]).any(1).any(0)
     return first, second
 
 
 @each_setting
-def test_mixtures_are_of_labeled_and_unlabeled_patches_in_both_directions(dataset, configuration):
-    trainer = initialized(dataset, configuration, nnUNetTrainerBCP, largest_component=False)
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_mixtures_are_of_labeled_and_unlabeled_patches_in_both_directions(dataset, configuration, both_ways):
+    trainer = initialized(dataset, configuration, nnUNetTrainerBCP, largest_component=False, both_ways=both_ways)
     ((name, teacher),) = trainer.teachers.items()
     change(teacher.network, 0.3)
     batch = with_no_two_voxels_alike(draw_batches(trainer, 1)[0])
@@ -79,19 +80,20 @@ def test_mixtures_are_of_labeled_and_unlabeled_patches_in_both_directions(datase
     (image, target), unlabeled = labeled_of(batch)[name], unlabeled_of(batch, name)
     assert torch.equal(labeled[name].image, image)
     assert len(image) == len(unlabeled)
-    half = len(image) - len(image) // 2
+    half = len(image) if both_ways else len(image) - len(image) // 2
+    later = 0 if both_ways else half
     seen = set()
     for _ in range(3):
         views, targets = trainer.views_and_targets(draw, labeled)
         mixed = [view[name] for view in views]
-        assert [len(m) for m in mixed] == [half, len(image) - half]
-        box, again = boxes_of(mixed, image, unlabeled, half)
+        assert [len(m) for m in mixed] == [half, len(image) - later]
+        box, again = boxes_of(mixed, image, unlabeled, half, later)
         assert torch.equal(box, again)  # one box for both
         lengths = extent(box[None, None])[1]
         assert lengths == [n * 2 // 3 for n in trainer.configuration_manager.patch_size]
         seen.add(tuple(extent(box[None, None])[0]))
         assert torch.equal(mixed[0], torch.where(box, unlabeled[:half], image[:half]))
-        assert torch.equal(mixed[1], torch.where(box, image[half:], unlabeled[half:]))
+        assert torch.equal(mixed[1], torch.where(box, image[later:], unlabeled[later:]))
         with torch.no_grad():  # the teacher sees the patch as it is
             logits = teacher.network(unlabeled)
         if trainer.label_manager.has_regions:
@@ -102,7 +104,7 @@ def test_mixtures_are_of_labeled_and_unlabeled_patches_in_both_directions(datase
             by_hand = (target[0] == classes).float()
         assert by_teacher.any()
         assert torch.equal(targets[0][name].labels, torch.where(box, by_teacher[:half], by_hand[:half]))
-        assert torch.equal(targets[1][name].labels, torch.where(box, by_hand[half:], by_teacher[half:]))
+        assert torch.equal(targets[1][name].labels, torch.where(box, by_hand[later:], by_teacher[later:]))
         for kind, inside in zip(targets, (False, True), strict=True):
             for where, expected in ((kind[name].from_labels, box == inside), (kind[name].from_teacher, box != inside)):
                 assert torch.equal(where, expected.float().expand_as(where))
@@ -251,7 +253,7 @@ def test_partners_are_the_same_in_all_modalities(dataset, configuration):
         views, targets = trainer.views_and_targets(draw, labeled)
         half = len(views[0][next(iter(draw.images))])
         boxes = [
-            boxes_of([view[name] for view in views], labeled[name].image, draw.images[name], half)[0]
+            boxes_of([view[name] for view in views], labeled[name].image, draw.images[name], half, half)[0]
             for name in draw.images
         ]
         for kind in targets:

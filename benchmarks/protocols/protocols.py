@@ -145,6 +145,8 @@ VARIANTS = {
     "Semi-CML, one way": ["SemiCML_OneWay"],
     "BCP": ["BCP"],
     "cross-modal BCP": ["CrossModalBCP"],
+    "cross-modal BCP, unmixed labels too": ["XBCP_unmixed_labels"],
+    "cross-modal BCP, every pair both ways": ["XBCP_both_ways"],
     "cross-modal BCP, all teachers": ["XBCP_all"],
     "cross-modal BCP, all components": ["XBCP_components"],
     "cross-modal BCP, pseudo-labels 1": ["XBCP_weight_1"],

@@ -213,6 +213,8 @@ TRAINERS: dict[str, tuple[type[nnUNetTrainerSemiSupervised], str, str | None, di
     "XBCP_weight_025": (nnUNetTrainerCrossModalBCP, "single", None, {"pseudo_label_weight": 0.25}),
     "XBCP_warmup_0": (nnUNetTrainerCrossModalBCP, "single", None, {"warmup_fraction": 0.0}),
     "XBCP_warmup_05": (nnUNetTrainerCrossModalBCP, "single", None, {"warmup_fraction": 0.5}),
+    "XBCP_both_ways": (nnUNetTrainerCrossModalBCP, "single", None, {"both_ways": True}),
+    "XBCP_unmixed_labels": (nnUNetTrainerCrossModalBCP, "single", None, {"supervised_weight_after_warmup": 1.0}),
     "XBCP_strong": (StrongMixtures, "single", None, {}),
     "XBCP_sure": (SureMixtures, "single", None, {}),
     "XBCP_asc": (nnUNetTrainerCrossModalBCP, "single", None, {"asc_weight": 0.1}),

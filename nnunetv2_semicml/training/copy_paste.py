@@ -36,13 +36,15 @@ class WithBidirectionalCopyPaste(nnUNetTrainerSemiSupervised):
 
     A step has one box, for all mixtures of all networks. The label of a mixture is mixed as the image is, from the
     label and the teacher's segmentation, and cross-entropy and Dice are computed apart in the two regions. Half of the
-    pairs are mixed in one direction, half in the other, so that a mixture costs no more than a patch.
+    pairs are mixed in one direction, half in the other, so that a step has no more mixtures than it has labeled patches,
+    unless `both_ways` says otherwise.
 
     During the warm-up labeled patches are mixed among themselves, under nnU-Net's own loss; networks see nothing but
     mixtures from then on, at full resolution, without deep supervision.
 
     Attributes:
         box_side: of the box, in sides of the patch.
+        both_ways: whether every pair is mixed in both directions, which costs twice as much.
         labeled_weight_in_mixtures: weight of the region of labels in a mixture.
         pseudo_label_weight: weight of the other region.
         largest_component: whether the largest component of every class of a pseudo-label is kept alone, patch by patch;
@@ -64,6 +66,7 @@ class WithBidirectionalCopyPaste(nnUNetTrainerSemiSupervised):
         "pseudo dice": "pseudo_label_weight",
     }
     box_side = 2 / 3  # published
+    both_ways = False  # published
     # Published: 1 and 0.5, of ½ (CE + Dice) of each of the two mixtures, summed: the mean over these of nnU-Net's
     # CE + Dice.
     labeled_weight_in_mixtures = 1.0
@@ -100,8 +103,8 @@ class WithBidirectionalCopyPaste(nnUNetTrainerSemiSupervised):
             of_labels, target = labeled[name].image, labeled[name].full_target
             pairs = max(len(image), len(of_labels))
             taught, untaught = (torch.arange(pairs, device=self.device) % len(images) for images in (of_labels, image))
-            half = pairs - pairs // 2
-            directions = [slice(0, half), slice(half if pairs > 1 else 0, pairs)]
+            half = pairs if self.both_ways else pairs - pairs // 2
+            directions = [slice(0, half), slice(0 if self.both_ways or pairs == 1 else half, pairs)]
             labels, annotated = self.one_hot_labels(target), self.annotated(target)
             for view, of_view, direction, from_labels in zip(views, targets, directions, (~box, box), strict=True):
                 a, b = taught[direction], untaught[direction]
