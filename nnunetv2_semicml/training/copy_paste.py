@@ -36,8 +36,8 @@ class WithBidirectionalCopyPaste(nnUNetTrainerSemiSupervised):
 
     A step has one box, for all mixtures of all networks. The label of a mixture is mixed as the image is, from the
     label and the teacher's segmentation, and cross-entropy and Dice are computed apart in the two regions. Half of the
-    pairs are mixed in one direction, half in the other, so that a step has no more mixtures than it has labeled patches,
-    unless `both_ways` says otherwise.
+    pairs are mixed in one direction, half in the other, so that a step has no more mixtures than it has labeled
+    patches, unless `both_ways` says otherwise.
 
     During the warm-up labeled patches are mixed among themselves, under nnU-Net's own loss; networks see nothing but
     mixtures from then on, at full resolution, without deep supervision.
