@@ -26,9 +26,11 @@ from protocols import PROTOCOLS, Task, tasks_of  # noqa: E402
 from run import cases_of, dataset_of, set_environment, source_of  # noqa: E402
 
 METHODS = ("few labels", "Semi-CML", "BCP", "cross-modal BCP", "all labels")
+TOGETHER = "mean of modalities"
 MEASURES = ("entropy", "disagreement", "volume", "mean")
 KEYS = ["protocol", "purpose", "method", "draw", "labeled"]
 TABLE = HERE / "cases.csv"
+CONFIDENCE, POOR = 0.9, 0.5
 
 
 def measure_networks(data: Path, work: Path, task: Task) -> pd.DataFrame | None:
@@ -60,26 +62,21 @@ def measure_networks(data: Path, work: Path, task: Task) -> pd.DataFrame | None:
     for share, cases in (("held out", raw.test), ("unlabeled", raw.unlabeled)):
         out = work / "ranking" / f"{task.protocol}_{task.purpose}" / f"{raw.name}_{task.trainers[-1]}_{task.draw}"
         measured = measure_cases(cases, group.modalities, networks, out, raw.file_ending)
-        scores = score_cases(measured, "mean") if measured else {}
+        scores = {name: score_cases(measured, name) for name in ("mean", "entropy") if measured}
         for case, of_case in measured.items():
+            pairs = [of["disagreement"] for name, of in of_case.measures.items() if " | " in name]
+            about = {**{key: getattr(task, key) for key in KEYS}, "share": share, "case": case}
+            about |= {"disagreement": np.mean(pairs) if pairs else np.nan, "mean": scores["mean"][case]}
+            own = []
             label = source / f"labels{held_out.get(case, 'Tr')}" / f"{case}{raw.file_ending}"
             for modality in protocol.modalities:
                 prediction = out / "predictions" / modality / f"{case}{raw.file_ending}"
                 found = evaluate_files(label, prediction, reader, raw.dataset_json["labels"])
-                pairs = [of["disagreement"] for name, of in of_case.measures.items() if " | " in name]
-                rows.append(
-                    {
-                        **{key: getattr(task, key) for key in KEYS},
-                        "share": share,
-                        "modality": modality,
-                        "case": case,
-                        "dice": fill_undefined(found[protocol.foreground])["dice"],
-                        "entropy": of_case.measures[modality]["entropy"],
-                        "volume": of_case.measures[modality]["volume"],
-                        "disagreement": np.mean(pairs) if pairs else np.nan,
-                        "mean": scores[case],
-                    }
-                )
+                dice = fill_undefined(found[protocol.foreground])["dice"]
+                measures = {name: of_case.measures[modality][name] for name in ("entropy", "volume")}
+                own.append({**about, "modality": modality, "dice": dice, **measures})
+            means = {name: np.mean([row[name] for row in own]) for name in ("dice", "volume")}
+            rows += [*own, {**about, "modality": TOGETHER, **means, "entropy": scores["entropy"][case]}]
     return pd.DataFrame(rows)
 
 
@@ -103,7 +100,10 @@ def report(table: pd.DataFrame) -> None:
     lines += [
         "are least sure); volume: a small one as doubt; disagreement: 1 − Dice between the modalities; mean: the score"
     ]
-    lines += ["of `nnUNetv2_semicml_rank`.", ""]
+    lines += [
+        f"of `nnUNetv2_semicml_rank`. {TOGETHER.capitalize()}: of Dice and volume; entropy by the mean of its ranks.",
+        "",
+    ]
     heads = ["protocol", "cases", "method", "labeled", "modality", "n", *MEASURES]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     table = table.assign(entropy=table["entropy"].fillna(1.0), volume=-table["volume"])
@@ -117,12 +117,57 @@ def report(table: pd.DataFrame) -> None:
                 continue
             draws = [correlation(of[measure], of["dice"]) for _, of in rows.groupby("draw")]
             samples = (rows[measure].to_numpy(), rows["dice"].to_numpy())
-            found = bootstrap(
-                samples, correlation, paired=True, vectorized=False, method="percentile", rng=np.random.default_rng(0)
-            ).confidence_interval
+            options = {"paired": True, "method": "percentile", "n_resamples": 999, "rng": np.random.default_rng(0)}
+            found = bootstrap(samples, correlation, vectorized=False, **options).confidence_interval
             cells.append(f"{np.mean(draws):.2f} ({found.low:.2f} … {found.high:.2f})")
         lines.append(f"| {' | '.join(cells)} |")
-    (HERE / "ranking.md").write_text("\n".join([*lines, ""]))
+    (HERE / "ranking.md").write_text("\n".join([*lines, "", *expected_lines(table), ""]))
+
+
+def expected_lines(table: pd.DataFrame) -> list[str]:
+    """What `nnUNetv2_semicml_expected_dice` would say of held-out cases, had the unlabeled ones been for validation.
+
+    Both are cases that the networks have not learned the labels of.
+    """
+    from nnunetv2_semicml.evaluation.expected_dice import expect
+
+    lines = ["## Expected Dice", ""]
+    lines += [
+        "Of held-out cases, told from the unlabeled ones of the same draw, as if these had been for validation: mean"
+    ]
+    lines += [
+        f"absolute error; share of Dice values in the {CONFIDENCE:.0%} interval; of cases with a Dice below {POOR}, how"
+    ]
+    lines += [
+        "many are flagged (expected below that), and of the others. For comparison, the error of the mean Dice.",
+        "",
+    ]
+    heads = ["protocol", "method", "labeled", "modality", "n", "error", "error of the mean", "in the interval"]
+    heads += ["poor ones flagged", "others flagged"]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for key, rows in table[table["modality"] != TOGETHER].groupby(
+        ["protocol", "purpose", "method", "labeled", "modality"], sort=False
+    ):
+        parts = []
+        for _, of_draw in rows.groupby("draw"):
+            shares = {share: of.set_index("case") for share, of in of_draw.groupby("share")}
+            if {*shares} < {"unlabeled", "held out"}:
+                continue
+            columns = ["entropy", "volume"] + ["disagreement"] * bool(of_draw["disagreement"].notna().all())
+            x = {share: of[columns].assign(volume=np.log(of["volume"].abs() + 1e-3)) for share, of in shares.items()}
+            known = shares["unlabeled"]["dice"]
+            found = expect(x["unlabeled"], known, x["held out"], CONFIDENCE)
+            parts.append(found.assign(dice=shares["held out"]["dice"], mean=known.mean()))
+        if not parts:
+            continue
+        found = pd.concat(parts)
+        poor, flagged = found["dice"] < POOR, found["expected"] < POOR
+        cells = [key[0], key[2], str(key[3] or "all"), key[4], str(len(found))]
+        cells += [f"{(found[column] - found['dice']).abs().mean():.3f}" for column in ("expected", "mean")]
+        cells.append(f"{found['dice'].between(found['low'], found['high']).mean():.2f}")
+        cells += [f"{(flagged & of).sum()} of {of.sum()}" for of in (poor, ~poor)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def main() -> None:
