@@ -31,6 +31,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.ext_trainers import semicml_trainers
+from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.training.conductor import HOOKS_OF_CONDUCTOR, HOOKS_OF_NETWORKS, Conductor
 from nnunetv2_semicml.training.schedules import with_schedules
@@ -551,3 +552,16 @@ def test_schedules_reach_the_modality_trainers(groups):
     trainer.initialize()
     assert [t.num_epochs for t in trainer.trainers] == [50] * 2
     assert [t.lr_scheduler.max_steps for t in trainer.trainers] == [50] * 2
+
+
+def test_the_log_is_moved_by_the_process_that_writes_it(groups, tmp_path):
+    """Where one modality is trained; other processes that move it, too, would end with FileNotFoundError, or not."""
+    trainer = make_trainer("Dataset501_Labels_FLAIR", "2d", nnUNetTrainerMeanTeacher)
+    for rank, moved in ((1, False), (0, True)):
+        begun = tmp_path / "training_log_begun.txt"
+        begun.write_text("begun")
+        trainer.local_rank, trainer.log_file = rank, str(begun)
+        trainer._move_log_file()
+        assert Path(trainer.log_file).parent == Path(trainer.output_folder)
+        assert begun.exists() != moved
+        assert Path(trainer.log_file).exists() == moved

@@ -260,9 +260,7 @@ class Conductor(nnUNetTrainer):
         if self.group.is_single:  # the model folder is the modality trainer's
             self.output_folder = join(self.output_folder, TRAINING_STATE)
             Path(self.output_folder).mkdir(exist_ok=True)
-            begun, self.log_file = self.log_file, join(self.output_folder, basename(self.log_file))
-            if isfile(begun):
-                Path(begun).replace(self.log_file)
+            self._move_log_file()
         self.trainers: list[ModalityTrainer] = []
         self.distinct_cases = 0  # that every unlabeled draw can have, in all processes together
         self.first_stage_digest: str | None = None
@@ -270,6 +268,12 @@ class Conductor(nnUNetTrainer):
         self._random_state: dict[str, Any] | None = None
         self._validate_best = False
         self._continued = False
+
+    def _move_log_file(self) -> None:
+        """Take the log, which nnU-Net's trainer has begun, to where this one's results are."""
+        begun, self.log_file = self.log_file, join(self.output_folder, basename(self.log_file))
+        if self.local_rank == 0 and isfile(begun):  # whose log it is; the other processes would take it from it
+            Path(begun).replace(self.log_file)
 
     def _hold(self, folder: Path, fold: int | str, shared: bool = False) -> None:
         """Lock a folder until this object is gone, or the process, however it ends."""
