@@ -111,12 +111,12 @@ class FoldPredictor:
         for fold, parameters in self._parameters.items():
             predictor.list_of_parameters = [parameters]
             with features if fold == self.folds[0] else nullcontext():
-                logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data)).float().cpu()
-            entropies[fold] = foreground_entropy(logits, label_manager)
+                logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
+            entropies[fold] = foreground_entropy(logits.float(), label_manager)
             of_folds[fold] = segment(logits)
-            total = logits if total is None else total + logits
+            total = logits.clone() if total is None else total.add_(logits)  # in the precision in which nnU-Net does
         assert total is not None  # there is a fold
-        whole = of_folds[self.folds[0]] if len(of_folds) == 1 else segment(total / len(of_folds))
+        whole = of_folds[self.folds[0]] if len(of_folds) == 1 else segment(total.div_(len(of_folds)))
         return FoldPredictions(whole, of_folds, entropies, features.mean(), properties)
 
     def write(self, predictions: FoldPredictions, file: Path) -> None:
