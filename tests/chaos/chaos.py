@@ -46,6 +46,9 @@ TRAINERS = {
     "CPS": (502, [T1]),
     "SECLRegion": (502, [T1]),
     "SupervisedEMA": (502, [T1]),
+    "FilterMatch": (502, [T1]),
+    "UniMatch": (502, [T1]),
+    "CrossModalBCP": (500, [FLAIR, T1]),
 }
 REFUSAL = "nnunetv2_semicml.errors.UserError: "  # nnU-Net's own commands end with a traceback, ours with "Error: "
 LOCKED = "found another process at work there"
@@ -519,7 +522,7 @@ KINDS: dict[str, tuple[str, float]] = {
     "killed_in_validation SemiCML": ("SemiCML", 0.5),
     "killed_in_planning": ("", 0.5),
     "killed SemiCML2": ("SemiCML2", 1),
-    **{f"killed {trainer}": (trainer, 1) for trainer in ("CPS", "SECLRegion", "SupervisedEMA")},
+    **{f"killed {trainer}": (trainer, 1) for trainer in [*TRAINERS][3:]},
     "killed_in_validation MeanTeacher": ("MeanTeacher", 0.5),
     "full_disk_in_training MeanTeacher": ("MeanTeacher", 0.5),
     "two_trainings MeanTeacher": ("MeanTeacher", 0.3),

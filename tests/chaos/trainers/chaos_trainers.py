@@ -4,11 +4,14 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
+from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalBCP import nnUNetTrainerCrossModalBCP
+from nnunetv2_semicml.trainers.nnUNetTrainerFilterMatch import nnUNetTrainerFilterMatch
 from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLRegion import nnUNetTrainerSECLRegion
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
 from nnunetv2_semicml.trainers.nnUNetTrainerSupervisedEMA import nnUNetTrainerSupervisedEMA
+from nnunetv2_semicml.trainers.nnUNetTrainerUniMatch import nnUNetTrainerUniMatch
 
 
 class Short:
@@ -49,6 +52,21 @@ class nnUNetTrainerSECLRegion_chaos(Short, nnUNetTrainerSECLRegion):
 
 class nnUNetTrainerSupervisedEMA_chaos(Short, nnUNetTrainerSupervisedEMA):
     pass
+
+
+class nnUNetTrainerFilterMatch_chaos(Short, nnUNetTrainerFilterMatch):
+    """Leaves out cases after its first and its second epoch."""
+
+    warmup_fraction = 0.0
+    filtered_share = 0.5
+
+
+class nnUNetTrainerUniMatch_chaos(Short, nnUNetTrainerUniMatch):
+    pass
+
+
+class nnUNetTrainerCrossModalBCP_chaos(Short, nnUNetTrainerCrossModalBCP):
+    warmup_fraction = 1 / 3
 
 
 class OnCPU:
