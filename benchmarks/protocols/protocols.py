@@ -149,6 +149,8 @@ VARIANTS = {
     "cross-modal BCP, all components": ["XBCP_components"],
     "cross-modal BCP, unmixed labels too": ["XBCP_unmixed_labels"],
     "cross-modal BCP, every pair both ways": ["XBCP_both_ways"],
+    "cross-modal BCP, these three": ["XBCP_combined"],
+    "cross-modal BCP, these three, with Semi-CML's terms": ["XBCP_coupled"],
     "Semi-CML Plus": ["SemiCMLPlus"],
     "UniMatch": ["UniMatch"],
     "cross-modal BCP, warm-up 0.5": ["XBCP_warmup_05"],

@@ -181,6 +181,8 @@ class CopyPastePReL(WithBidirectionalCopyPaste, nnUNetTrainerSemiCMLPReL):
         return nnUNetTrainerSemiSupervised.unsupervised_weights(self)
 
 
+# what did well on the first draw of validation patients
+ALL_OF_THESE: dict[str, object] = {"both_ways": True, "supervised_weight_after_warmup": 1.0, "largest_component": False}
 TRAINERS: dict[str, tuple[type[nnUNetTrainerSemiSupervised], str, str | None, dict[str, object]]] = {
     # name: (class, part of the schedule, first stage, what differs from its defaults)
     "Supervised": (nnUNetTrainerSupervisedEMA, "single", None, {}),
@@ -215,6 +217,8 @@ TRAINERS: dict[str, tuple[type[nnUNetTrainerSemiSupervised], str, str | None, di
     "XBCP_warmup_05": (nnUNetTrainerCrossModalBCP, "single", None, {"warmup_fraction": 0.5}),
     "XBCP_both_ways": (nnUNetTrainerCrossModalBCP, "single", None, {"both_ways": True}),
     "XBCP_unmixed_labels": (nnUNetTrainerCrossModalBCP, "single", None, {"supervised_weight_after_warmup": 1.0}),
+    "XBCP_combined": (nnUNetTrainerCrossModalBCP, "single", None, ALL_OF_THESE),
+    "XBCP_coupled": (Unmixed, "single", None, {**ALL_OF_THESE, "mse_weight": 1.0, "unmixed_asc_weight": 0.35}),
     "XBCP_strong": (StrongMixtures, "single", None, {}),
     "XBCP_sure": (SureMixtures, "single", None, {}),
     "XBCP_asc": (nnUNetTrainerCrossModalBCP, "single", None, {"asc_weight": 0.1}),
