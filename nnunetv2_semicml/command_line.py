@@ -339,6 +339,18 @@ def run_leaderboard() -> None:
     print(f"Leaderboard: {page}")
 
 
+def _add_networks(parser: argparse.ArgumentParser, folds: str) -> None:
+    """Options that name trained networks, and how they predict."""
+    add = parser.add_argument
+    add("-d", type=number_or_name, required=True, metavar="ID", help="id or name of the dataset that was trained on")
+    add("-c", required=True, metavar="CONFIGURATION", help="e.g. 2d, 3d_fullres")
+    add("-tr", required=True, metavar="TRAINER", help="whose networks predict, e.g. nnUNetTrainerSemiCML")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
+    add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help=folds)
+    add("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="(default: %(default)s)")
+    add("--disable_tta", action="store_true", help="predict without mirrored copies, as of nnUNetv2_predict")
+
+
 def rank_parser() -> argparse.ArgumentParser:
     """Options of nnUNetv2_semicml_rank."""
     parser = _parser(
@@ -359,13 +371,8 @@ example:
 """,
     )
     add = parser.add_argument
-    add("-d", type=number_or_name, required=True, metavar="ID", help="id or name of the dataset that was trained on")
-    add("-c", required=True, metavar="CONFIGURATION", help="e.g. 2d, 3d_fullres")
-    add("-tr", required=True, metavar="TRAINER", help="whose networks predict, e.g. nnUNetTrainerSemiCML")
-    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
-    add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="folds (default: 0 1 2 3 4), or all")
+    _add_networks(parser, "folds (default: 0 1 2 3 4), or all")
     add("-o", type=Path, metavar="FOLDER", help="output folder (default: nnUNet_results/rankings/…)")
-    add("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="(default: %(default)s)")
     add("--number", type=int, default=5, metavar="N", help="cases to choose (default: %(default)s)")
     add("--score", default="mean", choices=SCORES, help="what counts (default: %(default)s of all measures)")
     add(
@@ -376,7 +383,6 @@ example:
         help="choose N cases that are not alike from the X · N with the highest scores; 1: by score alone "
         "(default: %(default)s)",
     )
-    add("--disable_tta", action="store_true", help="predict without mirrored copies, as of nnUNetv2_predict")
     return parser
 
 
@@ -413,17 +419,11 @@ example:
 """,
     )
     add = parser.add_argument
-    add("-d", type=number_or_name, required=True, metavar="ID", help="id or name of the dataset that was trained on")
+    _add_networks(parser, "folds (default: 0 1 2 3 4)")
     add("-i", type=Path, required=True, metavar="FOLDER", help="the scans")
     add("-o", type=Path, required=True, metavar="FOLDER", help="output folder")
-    add("-c", required=True, metavar="CONFIGURATION", help="e.g. 2d, 3d_fullres")
-    add("-tr", required=True, metavar="TRAINER", help="whose networks predict, e.g. nnUNetTrainerSemiCML")
-    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
-    add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help="folds (default: 0 1 2 3 4)")
-    add("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="(default: %(default)s)")
     add("--confidence", type=float, default=0.9, metavar="C", help="of the interval (default: %(default)s)")
     add("--flag_below", type=float, default=0.7, metavar="DICE", help="flag what is expected below (default: 0.7)")
-    add("--disable_tta", action="store_true", help="predict without mirrored copies, as of nnUNetv2_predict")
     return parser
 
 
@@ -446,7 +446,7 @@ def demo_parser() -> argparse.ArgumentParser:
     """Options of nnUNetv2_semicml_demo."""
     parser = _parser(
         "nnUNetv2_semicml_demo",
-        "Command line: the demo, in minutes, without GPU and without data.",
+        "The whole journey on synthetic patients, in minutes, without GPU and without data.",
         """examples:
   nnUNetv2_semicml_demo
   nnUNetv2_semicml_demo --out /scratch/demo --device cuda

@@ -1,9 +1,12 @@
 """Tiny phantom datasets, planned and preprocessed once per test session, and trainers on them."""
 
+import importlib.util
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -187,6 +190,15 @@ def shrink_networks(group: ModalityGroup) -> None:
                 arch["n_conv_per_stage_decoder"] = [1] * (arch["n_stages"] - 1)
                 configuration["batch_size"] = min(configuration["batch_size"], 4)
         file.write_text(json.dumps(plans))
+
+
+def load_script(file: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Import a file that belongs to no package, for one test."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, file.stem, module)
+    spec.loader.exec_module(module)
+    return module
 
 
 def load_plans(dataset_name: str) -> tuple[dict, dict]:

@@ -87,6 +87,7 @@ def test_ten_cases_give_no_interval_of_90_percent_and_nothing_leaves_0_to_1():
     assert found["expected"].tolist() == [1, 0]
     assert found[["low", "high"]].isna().all(axis=None)
     assert expect(known, dice, new, 0.8)[["low", "high"]].notna().all(axis=None)
+    assert expect(known, dice, new, 0.05)[["low", "high"]].isna().all(axis=None)
 
 
 def test_every_case_is_told_from_what_it_has_if_enough_others_have_that():

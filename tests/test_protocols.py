@@ -1,42 +1,32 @@
 """benchmarks/protocols: who is held out, what is written of unlabeled cases, and what its trainers deploy."""
 
 import csv
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import LABELS, draw_batches, make_trainer
+from conftest import LABELS, draw_batches, load_script, make_trainer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def load(file, monkeypatch):
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, file.stem, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def protocols(monkeypatch):
-    return load(BENCHMARKS / "protocols" / "protocols.py", monkeypatch)
+    return load_script(BENCHMARKS / "protocols" / "protocols.py", monkeypatch)
 
 
 @pytest.fixture
 def run(protocols, monkeypatch):
-    return load(BENCHMARKS / "protocols" / "run.py", monkeypatch)
+    return load_script(BENCHMARKS / "protocols" / "run.py", monkeypatch)
 
 
 @pytest.fixture
 def trainers(monkeypatch):
     monkeypatch.setenv("PROTOCOL_STEPS", "300")
-    return load(BENCHMARKS / "trainers" / "protocol_trainers.py", monkeypatch)
+    return load_script(BENCHMARKS / "trainers" / "protocol_trainers.py", monkeypatch)
 
 
 def write_source(folder, tests=()):

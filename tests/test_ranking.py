@@ -15,14 +15,17 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2_semicml.command_line import run_rank
 from nnunetv2_semicml.data.raw_dataset import read_raw_dataset
 from nnunetv2_semicml.data.result_folders import model_folder
+from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.evaluation.ranking import choose, score_cases
 from nnunetv2_semicml.evaluation.uncertainty import (
     FoldPredictions,
     FoldPredictor,
     Measured,
+    Networks,
     compare_segmentations,
     foreground_entropy,
     measure,
+    measure_cases,
 )
 from nnunetv2_semicml.trainers.nnUNetTrainerSupervisedEMA import nnUNetTrainerSupervisedEMA
 
@@ -221,3 +224,14 @@ def test_what_is_not_trained_or_damaged_is_named(trained, results, monkeypatch, 
     with pytest.raises(SystemExit):
         rank(monkeypatch, *words, "-f", "0", "--number", "0")
     assert "--number" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        rank(monkeypatch, *words, "-f", "0", "--score", "folds")
+    assert "--score folds: found one of these" in capsys.readouterr().err
+
+
+def test_a_case_of_which_no_modality_is_whole_is_named(tmp_path):
+    modalities = [SimpleNamespace(name="MR", files=[0, 1]), SimpleNamespace(name="PET", files=[2])]
+    networks = Networks({}, [], torch.device("cpu"), True)
+    cases = {"half": {"images": ["half_0000.nii.gz", None, None]}}
+    with pytest.raises(UserError, match="half: found no modality as a whole; expected all files of MR or PET"):
+        measure_cases(cases, modalities, networks, tmp_path, ".nii.gz")

@@ -1,35 +1,25 @@
 """benchmarks/study: its variants exist and change what they say; the trainings themselves take hours."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import LABELS, initialized, make_trainer, weights
+from conftest import LABELS, initialized, load_script, make_trainer, weights
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "study"
 TRAINERS = STUDY.parent / "trainers"
 pytestmark = pytest.mark.usefixtures("groups")
 
 
-def load(file, monkeypatch):
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, file.stem, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def study_trainers(monkeypatch):
     monkeypatch.setenv("nnUNet_semicml_seed", "0")
     monkeypatch.syspath_prepend(TRAINERS)
-    return load(TRAINERS / "study_trainers.py", monkeypatch)
+    return load_script(TRAINERS / "study_trainers.py", monkeypatch)
 
 
 def test_every_task_has_its_trainers_and_a_dataset_of_its_own(study_trainers, monkeypatch):
-    run = load(STUDY / "run.py", monkeypatch)
+    run = load_script(STUDY / "run.py", monkeypatch)
     tasks = [task for purpose in run.SOURCE for task in run.tasks_of(purpose)]
     numbers = {split.number + i for split in {task.split for task in tasks} for i in range(3)}
     assert len(numbers) == 3 * len({task.split for task in tasks})

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from mapie.regression import CrossConformalRegressor
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -71,7 +70,7 @@ def expect(known: pd.DataFrame, dice: pd.Series, new: pd.DataFrame, confidence: 
 
     Returns:
         For every new case "expected", "low" and "high", within 0 … 1. The interval is NaN where there are not more than
-        1 / (1 − confidence) known cases, of which none follows.
+        1 / confidence and 1 / (1 − confidence) known cases, of which none follows.
     """
 
     def regression() -> Pipeline:
@@ -80,7 +79,7 @@ def expect(known: pd.DataFrame, dice: pd.Series, new: pd.DataFrame, confidence: 
     targets = dice[known.index].to_numpy()
     expected = regression().fit(known.to_numpy(), targets).predict(new[known.columns].to_numpy())
     low = high = np.full(len(new), np.nan)
-    if len(known) > 1 / (1 - confidence):
+    if len(known) > max(1 / confidence, 1 / (1 - confidence)):
         conformal = CrossConformalRegressor(regression(), confidence_level=confidence, method="plus", cv=-1)
         conformal.fit_conformalize(known.to_numpy(), targets)
         _, intervals = conformal.predict_interval(new[known.columns].to_numpy())
@@ -157,8 +156,7 @@ def expected_dice(args: argparse.Namespace, command: str) -> Path:
     scans = raw.find_scans(args.i)
     folds = validation_cases(raw, group, args.f, scans)
     results = environment_folder("nnUNet_results")
-    models = {m.name: model_folder(results, m.dataset_name, args.tr, args.p, args.c) for m in group.modalities}
-    networks = Networks(models, args.f, torch.device(args.device), not args.disable_tta)
+    networks = Networks.of_command_line(group, args)
     with explains_failed_writes(args.o, "Make room, and repeat the command: it goes on from here."):
         of_model = model_folder(results, raw.name, args.tr, args.p, args.c).relative_to(results)
         calibration = (results / "calibration" / of_model).absolute()

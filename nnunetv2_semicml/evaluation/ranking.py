@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from sklearn.cluster import AgglomerativeClustering
 
 from nnunetv2_semicml.data.environment import environment_folder
@@ -42,15 +41,7 @@ def score_cases(cases: Mapping[str, Measured], by: str) -> pd.Series:
     Returns:
         Case -> score, the highest first; cases without any measure last, with 0.
     """
-    rows = {
-        case: {
-            f"{where} {name}": value
-            for where, of in measured.measures.items()
-            for name, value in of.items()
-            if name in SCORES[by]
-        }
-        for case, measured in cases.items()
-    }
+    rows = {case: measured.flat(SCORES[by]) for case, measured in cases.items()}
     table = pd.DataFrame.from_dict(rows, orient="index").reindex(list(cases))
     scores = table.rank(pct=True).mean(axis=1).fillna(0.0)
     return scores.sort_values(ascending=False, kind="stable")
@@ -72,6 +63,8 @@ def choose(scores: pd.Series, cases: Mapping[str, Measured], number: int, pool: 
         The chosen cases, the highest score first.
     """
     candidates = [str(case) for case in scores.index[: max(number, round(pool * number))]]
+    if number >= len(candidates):
+        return candidates
     parts = []
     for modality in dict.fromkeys(name for case in candidates for name in cases[case].features):
         features = [cases[case].features.get(modality) for case in candidates]
@@ -80,7 +73,7 @@ def choose(scores: pd.Series, cases: Mapping[str, Measured], number: int, pool: 
         spread = np.nanstd(table, axis=0)
         # a case without the modality is like the mean of all
         parts.append(np.nan_to_num((table - np.nanmean(table, axis=0)) / np.where(spread > 0, spread, 1)))
-    if number >= len(candidates) or not any(part.shape[1] for part in parts):
+    if not any(part.shape[1] for part in parts):
         return candidates[:number]
     groups = AgglomerativeClustering(number).fit_predict(np.concatenate(parts, axis=1))
     first = [int(np.flatnonzero(groups == group)[0]) for group in range(number)]
@@ -105,14 +98,14 @@ def rank(args: argparse.Namespace, command: str) -> Path:
     if args.number < 1 or args.pool < 1:
         raise UserError("--number, --pool", f"{args.number}, {args.pool:g}", "1 or more", "Correct them.")
     results = environment_folder("nnUNet_results")
-    models = {m.name: model_folder(results, m.dataset_name, args.tr, args.p, args.c) for m in group.modalities}
     default = results / "rankings" / model_folder(results, raw.name, args.tr, args.p, args.c).relative_to(results)
     out = (args.o or default).absolute()
-    networks = Networks(models, args.f, torch.device(args.device), not args.disable_tta)
-    if len(args.f) == 1 and len(models) == 1 and args.score in ("folds", "modalities"):
-        raise UserError("--score", args.score, "mean or entropy, where one network predicts", "Give more folds.")
+    networks = Networks.of_command_line(group, args)
+    if {"folds": len(args.f), "modalities": len(group.modalities)}.get(args.score, 2) < 2:
+        raise UserError(f"--score {args.score}", "one of these", "two that could differ", "Choose another score.")
+    unlabeled = {case: files for case, files in raw.unlabeled.items() if present_modalities(files, group.modalities)}
     with explains_failed_writes(out, "Make room, and repeat the command: it goes on from here."):
-        cases = measure_cases(raw.unlabeled, group.modalities, networks, out, raw.file_ending)
+        cases = measure_cases(unlabeled, group.modalities, networks, out, raw.file_ending)
         scores = score_cases(cases, args.score)
         chosen = choose(scores, cases, min(args.number, len(cases)), args.pool)
         table = pd.DataFrame([{"case": case, "score": scores[case], **cases[case].flat()} for case in scores.index])

@@ -5,9 +5,10 @@ can be compared with what all folds say of new ones; only how folds differ from 
 May import nnU-Net, `errors` and data/.
 """
 
+import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -24,12 +25,13 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 
 from nnunetv2_semicml.data.checkpoint_file import find_damage
+from nnunetv2_semicml.data.environment import environment_folder
 from nnunetv2_semicml.data.files import Json, write_json
-from nnunetv2_semicml.data.modality_group import Modality
+from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup
 from nnunetv2_semicml.data.raw_dataset import CaseFiles, Cases
 from nnunetv2_semicml.data.reading import require_whole
-from nnunetv2_semicml.data.result_folders import fold_folder
-from nnunetv2_semicml.errors import UserError
+from nnunetv2_semicml.data.result_folders import fold_folder, model_folder
+from nnunetv2_semicml.errors import UserError, some_of
 from nnunetv2_semicml.evaluation.jobs import stamp, try_read_json
 from nnunetv2_semicml.evaluation.metrics import classes_of, compute_metrics, fill_undefined
 from nnunetv2_semicml.evaluation.progress import Progress
@@ -265,9 +267,14 @@ class Measured:
     measures: Mapping[str, Mapping[str, float]]
     features: Mapping[str, Sequence[float]]
 
-    def flat(self) -> dict[str, float]:
-        """A row of a table: "FLAIR entropy", "FLAIR | T1 disagreement", …"""
-        return {f"{where} {name}": value for where, of in self.measures.items() for name, value in of.items()}
+    def flat(self, names: Collection[str] | None = None) -> dict[str, float]:
+        """A row of a table: "FLAIR entropy", "FLAIR | T1 disagreement", …; of these measures, or of all."""
+        return {
+            f"{where} {name}": value
+            for where, of in self.measures.items()
+            for name, value in of.items()
+            if names is None or name in names
+        }
 
 
 @dataclass(frozen=True)
@@ -285,6 +292,13 @@ class Networks:
     folds: Sequence[str]
     device: torch.device
     mirroring: bool
+
+    @classmethod
+    def of_command_line(cls, group: ModalityGroup, args: argparse.Namespace) -> "Networks":
+        """Those of a group that the options -tr, -p, -c, -f, -device and --disable_tta name."""
+        results = environment_folder("nnUNet_results")
+        models = {m.name: model_folder(results, m.dataset_name, args.tr, args.p, args.c) for m in group.modalities}
+        return cls(models, args.f, torch.device(args.device), not args.disable_tta)
 
     def predictors(self) -> dict[str, FoldPredictor]:
         """Those of every modality."""
@@ -314,14 +328,19 @@ def measure_cases(
         file_ending: of the predictions.
 
     Raises:
-        UserError: a checkpoint or a scan is missing or damaged.
+        UserError: a checkpoint or a scan is missing or damaged, or a case has no modality.
     """
+    present_in = {case: present_modalities(files, modalities) for case, files in cases.items()}
+    if lacking := [case for case, present in present_in.items() if not present]:
+        known = " or ".join(modality.name for modality in modalities)
+        raise UserError(
+            some_of(lacking), "no modality as a whole", f"all files of {known}", "Add them, or leave it out."
+        )
     predictors: dict[str, FoldPredictor] = {}
-    progress = Progress(dict.fromkeys(cases, ("case", 1)), 1)
+    progress, stamps = Progress(dict.fromkeys(cases, ("case", 1)), 1), networks.stamps()
     found = {}
-    for case, files in cases.items():
-        present = present_modalities(files, modalities)
-        inputs = {**networks.stamps(), "scans": [stamp(file) for of in present.values() for file in of]}
+    for case, present in present_in.items():
+        inputs = {**stamps, "scans": [stamp(file) for of in present.values() for file in of]}
         inputs = json.loads(json.dumps(inputs))  # as JSON gives it back
         file = out / "measures" / f"{case}.json"
         written = [out / "predictions" / modality / f"{case}{file_ending}" for modality in present]
