@@ -2,9 +2,8 @@
 
 A protocol has a test set, which nothing is chosen by, and training cases. Its purposes:
 
-- "validation": all labels for several lengths, of which a protocol takes the one that gains less than 0.01 Dice in its
-  last third, and variants of methods, whose defaults rest on these; on cases of the training set that no network of the
-  draw has seen.
+- "validation": all labels for several lengths, which say what longer training would add, and variants of methods, whose
+  defaults are to rest on these; on cases of the training set that no network of the draw has seen.
 - "test": the methods, and again with more labels the bounds and those that did best on validation cases.
 """
 
