@@ -150,6 +150,13 @@ def trained(groups):
     return train
 
 
+def predicted_by_nnunet(model, folds, scan, out):
+    stock = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
+    stock.initialize_from_trained_model_folder(str(model), folds)
+    stock.predict_from_files_sequential([scan], [str(out)], overwrite=True)
+    return SimpleITKIO().read_seg(f"{out}.nii.gz")[0][0]
+
+
 def test_folds_and_their_ensemble_are_those_of_nnunet(trained, results, tmp_path):
     modality = trained(LABELS).modalities[0]
     raw = read_raw_dataset(LABELS)
@@ -157,13 +164,8 @@ def test_folds_and_their_ensemble_are_those_of_nnunet(trained, results, tmp_path
     scan = [files["images"][0]]
     model = model_folder(results, modality.dataset_name, "nnUNetTrainerSupervisedEMA", "nnUNetPlans", "2d")
     found = FoldPredictor(model, ["0", "1"], torch.device("cpu")).predict(scan)
-    (tmp_path / "stock").mkdir()
     for folds, own in (((0,), found.of_folds["0"]), ((1,), found.of_folds["1"]), ((0, 1), found.segmentation)):
-        stock = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
-        stock.initialize_from_trained_model_folder(str(model), folds)
-        stock.predict_from_files_sequential([scan], [str(tmp_path / "stock" / case)], overwrite=True)
-        expected, _ = SimpleITKIO().read_seg(str(tmp_path / "stock" / f"{case}.nii.gz"))
-        np.testing.assert_array_equal(own, expected[0])
+        np.testing.assert_array_equal(own, predicted_by_nnunet(model, folds, scan, tmp_path / case))
     assert found.of_folds["0"].any()
     assert not np.array_equal(found.of_folds["0"], found.of_folds["1"])
     alone = FoldPredictor(model, ["0"], torch.device("cpu"))
@@ -195,6 +197,13 @@ def test_cases_are_ranked_with_the_modalities_that_they_have(trained, results, m
         assert predicted == set(modality.unlabeled)
         known = table.set_index("case")[f"{modality.name} volume"].dropna()
         assert set(known.index) == set(modality.unlabeled)
+    # of every modality's own scan, by its own networks
+    complete = group.common_cases([modality.name for modality in group.modalities], labeled=False)[0]
+    for modality in group.modalities:
+        scan = [read_raw_dataset(PATTERNS).unlabeled[complete]["images"][i] for i in modality.files]
+        model = model_folder(results, modality.dataset_name, "nnUNetTrainerSupervisedEMA", "nnUNetPlans", "2d")
+        written, _ = SimpleITKIO().read_seg(str(out / "predictions" / modality.name / f"{complete}.nii.gz"))
+        np.testing.assert_array_equal(written[0], predicted_by_nnunet(model, (0, 1), scan, results / "stock"))
     page = (out / "ranking.html").read_text()
     assert all(case in page for case in group.unlabeled)
     assert page.count("data:image/png;base64,") == sum(
