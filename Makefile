@@ -29,10 +29,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The page of commands, and the documentation as a site: open site/index.html
+# The page of commands, the tables of hyper-parameters, and the documentation as a site: open site/index.html
 docs: $(VENV)/.installed
 	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[docs]'
 	$(BIN)/python docs/commands.py
+	$(BIN)/python docs/hyper_parameters.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/.installed: pyproject.toml

@@ -10,7 +10,11 @@ from nnunetv2_semicml.training.schedules import with_schedules
 
 @with_schedules
 class nnUNetTrainerCrossModalCPS(WithCrossPseudoSupervision):
-    """Every network learns from the segmentations of the other modalities; teachers follow for a second stage."""
+    """Every network learns from the segmentations of the other modalities; teachers follow for a second stage.
+
+    Attributes:
+        teacher_averaging: the method has no use for teachers, but PReL can go on from them.
+    """
 
     min_modalities = 2
     compares_modalities = True

@@ -27,18 +27,19 @@ class nnUNetTrainerFilterMatch(nnUNetTrainerSemiSupervised):
     the schedule the unlabeled cases of which the networks are surest are left out, modality by modality.
 
     Attributes:
-        mirror_from: share of the schedule after which patches are mirrored, too.
-        filter_interval: share of the schedule after which, again and again, cases are left out.
-        filtered_share: of the cases, that is left out each time.
+        warmup_fraction: share of the schedule on labels alone. Published: 20 of 300 epochs.
+        mirror_from: share of the schedule after which patches are mirrored, too. Published: 100 of 300 epochs.
+        filter_interval: share of the schedule after which, again and again, cases are left out. Published: at epochs
+            100, 200 and 300.
+        filtered_share: of the cases, that is left out each time; published.
         kept: modality -> the unlabeled cases that are still drawn from.
     """
 
     makes_pseudo_labels = True
-    # Published, in 300 epochs: labels alone for 20, mirroring from 100 on, cases are left out at 100, 200 and 300.
     warmup_fraction = 1 / 15
     mirror_from = 1 / 3
     filter_interval = 1 / 3
-    filtered_share = 0.15  # published
+    filtered_share = 0.15
 
     def initialize(self) -> None:
         """Build the networks; all cases are drawn from."""

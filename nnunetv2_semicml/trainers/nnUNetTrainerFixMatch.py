@@ -14,10 +14,14 @@ from nnunetv2_semicml.training.strong_views import SureLabels, WithStrongViews
 
 @with_schedules
 class nnUNetTrainerFixMatch(WithStrongViews):
-    """Every network learns on one strong view from its own sure segmentation of the weak one."""
+    """Every network learns on one strong view from its own sure segmentation of the weak one.
+
+    Attributes:
+        strong_weight: weight of the loss of the strong view. Published: (L_x + L_s) / 2 with L_x = (CE + Dice) / 2;
+            nnU-Net's loss is twice that L_x.
+    """
 
     term_weights = {"strong": "strong_weight"}
-    # Published: (L_x + L_s) / 2 with L_x = (CE + Dice) / 2; nnU-Net's loss is twice that L_x.
     strong_weight = 2.0
 
     def views_and_targets(

@@ -15,12 +15,18 @@ from nnunetv2_semicml.training.schedules import with_schedules
 
 @with_schedules
 class nnUNetTrainerMeanTeacher(nnUNetTrainerSemiSupervised):
-    """Mean squared difference between a network's probabilities and those of its teacher, which is deployed."""
+    """Mean squared difference between a network's probabilities and those of its teacher, which is deployed.
+
+    Attributes:
+        consistency_weight: of the term. None is published for segmentation; that of Semi-CML's mean squared error.
+        teacher_averaging: published.
+        deploy_average: the teacher is the better network, which is why the method has its name.
+    """
 
     teacher_averaging = "ema"
     deploy_average = True
     term_weights = {"mse": "consistency_weight"}
-    consistency_weight = 1.0  # none is published for segmentation; that of Semi-CML's mean squared error
+    consistency_weight = 1.0
 
     def views_and_targets(
         self, unlabeled: UnlabeledDraw, labeled: Mapping[str, LabeledPatches]

@@ -17,10 +17,12 @@ class nnUNetTrainerSECLAnatomical(WithSelfEnsemblingContrast):
 
     The parts are the classes of the teacher's segmentation of the unlabeled image, made on the fly. A position of the
     feature map belongs to a class by the share of its voxels.
+
+    Attributes:
+        contrast_temperature: see `ContrastiveLoss`. Chosen on one draw of validation patients; three draws and longer
+            training show no measurable difference to 0.1 (benchmarks/study/validation.md).
     """
 
-    # Chosen on one draw of validation patients; three draws and longer training show no measurable difference to 0.1
-    # (benchmarks/study/validation.md).
     contrast_temperature = 0.5
 
     def features_and_parts(self, teacher: Teacher, image: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -18,14 +18,17 @@ class nnUNetTrainerSECLRegion(WithSelfEnsemblingContrast):
 
     The parts are the cells of a grid that is laid over each case, not over the patch: nnU-Net crops, rotates and
     mirrors, so that the place in the patch says nothing.
+
+    Attributes:
+        regions_per_axis: cells of the grid along an axis of the case; not varied.
+        contrast_weight: of the term. Chosen on one draw of validation patients; three draws and longer training show no
+            measurable difference to 0.1 (benchmarks/study/validation.md).
     """
 
     needs_positions = True
     min_unlabeled = 2  # the same region of another case is positive
     own_image = False
-    regions_per_axis = 4  # not varied
-    # Chosen on one draw of validation patients; three draws and longer training show no measurable difference to 0.1
-    # (benchmarks/study/validation.md).
+    regions_per_axis = 4
     contrast_weight = 1.0
 
     def features_and_parts(self, teacher: Teacher, image: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:

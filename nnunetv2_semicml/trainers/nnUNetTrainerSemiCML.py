@@ -20,14 +20,18 @@ class nnUNetTrainerSemiCML(WithAreaContrast):
 
     Both terms are ramped, since predictions that are still wrong teach nothing. Published: the ramp of the MSE alone,
     exp(-5 (1 - t/T)^2), whose T is here a share of the training, so that every schedule reaches the full weights.
+
+    Attributes:
+        mse_weight: of the mean squared difference; published.
+        asc_weight: of the contrast. Published: 3.5 beside 10 BCE + 7 Dice; nnU-Net's supervised loss, cross-entropy +
+            Dice, is a tenth of that.
+        teacher_averaging: of the teachers, one of which PReL goes on from; published. "ema" was the better teacher on
+            validation patients (benchmarks/study/validation.md).
     """
 
-    # Published: the best-model average. "ema", an exponential moving average over the steps, was the better teacher on
-    # validation patients (benchmarks/study/validation.md).
     teacher_averaging = "bma"
     term_weights = {"mse": "mse_weight", "asc": "asc_weight"}
-    mse_weight = 1.0  # published
-    # Published: ASC weight 3.5 beside 10 BCE + 7 Dice. nnU-Net's supervised loss is 1 CE + 1 Dice, a tenth of that.
+    mse_weight = 1.0
     asc_weight = 0.35
 
     def unsupervised_terms(self, outputs: Sequence[View], targets: None) -> dict[str, Tensor]:

@@ -42,32 +42,34 @@ class nnUNetTrainerSemiCMLPReL(WithAreaContrast):
     Attributes:
         first_stage: the trainer whose checkpoint_final is the beginning and whose kind of network is trained on; any
             one with teachers.
-        pseudo_label_weight: of the terms of a learner, together.
-        asc_share: of the ASC loss in these.
-        asc_share_better: the same for the better modality.
-        join_fraction: last share of the stage, in which the better modality learns, too.
-        may_give_back: whether its network may be given back; None: unless the fold is "all".
-        teacher_passes: forward passes of the teacher whose mean is the pseudo-label.
+        num_epochs: published: 31 after 50 of Semi-CML, here the same share of nnU-Net's 1000.
+        initial_lr: a finished network is refined: a tenth of nnU-Net's rate, with nnU-Net's decay. On validation
+            patients 0.005 lowered the better modality and did not measurably lift the other
+            (benchmarks/study/validation.md).
+        supervised_weight: of nnU-Net's loss on labeled cases. Published: 0, which on validation patients was neither
+            better nor worse (ibid.).
+        pseudo_label_weight: of the terms of a learner, together; published.
+        asc_share: of the ASC loss in these. Published: 0.01 to 0.1.
+        asc_share_better: the same for the better modality. Published: 0.1 to 0.2.
+        join_fraction: last share of the stage, in which the better modality learns, too; published.
+        may_give_back: whether its network may be given back; None: unless the fold is "all", whose validation Dice is
+            that of training cases. On validation patients the networks were as good without the rule (ibid.).
+        teacher_passes: forward passes of the teacher whose mean is the pseudo-label; published.
+        noise_bounds: of the images of these. Published: noise N(0, 0.1²) clamped to [0, 0.2]; here in standard
+            deviations of the image.
         better_modality: name of the teacher's modality; empty until training starts.
         labeler: its teacher, which makes the pseudo-labels and stays as it is.
     """
 
     first_stage: type[nnUNetTrainerSemiSupervised] = nnUNetTrainerSemiCML
-    num_epochs = 600  # published: 31 after 50 of Semi-CML, the same share of nnU-Net's 1000 here
-    # A finished network is refined: a tenth of nnU-Net's rate, with nnU-Net's decay. On validation patients 0.005
-    # lowered the better modality and did not measurably lift the other (benchmarks/study/validation.md).
+    num_epochs = 600
     initial_lr = 1e-3
-    # Published: 0, which on validation patients was neither better nor worse (ibid.).
     supervised_weight = 1.0
     pseudo_label_weight = 1.0
-    # Published: shares of the ASC loss of 0.01 to 0.1, and of 0.1 to 0.2 for the better modality.
     asc_share = 0.1
     asc_share_better = 0.2
-    join_fraction = 0.2  # published
-    # The validation Dice of fold "all" is that of training cases. On validation patients the networks were as good
-    # without the rule (benchmarks/study/validation.md).
+    join_fraction = 0.2
     may_give_back: bool | None = None
-    # Published: four passes, noise N(0, 0.1^2) clamped to [0, 0.2]; here in standard deviations of the image.
     teacher_passes = 4
     noise_bounds = (0.0, 0.2)
     makes_pseudo_labels = True

@@ -16,13 +16,18 @@ from nnunetv2_semicml.training.schedules import with_schedules
 
 @with_schedules
 class nnUNetTrainerSemiCMLPlus(WithAreaContrast, WithCrossPseudoSupervision):
-    """The contrast of Semi-CML beside hard pseudo-labels in the place of the mean squared error, and EMA teachers."""
+    """The contrast of Semi-CML beside hard pseudo-labels in the place of the mean squared error, and EMA teachers.
 
-    # The best-model average hardly follows a network whose validation Dice has little left to gain. On validation
-    # patients it was worse than its network, and the weaker modality gained less (benchmarks/study/validation.md).
+    Attributes:
+        asc_weight: of the contrast; as in Semi-CML.
+        teacher_averaging: the best-model average hardly follows a network whose validation Dice has little left to
+            gain. On validation patients it was worse than its network, and the weaker modality gained less
+            (benchmarks/study/validation.md).
+    """
+
     teacher_averaging = "ema"
     term_weights = {"ce": "pseudo_label_weight", "dice": "pseudo_label_weight", "asc": "asc_weight"}
-    asc_weight = 0.35  # as in Semi-CML
+    asc_weight = 0.35
 
     def unsupervised_terms(self, outputs: Sequence[View], targets: None) -> dict[str, Tensor]:
         """Cross-entropy and Dice with the segmentations of the other modalities, and the area-similarity contrast."""

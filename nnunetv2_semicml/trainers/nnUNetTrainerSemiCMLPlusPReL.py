@@ -7,6 +7,10 @@ from nnunetv2_semicml.training.schedules import with_schedules
 
 @with_schedules
 class nnUNetTrainerSemiCMLPlusPReL(nnUNetTrainerSemiCMLPReL):
-    """The second stage of Semi-CML Plus."""
+    """The second stage of Semi-CML Plus.
+
+    Attributes:
+        first_stage: the trainer that it goes on from.
+    """
 
     first_stage = nnUNetTrainerSemiCMLPlus

@@ -20,13 +20,20 @@ class nnUNetTrainerUAMT(nnUNetTrainerSemiSupervised):
 
     The published networks have dropout, by which the forward passes differ. nnU-Net's have none unless the plans say
     so; they then differ by the noise of their images alone.
+
+    Attributes:
+        consistency_weight: of the term. Published: 0.1 beside half of the sum of cross-entropy and Dice that nnU-Net's
+            loss is.
+        rampup_fraction: published.
+        uncertainty_passes: forward passes of the teacher, of whose mean the entropy is taken; published.
+        teacher_averaging: published.
     """
 
     teacher_averaging = "ema"
     term_weights = {"mse": "consistency_weight"}
-    consistency_weight = 0.2  # published: 0.1 beside half of the sum of CE and Dice that nnU-Net's loss is
-    rampup_fraction = 1.0  # published
-    uncertainty_passes = 8  # published
+    consistency_weight = 0.2
+    rampup_fraction = 1.0
+    uncertainty_passes = 8
 
     def views_and_targets(
         self, unlabeled: UnlabeledDraw, labeled: Mapping[str, LabeledPatches]

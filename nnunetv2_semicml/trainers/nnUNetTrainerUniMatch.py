@@ -20,17 +20,19 @@ class nnUNetTrainerUniMatch(WithStrongViews):
     """Every network learns from its own sure segmentation on strong views, and on the weak one with features dropped.
 
     Attributes:
-        strong_views: how many strong views there are.
-        feature_weight: weight of the loss of the weak view with dropped features.
-        feature_dropout: probability with which a channel of the encoder's features is dropped, at every resolution.
+        strong_views: how many strong views there are; published.
+        strong_weight: weight of the mean loss of strong views. Published: (L_x + ¼ L_s1 + ¼ L_s2 + ½ L_fp) / 2 with
+            L_x = (CE + Dice) / 2; nnU-Net's loss is twice that L_x.
+        feature_weight: weight of the loss of the weak view with dropped features; published, likewise.
+        feature_dropout: probability with which a channel of the encoder's features is dropped, at every resolution;
+            published.
     """
 
     strong_views = 2
     term_weights = {"strong": "strong_weight", "features": "feature_weight"}
-    # Published: (L_x + ¼ L_s1 + ¼ L_s2 + ½ L_fp) / 2 with L_x = (CE + Dice) / 2; nnU-Net's loss is twice that L_x.
     strong_weight = 1.0
     feature_weight = 1.0
-    feature_dropout = 0.5  # published
+    feature_dropout = 0.5
 
     def initialize(self) -> None:
         """Build the networks, if they have features to drop."""

@@ -13,7 +13,8 @@ class WithAreaContrast(nnUNetTrainerSemiSupervised):
     """Predictions of a case by several modalities are contrasted with those of other cases.
 
     Attributes:
-        asc_temperature: see `AreaSimilarityContrastiveLoss`.
+        asc_temperature: see `AreaSimilarityContrastiveLoss`; published. A sharper 0.2 with weight 1 destroyed both
+            networks in development.
         asc_cases: unlabeled cases per draw that are contrasted; None takes those of the unlabeled batch, as far as they
             are different cases. If there are more, the step draws as many, and the first ones are the unlabeled batch
             (`in_batch`), to which the other terms of the method keep.
@@ -22,7 +23,7 @@ class WithAreaContrast(nnUNetTrainerSemiSupervised):
     min_modalities = 2
     compares_modalities = True
     min_unlabeled = 2
-    asc_temperature = 1.0  # published; a sharper 0.2 with weight 1 destroyed both networks in development
+    asc_temperature = 1.0
     asc_cases: int | None = None
 
     def initialize(self) -> None:

@@ -181,8 +181,8 @@ class Conductor(nnUNetTrainer):
         micro_batch_size: when recomputing, the cases that go through a network at a time; None takes the batch size,
             for which the plans were made. Fewer need less memory and more time.
         pretrained_weights: files with weights that networks begin with, modality -> file, or one for all; the
-            environment variable `VARIABLE`, and nnU-Net's -pretrained_weights before that, go before it. A training
-            that is continued or validated has its own weights.
+            environment variable nnUNet_semicml_pretrained_weights, and nnU-Net's -pretrained_weights before that, go
+            before it. A training that is continued or validated has its own weights.
         trainers: the trainers of the networks, in the order of the modalities, from `initialize` on.
 
     With several processes (-num_gpus), the unlabeled cases of a step are shared out among them, as the batch is.

@@ -43,35 +43,39 @@ class WithBidirectionalCopyPaste(nnUNetTrainerSemiSupervised):
     mixtures from then on, at full resolution, without deep supervision.
 
     Attributes:
-        box_side: of the box, in sides of the patch.
-        both_ways: whether every pair is mixed in both directions, which costs twice as much.
-        labeled_weight_in_mixtures: weight of the region of labels in a mixture.
-        pseudo_label_weight: weight of the other region.
+        box_side: of the box, in sides of the patch; published.
+        both_ways: whether every pair is mixed in both directions, which costs twice as much; published: not.
+        labeled_weight_in_mixtures: weight of the region of labels in a mixture. Published: 1 of ½ (CE + Dice) of each
+            of the two mixtures, summed: the mean over these of nnU-Net's cross-entropy + Dice.
+        pseudo_label_weight: weight of the other region; published, likewise.
         largest_component: whether the largest component of every class of a pseudo-label is kept alone, patch by patch;
-            wrong for what has several, such as lesions.
+            published; wrong for what has several, such as lesions.
+        teacher_averaging: published.
+        noise_std: of a teacher's images; the published one sees them as they are.
+        warmup_fraction: share of the schedule on mixtures of labeled patches alone. Published: 10000 of 40000 steps
+            (ACDC) or 2000 of 17000 (left atrium).
+        supervised_weight_after_warmup: of labeled patches that are not mixed; published.
+        rampup_fraction: published: no ramp.
     """
 
     teacher_averaging = "ema"
-    noise_std = 0.0  # the published teacher sees the image as it is
+    noise_std = 0.0
     mixes_labeled = True
     makes_pseudo_labels = True
-    # Published: 10000 of 40000 steps (ACDC) or 2000 of 17000 (left atrium).
     warmup_fraction = 0.25
     supervised_weight_after_warmup = 0.0
-    rampup_fraction = 0.0  # published: none
+    rampup_fraction = 0.0
     term_weights = {
         "labeled ce": "labeled_weight_in_mixtures",
         "labeled dice": "labeled_weight_in_mixtures",
         "pseudo ce": "pseudo_label_weight",
         "pseudo dice": "pseudo_label_weight",
     }
-    box_side = 2 / 3  # published
-    both_ways = False  # published
-    # Published: 1 and 0.5, of ½ (CE + Dice) of each of the two mixtures, summed: the mean over these of nnU-Net's
-    # CE + Dice.
+    box_side = 2 / 3
+    both_ways = False
     labeled_weight_in_mixtures = 1.0
     pseudo_label_weight = 0.5
-    largest_component = True  # published
+    largest_component = True
 
     def labeled_views(
         self, labeled: Mapping[str, LabeledPatches], draws: Sequence[UnlabeledDraw]

@@ -20,11 +20,14 @@ class WithCrossPseudoSupervision(nnUNetTrainerSemiSupervised):
 
     As published, the loss is the supervised one, which in nnU-Net is cross-entropy and Dice; other than published,
     labeled cases have no pseudo-labels.
+
+    Attributes:
+        pseudo_label_weight: of cross-entropy and of Dice with pseudo-labels. Published: 1.5, without a ramp, on natural
+            images. Segmentations of the beginning are wrong, so the weight is ramped as in Semi-CML. With 0.5, both
+            networks of a run on validation patients ended up segmenting nothing (benchmarks/study/validation.md at
+            commit 8d54f3c).
     """
 
-    # Published: 1.5, without a ramp, on natural images. Segmentations of the beginning are wrong, so the weight is
-    # ramped as in Semi-CML. With 0.5, both networks of a run on validation patients ended up segmenting nothing
-    # (benchmarks/study/validation.md at commit 8d54f3c).
     pseudo_label_weight = 0.25
     term_weights = {"ce": "pseudo_label_weight", "dice": "pseudo_label_weight"}
     makes_pseudo_labels = True

@@ -41,8 +41,9 @@ class nnUNetTrainerSemiSupervised(Conductor):
         deploy_average: whether the averaged networks are validated and deployed instead of those that are trained; if
             there are no teachers, EMA ones are made for it.
         ema_decay: of EMA teachers, see `Teacher.follow`.
-        bma_pool_size: see `BestModelPool`.
-        bma_start_epoch: first epoch after the warm-up that the pool takes part in, at most a fifth of the schedule.
+        bma_pool_size: see `BestModelPool`; published.
+        bma_start_epoch: first epoch after the warm-up that the pool takes part in. Published: 10 of 50; a shorter
+            schedule starts after the same fifth of its epochs.
         noise_std: of the images of a teacher, in their standard deviations, see `add_noise`.
         noise_bounds: likewise.
         makes_pseudo_labels: whether networks learn from pseudo-labels, of which `count_pseudo_labels` is told then, so
@@ -56,8 +57,6 @@ class nnUNetTrainerSemiSupervised(Conductor):
     teacher_averaging: Literal["ema", "bma"] | None = None
     deploy_average = False
     ema_decay = 0.99
-    # Published with BMA: the 6 best validation epochs from epoch 10 on, of 50. A shorter schedule starts after the same
-    # fifth of its epochs.
     bma_pool_size = 6
     bma_start_epoch = 10
     noise_std = 0.1

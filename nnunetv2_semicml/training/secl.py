@@ -75,9 +75,11 @@ class WithSelfEnsemblingContrast(nnUNetTrainerSemiSupervised):
         own_image: whether the teacher's key of the same part of the same image is positive, too.
         contrast_weight: of the term.
         contrast_temperature: see `ContrastiveLoss`.
-        feature_stage: of the encoder, see `ProjectedEncoder`.
-        projection_dimension: length of the features.
+        feature_stage: of the encoder, see `ProjectedEncoder`: a quarter of the resolution, where small structures still
+            have features. On validation patients the last stage was no better.
+        projection_dimension: length of the features; not varied, nor were `ema_decay` and the noise.
         min_part: weight, in positions of the feature map, below which a part is neither anchor nor key.
+        teacher_averaging: of the keys' encoder; the self-ensembling of the title.
         students: of every network, by name, with the projection head.
     """
 
@@ -86,10 +88,8 @@ class WithSelfEnsemblingContrast(nnUNetTrainerSemiSupervised):
     own_image = True
     contrast_weight = 0.1
     contrast_temperature = 0.1
-    # A quarter of the resolution, where small structures still have features. On validation patients the last stage was
-    # no better.
     feature_stage = 2
-    projection_dimension = 64  # not varied, nor were ema_decay and the noise
+    projection_dimension = 64
     min_part = 1.0
 
     def initialize(self) -> None:

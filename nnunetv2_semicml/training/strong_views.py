@@ -41,16 +41,17 @@ class WithStrongViews(nnUNetTrainerSemiSupervised):
 
     Attributes:
         strong_weight: weight of the loss of strong views, of several of their mean.
-        sure_from: probability of a class, or of a region or its absence, from which a network is sure.
-        box_probability: of a box.
-        box_shares: lowest and highest share of the patch that is in the box.
+        sure_from: probability of a class, or of a region or its absence, from which a network is sure; published.
+        box_probability: of a box; published.
+        box_shares: lowest and highest share of the patch that is in the box; published.
+        rampup_fraction: published: no ramp.
     """
 
     makes_pseudo_labels = True
-    rampup_fraction = 0.0  # published: none
-    sure_from = 0.95  # published
-    box_probability = 0.5  # published
-    box_shares = (0.02, 0.4)  # published
+    rampup_fraction = 0.0
+    sure_from = 0.95
+    box_probability = 0.5
+    box_shares = (0.02, 0.4)
     strong_weight: float
 
     def sure_labels(self, unlabeled: UnlabeledDraw) -> dict[str, SureLabels]:
