@@ -21,8 +21,8 @@ The images are copied voxel by voxel. The labels of the files, 1 (necrotic and n
                                 the challenge evaluates and nnU-Net trained for it
 The grade of the cases of 2019 (HGG or LGG) stands in strata.csv, for withhold_labels --stratify.
 
-    python -m dataset_conversion.brats MICCAI_BraTS2020_TrainingData -d 500 --year 2020 [--modalities T1ce T2] \\
-        [--labels whole_tumour] [--unlabeled MICCAI_BraTS2020_ValidationData]
+    python -m nnunetv2_semicml.dataset_conversion.brats MICCAI_BraTS2020_TrainingData -d 500 --year 2020 \\
+        [--modalities T1ce T2] [--labels whole_tumour] [--unlabeled MICCAI_BraTS2020_ValidationData]
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataset_conversion.common import Labels, argument_parser, check_modalities, find_cases, new_dataset, read_case, run
 from nnunetv2_semicml.errors import reports_user_errors
+
+from .common import Labels, argument_parser, check_modalities, find_cases, new_dataset, read_case, run
 
 MODALITIES = ("T1", "T1ce", "T2", "FLAIR")
 # year -> pattern of the cases, one of them

@@ -15,7 +15,7 @@ turned over together with their slices.
 Labels: gray values 55 to 70 (nominally 63) liver 1, 110 to 135 (126) right kidney 2, 175 to 200 (189) left kidney 3,
 240 to 255 (252) spleen 4, the ranges that the organizers give; 0 is background, and nothing else may occur.
 
-    python -m dataset_conversion.chaos Train_Sets/MR -d 540 [--unlabeled Test_Sets/MR]
+    python -m nnunetv2_semicml.dataset_conversion.chaos Train_Sets/MR -d 540 [--unlabeled Test_Sets/MR]
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,10 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from dataset_conversion.common import argument_parser, new_dataset, on_grid_of, relabel, run
 from nnunetv2_semicml.data.grid import GRID_TOLERANCE
 from nnunetv2_semicml.errors import UserError, reports_user_errors
+
+from .common import argument_parser, new_dataset, on_grid_of, relabel, run
 
 PHASES = ("InPhase", "OutPhase")
 LABELS = {"background": 0, "liver": 1, "right_kidney": 2, "left_kidney": 3, "spleen": 4}

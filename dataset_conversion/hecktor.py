@@ -16,9 +16,9 @@ a hot spot, and the CT's voxels are smaller than those of the PET. Outside its f
 Labels: primary tumour 1 (GTVt, from 2022 on GTVp); of 2022 also lymph nodes 2 (GTVn).
 The center of every case, e.g. CHUM, stands in strata.csv, for withhold_labels --stratify.
 
-    python -m dataset_conversion.hecktor hecktor_nii -d 530 --year 2021 \\
+    python -m nnunetv2_semicml.dataset_conversion.hecktor hecktor_nii -d 530 --year 2021 \\
         --bounding_boxes hecktor2021_bbox_training.csv [hecktor2021_bbox_testing.csv] [--unlabeled hecktor_nii_test]
-    python -m dataset_conversion.hecktor hecktor2022_training -d 531 --year 2022 \\
+    python -m nnunetv2_semicml.dataset_conversion.hecktor hecktor2022_training -d 531 --year 2022 \\
         [--unlabeled hecktor2022_testing/imagesTs]
 """
 
@@ -32,7 +32,10 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from dataset_conversion.common import (
+from nnunetv2_semicml.data.grid import Grid
+from nnunetv2_semicml.errors import UserError, reports_user_errors
+
+from .common import (
     argument_parser,
     find_cases,
     new_dataset,
@@ -41,8 +44,6 @@ from dataset_conversion.common import (
     relabel,
     run,
 )
-from nnunetv2_semicml.data.grid import Grid
-from nnunetv2_semicml.errors import UserError, reports_user_errors
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ The slices, in the order of their numbers, become 3D images, voxel by voxel; 255
   natural one.
 - The institution of every case, e.g. CS, stands in strata.csv, for withhold_labels --stratify.
 
-    python -m dataset_conversion.lgg kaggle_3m -d 550 [--modalities FLAIR T1post]
+    python -m nnunetv2_semicml.dataset_conversion.lgg kaggle_3m -d 550 [--modalities FLAIR T1post]
 """
 
 import re
@@ -25,8 +25,9 @@ import SimpleITK as sitk
 import tifffile
 from tqdm import tqdm
 
-from dataset_conversion.common import argument_parser, check_modalities, new_dataset, relabel, run
 from nnunetv2_semicml.errors import UserError, reports_user_errors
+
+from .common import argument_parser, check_modalities, new_dataset, relabel, run
 
 CHANNELS = {"T1": 0, "FLAIR": 1, "T1post": 2}  # place in the file
 NOMINAL_SPACING = (1.0, 1.0, 5.0)

@@ -7,16 +7,18 @@ last of which is T2, ADC, and labelsTr/prostate_00.nii.gz with the values 1 (per
 which stay as they are; imagesTs/prostate_03.nii.gz has no labels. The two images of a file become two channels, voxel
 by voxel. Nothing is registered: between T2 and ADC of a patient some misalignment remains.
 
-    python -m dataset_conversion.msd_prostate Task05_Prostate -d 520 [--unlabeled Task05_Prostate/imagesTs]
+    python -m nnunetv2_semicml.dataset_conversion.msd_prostate Task05_Prostate -d 520 \\
+        [--unlabeled Task05_Prostate/imagesTs]
 """
 
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dataset_conversion.common import argument_parser, find_cases, new_dataset, on_grid_of, read_image, relabel, run
 from nnunetv2_semicml.data.files import read_json
 from nnunetv2_semicml.errors import UserError, reports_user_errors
+
+from .common import argument_parser, find_cases, new_dataset, on_grid_of, read_image, relabel, run
 
 CHANNELS = ["T2", "ADC"]
 LABELS = {"background": 0, "PZ": 1, "TZ": 2}

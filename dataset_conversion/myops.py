@@ -11,15 +11,17 @@ The images, which must lie on one grid, are copied voxel by voxel; plan_and_prep
 Labels: left ventricular blood pool 500 -> 1, right ventricular blood pool 600 -> 2, normal myocardium 200 -> 3,
 edema 1220 -> 4, scar 2221 -> 5. Slices are 12 to 23 mm apart: the 2d configuration is the natural one.
 
-    python -m dataset_conversion.myops "MyoPS 2020 Dataset" -d 510 [--unlabeled "MyoPS 2020 Dataset/test20"]
+    python -m nnunetv2_semicml.dataset_conversion.myops "MyoPS 2020 Dataset" -d 510 \\
+        [--unlabeled "MyoPS 2020 Dataset/test20"]
 """
 
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dataset_conversion.common import argument_parser, find_cases, new_dataset, read_case, run
 from nnunetv2_semicml.errors import reports_user_errors
+
+from .common import argument_parser, find_cases, new_dataset, read_case, run
 
 CHANNELS = {"C0": "bSSFP", "DE": "LGE", "T2": "T2"}
 LABELS = {

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
+from nnunetv2_semicml.dataset_conversion import brats, chaos, common, hecktor, lgg, msd_prostate, myops
 
-from dataset_conversion import brats, chaos, common, hecktor, lgg, msd_prostate, myops
 from nnunetv2_semicml.data import image_check
 from nnunetv2_semicml.data.image_check import check_images
 from nnunetv2_semicml.data.raw_dataset import RawDataset, read_raw_dataset
@@ -1259,7 +1259,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(raw: Path, source: Path)
     """A limit on the size of files stands for it; ITK writes a part of an image then, and does not say so."""
     brats_2021(source)
     code = (
-        "import resource; from dataset_conversion.brats import main\n"
+        "import resource; from nnunetv2_semicml.dataset_conversion.brats import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (150, 150)); main()"
     )
     command = [sys.executable, "-c", code, str(source / "train"), "-d", "500", "--year", "2021"]

@@ -1,10 +1,14 @@
 """What users read before anything runs: help, which comes at once, its examples and page; the citation."""
 
+import doctest
+import importlib
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -85,6 +89,38 @@ def test_page_of_commands_is_current(monkeypatch):
     assert page() == (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("module", ["asc", "consistency", "contrastive", "soft_pseudo_label"])
+def test_examples_in_docstrings_of_losses_are_right(module):
+    done = doctest.testmod(importlib.import_module(f"nnunetv2_semicml.losses.{module}"))
+    assert done.attempted
+    assert not done.failed
+
+
 def test_citation_names_the_version():
     (version,) = re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert version == distribution("nnunetv2-semicml").version
+
+
+def test_wheel_has_all_files_of_the_package(tmp_path):
+    """The converters, too, which lie elsewhere in the repository."""
+    package = ROOT / "nnunetv2_semicml"
+    files = {
+        *package.rglob("*.py"),
+        *package.rglob("*.jinja"),
+        *package.rglob("*.css"),
+        *(ROOT / "dataset_conversion").glob("*.py"),
+    }
+    copy = tmp_path / "copy"
+    for file in (*files, *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE"))):
+        target = copy / file.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", tmp_path, copy], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {
+        str(file.relative_to(ROOT)).replace("dataset_conversion", "nnunetv2_semicml/dataset_conversion")
+        for file in files
+    }
+    assert held == expected

@@ -67,7 +67,7 @@ def test_second_stage_and_schedules_are_found(groups, find):
 
 @pytest.mark.parametrize(
     ("file", "what"),
-    [("my_trainers/nnUNetTrainerMyMeanTeacher.py", "Mean Teacher"), ("dataset_conversion/mystudy.py", "A conv")],
+    [("my_trainers/nnUNetTrainerMyMeanTeacher.py", "Mean Teacher"), ("mystudy.py", "A conv")],
 )
 def test_number_of_lines_is_what_the_page_says(file, what):
     lines = [line for line in EXAMPLES[file].splitlines()[1:] if line.strip()]
@@ -85,9 +85,9 @@ def test_converter_converts(tmp_path):
                 lesions = 255 * (random.random((6, 7, 5)) > 0.5)
                 save(tmp_path / folder / subject / "lesions.nii.gz", lesions.astype(np.uint8))
     script = tmp_path / "mystudy.py"
-    script.write_text(EXAMPLES["dataset_conversion/mystudy.py"])
+    script.write_text(EXAMPLES["mystudy.py"])
     (tmp_path / "raw").mkdir()
-    environment = os.environ | {"nnUNet_raw": str(tmp_path / "raw"), "PYTHONPATH": str(REPOSITORY)}
+    environment = os.environ | {"nnUNet_raw": str(tmp_path / "raw")}
     command = [sys.executable, script, tmp_path / "study", "-d", "600", "--unlabeled", tmp_path / "unlabeled"]
     subprocess.run(command, env=environment, check=True)
     dataset = tmp_path / "raw" / "Dataset600_MyStudy"

@@ -47,6 +47,17 @@ class AreaSimilarityContrastiveLoss(nn.Module):
 
     Raises:
         ValueError: if temperature or eps is not positive or empty_area is negative.
+
+    Example: two cases, in which both modalities segment the same, or the first case as the second one.
+
+        >>> import torch
+        >>> from nnunetv2_semicml.losses import AreaSimilarityContrastiveLoss
+        >>> flair = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]).reshape(2, 1, 2, 2)  # (B, C, *spatial)
+        >>> asc = AreaSimilarityContrastiveLoss()
+        >>> round(float(asc([flair, flair])), 4)  # -log(e / (e + 2)): the positive is alike, both negatives are not
+        0.5514
+        >>> round(float(asc([flair, flair.flip(0)])), 4)  # -log(1 / (1 + 1 + e)): the reverse
+        1.5514
     """
 
     def __init__(self, temperature: float = 1.0, eps: float = 1e-6, empty_area: float = 1.0, distributed: bool = False):

@@ -22,6 +22,13 @@ def prediction_consistency(predictions: Sequence[Tensor]) -> Tensor:
         ValueError: for fewer than two modalities or if the shapes differ.
 
     Source: Zhang et al., Med. Image Anal. 83:102656, 2023 (mean squared error between the modalities' predictions).
+
+    Example:
+
+        >>> import torch
+        >>> from nnunetv2_semicml.losses import prediction_consistency
+        >>> prediction_consistency([torch.ones(2, 1, 4, 4), torch.full((2, 1, 4, 4), 0.5)])
+        tensor(0.2500)
     """
     shapes = [tuple(p.shape) for p in predictions]
     if len(shapes) < 2 or len(set(shapes)) > 1:

@@ -28,6 +28,15 @@ class ContrastiveLoss(nn.Module):
 
     Raises:
         ValueError: if the temperature is not positive.
+
+    Example: one anchor, a positive at 45° to it and a negative at 90°.
+
+        >>> import torch
+        >>> from nnunetv2_semicml.losses import ContrastiveLoss
+        >>> anchor, keys = torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 1.0], [0.0, 3.0]])
+        >>> positive = torch.tensor([[True, False]])
+        >>> round(float(ContrastiveLoss(temperature=1.0)(anchor, keys, positive, ~positive)), 4)
+        0.4008
     """
 
     def __init__(self, temperature: float = 0.1):
