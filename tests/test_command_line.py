@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -153,6 +154,11 @@ def test_planning_is_that_of_the_function(channels_group, tmp_path):
     done = run_copy("nnUNetv2_semicml_plan_and_preprocess", "-d", channels_group.dataset_name, *options, **own)
     assert "7 labeled cases: 5 with MR + T1, 1 with MR, 1 with T1" in done.stdout
     assert "MR: Dataset551_Channels_MR (_0000 FLAIR, _0001 T2)" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["modality", "dataset", "channels", "labeled", "unlabeled"] in rows
+    assert ["MR", "Dataset551_Channels_MR", "FLAIR,", "T2", "6", "4"] in rows
+    assert ["2d", "24", "×", "24"] in [row[:4] for row in rows]
+    assert rows[-1] == ["Next,", "e.g.:", "nnUNetv2_train", "550", "2d", "0", "-tr", "nnUNetTrainerSemiCML"]
     assert sorted((raw / channels_group.dataset_name).rglob("*")) == before
     assert not list(raw.glob("Dataset55[12]*"))
     for modality in channels_group.modalities:
@@ -194,7 +200,11 @@ def test_stock_nnunet_deploys_each_modality(two_folds, stock_python, tmp_path, m
     flair_scans, t1_scans = (single_modality_scans(tmp_path / name, c) for c, name in enumerate(("flair", "t1")))
     options = ("-f", 0, 1, "-device", "cpu", "-npp", 0, "-nps", 0)  # no processes, which take longer than the scans
     in_parallel = ("-f", 0, 1, "-device", "cpu", "-npp", 1, "-nps", 1)
-    by_name = ("-d", T1, "-c", "2d", "-tr", TRAINER)
+    (log,) = (two_folds / LABELS / MODEL / "fold_0").glob("training_log_*.txt")
+    found = f"T1: the model is {re.escape(str(t1))}, fold 0. To predict with it: nnUNetv2_predict (-d .*)\n"
+    (printed,) = re.findall(found, log.read_text())
+    assert "-i INPUT -o OUTPUT -c 2d -f 0 " in printed
+    by_name = tuple(printed.replace("-i INPUT -o OUTPUT ", "").replace("-f 0 ", "").split())
 
     archive, elsewhere = tmp_path / "model.zip", tmp_path / "elsewhere"
     elsewhere.mkdir()

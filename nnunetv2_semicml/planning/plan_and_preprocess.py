@@ -63,7 +63,9 @@ from nnunetv2_semicml.planning.choose_modalities import (
 )
 from nnunetv2_semicml.planning.preprocess import preprocess_configuration, still_valid
 from nnunetv2_semicml.planning.shared_plans import (
+    describe_plans,
     modality_plans,
+    next_command,
     plans_file,
     plans_of_other,
     raw_view,
@@ -241,6 +243,10 @@ def plan_and_preprocess(
             )
             group.preprocessed[identifier] = group.sources(plans_name, configuration)
             _save(group)
+        print(f"\n{describe_plans(raw, group, plans, list(identifiers.values()))}\n")
+        trainable = [c for c in identifiers.values() if "previous_stage" not in plans["configurations"][c]]
+        if preprocess and trainable:
+            print(f"Next, e.g.: {next_command(group, plans_name, trainable[0])}")
     return group
 
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
 from nnunetv2_semicml.data.files import Json, write_json
@@ -22,7 +24,7 @@ from nnunetv2_semicml.data.modality_group import (
     preprocessed_folder,
     read_preprocessed_json,
 )
-from nnunetv2_semicml.data.raw_dataset import RawDataset, datasets_with_id
+from nnunetv2_semicml.data.raw_dataset import RawDataset, confusable_with_id, dataset_number, datasets_with_id
 from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.planning.choose_modalities import describe_modalities
 
@@ -153,3 +155,38 @@ def _describe(raw: RawDataset, modalities: Sequence[Modality], num_training: int
         "channel_names": {str(i): raw.channel_names[c] for i, c in enumerate(_in_order(modalities, "channels"))},
         "numTraining": num_training,
     }
+
+
+def describe_plans(raw: RawDataset, group: ModalityGroup, plans: Json, configurations: Sequence[str]) -> str:
+    """Tables of the modalities, with their channels and cases, and of the configurations, with patch and batch."""
+    names = [*raw.channel_names]
+    modalities = [
+        {
+            "modality": m.name,
+            "dataset": m.dataset_name,
+            "channels": ", ".join(names[i] for i in m.channels),
+            "labeled": len(m.labeled),
+            "unlabeled": len(m.unlabeled),
+        }
+        for m in group.modalities
+    ]
+    planned = [(name, plans["configurations"][name]) for name in configurations]
+    geometry = [
+        {
+            "configuration": name,
+            "patch": " × ".join(map(str, settings.get("patch_size", ()))),
+            "spacing (mm)": " × ".join(f"{mm:g}" for mm in np.round(settings.get("spacing", ()), 3)),
+            "batch": settings.get("batch_size", ""),
+        }
+        for name, settings in planned
+    ]
+    return "\n\n".join(pd.DataFrame(rows).to_string(index=False) for rows in (modalities, geometry) if rows)
+
+
+def next_command(group: ModalityGroup, plans_name: str, configuration: str) -> str:
+    """How to train what has been preprocessed."""
+    trainer = "nnUNetTrainerBCP" if len(group.modalities) == 1 else "nnUNetTrainerSemiCML"
+    number = dataset_number(group.dataset_name)
+    dataset = group.dataset_name if confusable_with_id(number) else f"{number}"
+    plans = "" if plans_name == "nnUNetPlans" else f" -p {plans_name}"
+    return f"nnUNetv2_train {dataset} {configuration} 0 -tr {trainer}{plans}"

@@ -1126,6 +1126,14 @@ class Conductor(nnUNetTrainer):
                 if self._validate_best and isfile(best):
                     trainer.load_network_weights(best)
                 trainer.perform_actual_validation(save_probabilities)
+        for trainer in self._deployed_trainers():
+            model = Path(trainer.output_folder).parent
+            plans, configuration = self.plans_manager.plans_name, self.configuration_name
+            name = model.name.removesuffix(f"__{plans}__{configuration}")
+            self.print_to_log_file(
+                f"{trainer.name}: the model is {model}, fold {self.fold}. To predict with it: nnUNetv2_predict -d "
+                f"{model.parent.name} -i INPUT -o OUTPUT -c {configuration} -f {self.fold} -tr {name} -p {plans}"
+            )
 
 
 def _without_cases(dataset_json: Mapping[str, Any]) -> dict[str, Any]:
