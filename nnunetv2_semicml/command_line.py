@@ -213,12 +213,10 @@ def run_plan_and_preprocess() -> None:
         raise UserError(
             "option --modality_ids", f"it beside {len(args.d)} datasets", "one dataset", "Plan each by itself."
         )
-    from nnunetv2_semicml.data.files import read_json
-    from nnunetv2_semicml.data.modality_group import preprocessed_folder
     from nnunetv2_semicml.planning.plan_and_preprocess import plan_and_preprocess
 
     for dataset in args.d:
-        group = plan_and_preprocess(
+        plan_and_preprocess(
             dataset,
             args.c,
             args.pl,
@@ -239,11 +237,6 @@ def run_plan_and_preprocess() -> None:
             args.verify_dataset_integrity,
             args.verbose,
         )
-        print(f"\n{group.dataset_name} is {'planned' if args.no_pp else 'ready'}: {'; '.join(group.describe())}")
-        for modality in group.modalities:
-            channels = read_json(preprocessed_folder(modality.dataset_name) / "dataset.json")["channel_names"]
-            listed = ", ".join(f"_{int(i):04d} {name}" for i, name in channels.items())
-            print(f"  {modality.name}: {modality.dataset_name} ({listed})")
 
 
 def leaderboard_parser() -> argparse.ArgumentParser:

@@ -424,12 +424,16 @@ def test_color_beside_depth_is_planned_on_color_and_trained(raw, monkeypatch, ca
         file_ending=".png",
     )
     group = plan(600, ["2d"])
-    assert "INFO: nnU-Net does not read images of P0 at once (3 and 1 channels in a file)" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "INFO: nnU-Net does not read images of P0 at once (3 and 1 channels in a file)" in output
     assert [m.dataset_name for m in group.modalities] == ["Dataset601_Pictures_R+G+B", "Dataset602_Pictures_depth"]
     numbers = [
         len(plans["configurations"]["2d"]["normalization_schemes"]) for plans, _ in group.load_plans("nnUNetPlans")
     ]
     assert numbers == [3, 1]
+    rows = [" ".join(line.split()) for line in output.splitlines()]
+    assert "R+G+B Dataset601_Pictures_R+G+B _0000 R + G + B 5 3" in rows
+    assert "depth Dataset602_Pictures_depth _0000 depth 5 3" in rows
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     shrink_networks(group)
     trainer = make_trainer(folder.name, "2d")
@@ -771,7 +775,8 @@ def test_several_datasets_by_ids_and_names(raw, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     for name in (GROUP, "Dataset600_Other"):
         assert f"{name} is planned: 6 labeled cases: 6 with all; 6 unlabeled cases: 6 with all" in lines
-        assert f"  all: {name} (_0000 T1, _0001 T2)" in lines
+        assert f"all {name} _0000 T1, _0001 T2 6 6" in [" ".join(line.split()) for line in lines]
+    assert not [line for line in lines if line.startswith("Next")]  # nothing is preprocessed
     monkeypatch.setattr("sys.argv", [*command, "--modality_ids", "501", "502"])
     with pytest.raises(SystemExit):
         run_plan_and_preprocess()

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
@@ -158,27 +157,27 @@ def _describe(raw: RawDataset, modalities: Sequence[Modality], num_training: int
 
 
 def describe_plans(raw: RawDataset, group: ModalityGroup, plans: Json, configurations: Sequence[str]) -> str:
-    """Tables of the modalities, with their channels and cases, and of the configurations, with patch and batch."""
-    names = [*raw.channel_names]
+    """Tables of the modalities, with the files of a scan and the cases, and of configurations, with patch and batch."""
+    held = [" + ".join(raw.channel_names[channel] for channel in of_file) for of_file in raw.channels_of_files]
     modalities = [
         {
             "modality": m.name,
             "dataset": m.dataset_name,
-            "channels": ", ".join(names[i] for i in m.channels),
+            "files of a scan": ", ".join(f"_{number:04d} {held[i]}" for number, i in enumerate(m.files)),
             "labeled": len(m.labeled),
             "unlabeled": len(m.unlabeled),
         }
         for m in group.modalities
     ]
-    planned = [(name, plans["configurations"][name]) for name in configurations]
     geometry = [
         {
             "configuration": name,
-            "patch": " × ".join(map(str, settings.get("patch_size", ()))),
-            "spacing (mm)": " × ".join(f"{mm:g}" for mm in np.round(settings.get("spacing", ()), 3)),
-            "batch": settings.get("batch_size", ""),
+            "patch": " × ".join(map(str, settings["patch_size"])),
+            "spacing in mm": " × ".join(f"{mm:.4g}" for mm in settings["spacing"]),
+            "batch": settings["batch_size"],
         }
-        for name, settings in planned
+        for name, settings in ((name, plans["configurations"][name]) for name in configurations)
+        if "previous_stage" not in settings  # a cascade's has what it inherits
     ]
     return "\n\n".join(pd.DataFrame(rows).to_string(index=False) for rows in (modalities, geometry) if rows)
 
