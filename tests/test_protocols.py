@@ -63,6 +63,10 @@ def test_every_task_has_its_trainers_and_a_dataset_and_a_file_of_its_own(protoco
                 assert sum(t.num_epochs * t.num_iterations_per_epoch for t in (*first, last)) == 300
             assert {task.method for task in tasks} >= {protocols.LOWER, protocols.UPPER}
             assert set(protocols.BEST.get(name, ())) <= set(protocols.METHODS[name])
+            if purpose == "validation":
+                elsewhere = {task.method for task in tasks if task.draw}
+                assert elsewhere <= {protocols.LOWER, protocols.UPPER, *protocols.FINALISTS}
+                assert {*protocols.FINALISTS} <= {*protocols.VARIANTS}
 
 
 @pytest.mark.parametrize("own_tests", [False, True])

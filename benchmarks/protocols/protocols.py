@@ -3,7 +3,8 @@
 A protocol has a test set, which nothing is chosen by, and training cases. Its purposes:
 
 - "validation": all labels for several lengths, which say what longer training would add, and variants of methods, whose
-  defaults are to rest on these; on cases of the training set that no network of the draw has seen.
+  defaults are to rest on these; on cases of the training set that no network of the draw has seen. All variants are
+  tried on the first draw, and those that did best there on the others.
 - "test": the methods, and again with more labels the bounds and those that did best on validation cases.
 """
 
@@ -150,6 +151,10 @@ VARIANTS = {
     "cross-modal BCP, every pair both ways": ["XBCP_both_ways"],
     "cross-modal BCP, these three": ["XBCP_combined"],
     "cross-modal BCP, these three, with Semi-CML's terms": ["XBCP_coupled"],
+    "cross-modal BCP, these three, pseudo-labels 1": ["XBCP_combined_weight_1"],
+    "cross-modal BCP, these three, sure from 0.8": ["XBCP_combined_sure"],
+    "cross-modal BCP, these three, strong views": ["XBCP_combined_strong"],
+    "cross-modal BCP, these three, own teacher": ["XBCP_combined_own"],
     "Semi-CML Plus": ["SemiCMLPlus"],
     "UniMatch": ["UniMatch"],
     "cross-modal BCP, warm-up 0.5": ["XBCP_warmup_05"],
@@ -168,6 +173,7 @@ VARIANTS = {
     "cross-modal BCP, other teacher": ["XBCP_others"],
     "cross-modal BCP, pseudo-labels 0.25": ["XBCP_weight_025"],
 }
+FINALISTS = ("Semi-CML", "cross-modal BCP, these three")  # of the variants, by the first draw
 
 
 class Task(NamedTuple):
@@ -203,5 +209,7 @@ def tasks_of(name: str, purpose: str) -> list[Task]:
         rows += [(n, m, t) for n in more for m, t in [(LOWER, ["Supervised"]), *((m, methods[m]) for m in BEST[name])]]
     tasks = [Task(name, purpose, draw, n, m, tuple(t), protocol.steps) for draw in protocol.draws for n, m, t in rows]
     if purpose == "validation":
+        everywhere = (UPPER, LOWER, *FINALISTS)
+        tasks = [task for task in tasks if task.draw == protocol.draws[0] or task.method in everywhere]
         tasks = [Task(name, purpose, 0, 0, UPPER, ("Supervised",), steps) for steps in protocol.lengths] + tasks
     return tasks

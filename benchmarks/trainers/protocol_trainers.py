@@ -28,7 +28,6 @@ from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemi
 from nnunetv2_semicml.trainers.nnUNetTrainerSupervisedEMA import nnUNetTrainerSupervisedEMA
 from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
 from nnunetv2_semicml.trainers.nnUNetTrainerUniMatch import nnUNetTrainerUniMatch
-from nnunetv2_semicml.training import conductor
 from nnunetv2_semicml.training.conductor import LabeledPatches, UnlabeledDraw, View
 from nnunetv2_semicml.training.copy_paste import MixedLabels, WithBidirectionalCopyPaste
 from nnunetv2_semicml.training.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
@@ -38,7 +37,6 @@ from nnunetv2_semicml.training.teacher import Teacher
 STEPS, STEPS_PER_EPOCH = int(os.environ.get("PROTOCOL_STEPS", "3000")), 50
 SHARES = {"single": 1.0, "first": 2 / 3, "second": 1 / 3}
 EMA_CHECKPOINT = "checkpoint_ema.pth"
-conductor.plot_terms = lambda logging, filename: None  # an eighth of the time that such short epochs take
 
 
 class WithAverages(nnUNetTrainerSemiSupervised):
@@ -64,6 +62,9 @@ class WithAverages(nnUNetTrainerSemiSupervised):
         for trainer in self.trainers:
             trainer.logger.plot_progress_png = lambda folder: None
         self.logger.plot_progress_png = lambda folder: None
+
+    def plot_unsupervised_terms(self) -> None:
+        """Do not: an eighth of the time that such short epochs take."""
 
     def train_step(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """Make a step; the averages follow."""
@@ -220,6 +221,15 @@ TRAINERS: dict[str, tuple[type[nnUNetTrainerSemiSupervised], str, str | None, di
     "XBCP_both_ways": (nnUNetTrainerCrossModalBCP, "single", None, {"both_ways": True}),
     "XBCP_unmixed_labels": (nnUNetTrainerCrossModalBCP, "single", None, {"supervised_weight_after_warmup": 1.0}),
     "XBCP_combined": (nnUNetTrainerCrossModalBCP, "single", None, ALL_OF_THESE),
+    "XBCP_combined_weight_1": (
+        nnUNetTrainerCrossModalBCP,
+        "single",
+        None,
+        {**ALL_OF_THESE, "pseudo_label_weight": 1.0},
+    ),
+    "XBCP_combined_sure": (SureMixtures, "single", None, ALL_OF_THESE),
+    "XBCP_combined_strong": (StrongMixtures, "single", None, ALL_OF_THESE),
+    "XBCP_combined_own": (nnUNetTrainerCrossModalBCP, "single", None, {**ALL_OF_THESE, "labeled_by": "own"}),
     "XBCP_coupled": (Unmixed, "single", None, {**ALL_OF_THESE, "mse_weight": 1.0, "unmixed_asc_weight": 0.35}),
     "XBCP_strong": (StrongMixtures, "single", None, {}),
     "XBCP_sure": (SureMixtures, "single", None, {}),

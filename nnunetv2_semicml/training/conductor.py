@@ -1027,7 +1027,11 @@ class Conductor(nnUNetTrainer):
             self.print_to_log_file("unsupervised:", ", ".join(terms))
         super().on_epoch_end()
         if self.local_rank == 0:
-            plot_terms(self.logger.get_checkpoint(), join(self.output_folder, "unsupervised_terms.png"))
+            self.plot_unsupervised_terms()
+
+    def plot_unsupervised_terms(self) -> None:
+        """Draw the picture of the unsupervised terms anew, as nnU-Net does with progress.png."""
+        plot_terms(self.logger.get_checkpoint(), join(self.output_folder, "unsupervised_terms.png"))
 
     def on_train_end(self) -> None:
         """Save the final model of every modality, then the joint one, and close the streams."""
