@@ -184,3 +184,22 @@ def test_the_better_modality_is_not_taught_one_way(trainers):
         outputs = {t.name: torch.randn(4, 3, 8, 8, requires_grad=True) for t in trainer.trainers}
         sum(trainer.unsupervised_terms([outputs], None).values()).backward()
         assert {name for name, output in outputs.items() if output.grad is None} == {better}
+
+
+@pytest.mark.usefixtures("groups")
+def test_unmixed_patches_have_the_terms_of_semicml_plus(trainers):
+    """Of patches as they are, beside mixtures; those of the published method are tested by formula in test_terms."""
+    plus = make_trainer(LABELS, "2d", trainers.Protocol_SemiCMLPlus)
+    both = make_trainer(LABELS, "2d", trainers.Protocol_XBCP_plus)
+    for trainer in (plus, both):
+        trainer.initialize()
+    batch = plus.configuration_manager.batch_size
+    outputs = {t.name: torch.randn(batch, 3, 8, 8) for t in plus.trainers}
+    region = torch.ones(batch, 1, 8, 8)
+    mixed = trainers.MixedLabels(torch.ones(batch, 3, 8, 8), region, region)
+    expected = plus.unsupervised_terms([outputs], None)
+    found = both.unsupervised_terms(
+        [{name: torch.zeros(batch, 3, 8, 8) for name in outputs}, outputs], [dict.fromkeys(outputs, mixed)]
+    )
+    for name, of_plus in (("cross ce", "ce"), ("cross dice", "dice"), ("asc", "asc")):
+        torch.testing.assert_close(found[name], expected[of_plus])

@@ -151,6 +151,7 @@ VARIANTS = {
     "cross-modal BCP, every pair both ways": ["XBCP_both_ways"],
     "cross-modal BCP, these three": ["XBCP_combined"],
     "cross-modal BCP, these three, with Semi-CML's terms": ["XBCP_coupled"],
+    "cross-modal BCP, these three, with Semi-CML Plus' terms": ["XBCP_plus"],
     "cross-modal BCP, these three, pseudo-labels 1": ["XBCP_combined_weight_1"],
     "cross-modal BCP, these three, sure from 0.8": ["XBCP_combined_sure"],
     "cross-modal BCP, these three, strong views": ["XBCP_combined_strong"],
@@ -173,7 +174,7 @@ VARIANTS = {
     "cross-modal BCP, other teacher": ["XBCP_others"],
     "cross-modal BCP, pseudo-labels 0.25": ["XBCP_weight_025"],
 }
-FINALISTS = ("Semi-CML", "cross-modal BCP, these three")  # of the variants, by the first draw
+FINALISTS = ("Semi-CML", "Semi-CML Plus", "cross-modal BCP, these three")  # of the variants, by the first draw
 
 
 class Task(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from nnunetv2_semicml.losses.consistency import prediction_consistency
+from nnunetv2_semicml.losses.soft_pseudo_label import soft_cross_entropy, soft_dice_loss
 from nnunetv2_semicml.trainers.nnUNetTrainerBCP import nnUNetTrainerBCP
 from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalBCP import nnUNetTrainerCrossModalBCP
@@ -168,6 +169,35 @@ class Unmixed(nnUNetTrainerCrossModalBCP):
         }
 
 
+class UnmixedPlus(Unmixed):
+    """Beside the mixtures, Semi-CML Plus' terms of the unlabeled patches as they are.
+
+    Attributes:
+        cross_weight: of cross-entropy and Dice with the segmentations of the other modalities; ramped.
+    """
+
+    term_weights = {**Unmixed.term_weights, "cross ce": "cross_weight", "cross dice": "cross_weight"}
+    cross_weight = 0.25
+    unmixed_asc_weight = 0.35
+
+    def unsupervised_terms(
+        self, outputs: Sequence[View], targets: Sequence[Mapping[str, MixedLabels]]
+    ) -> dict[str, Tensor]:
+        """Those of copy-paste, the contrast, and those of cross pseudo-supervision."""
+        unmixed = {name: self.in_batch(z) for name, z in outputs[-1].items()}
+        probabilities = {name: self.probabilities(z) for name, z in unmixed.items()}
+        labels = {name: self.hard_pseudo_labels(p.detach()) for name, p in probabilities.items()}
+        regions, batch_dice = self.label_manager.has_regions, self.configuration_manager.batch_dice
+        pairs = [(name, labels[other]) for name in unmixed for other in unmixed if other != name]
+        ce = [soft_cross_entropy(unmixed[name], label, regions) for name, label in pairs]
+        dice = [
+            soft_dice_loss(self.foreground(probabilities[name]), self.foreground(label), batch_dice)
+            for name, label in pairs
+        ]
+        means = {"cross ce": self.over_networks(ce), "cross dice": self.over_networks(dice)}  # of two modalities
+        return {**super().unsupervised_terms(outputs, targets), **means}
+
+
 class CopyPastePReL(WithBidirectionalCopyPaste, nnUNetTrainerSemiCMLPReL):
     """PReL whose learners see mixtures of labeled and unlabeled patches instead of the unlabeled ones."""
 
@@ -231,6 +261,7 @@ TRAINERS: dict[str, tuple[type[nnUNetTrainerSemiSupervised], str, str | None, di
     "XBCP_combined_strong": (StrongMixtures, "single", None, ALL_OF_THESE),
     "XBCP_combined_own": (nnUNetTrainerCrossModalBCP, "single", None, {**ALL_OF_THESE, "labeled_by": "own"}),
     "XBCP_coupled": (Unmixed, "single", None, {**ALL_OF_THESE, "mse_weight": 1.0, "unmixed_asc_weight": 0.35}),
+    "XBCP_plus": (UnmixedPlus, "single", None, ALL_OF_THESE),
     "XBCP_strong": (StrongMixtures, "single", None, {}),
     "XBCP_sure": (SureMixtures, "single", None, {}),
     "XBCP_asc": (nnUNetTrainerCrossModalBCP, "single", None, {"asc_weight": 0.1}),
