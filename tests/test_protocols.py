@@ -86,6 +86,9 @@ def test_validation_never_sees_a_test_case_and_fewer_labels_are_part_of_more(tmp
     assert run.cases_of(protocol, source, "validation", 1)[0] != run.cases_of(protocol, source, "validation", 0)[0]
     ordered, _ = run.cases_of(protocol._replace(alphabetical=True), source, "test", 2)
     assert ordered == sorted(ordered)
+    first, held_out = run.cases_of(protocol._replace(first=[ordered[5], ordered[2]]), source, "test", 0)
+    assert held_out == test
+    assert first == [ordered[5], ordered[2], *(case for case in of_test if case not in (ordered[5], ordered[2]))]
 
 
 def test_unlabeled_cases_have_no_labels_and_slices_without_foreground_can_be_left_out(tmp_path, protocols, run):

@@ -35,6 +35,7 @@ class Protocol(NamedTuple):
         batch_size: of labeled and of unlabeled patches.
         only_slices: whether cases consist of the slices with foreground alone.
         alphabetical: whether the first cases in alphabetical order are labeled instead of drawn ones.
+        first: cases that are labeled before all others.
     """
 
     title: str
@@ -54,6 +55,7 @@ class Protocol(NamedTuple):
     batch_size: int = 8
     only_slices: bool = False
     alphabetical: bool = False
+    first: Sequence[str] = ()
 
 
 _LGG = {"FLAIR": "FLAIR", "T1post": "T1post"}

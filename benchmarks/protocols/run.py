@@ -103,7 +103,8 @@ def cases_of(protocol: Protocol, source: Path, purpose: str, draw: int) -> tuple
     validation = dict.fromkeys(draw_order(training, draw)[: protocol.num_validation], "Tr")
     held_out = test if purpose == "test" else validation
     rest = {case: stratum for case, stratum in training.items() if case not in held_out}
-    return sorted(rest) if protocol.alphabetical else draw_order(rest, draw), held_out
+    order = sorted(rest) if protocol.alphabetical else draw_order(rest, draw)
+    return [*protocol.first, *(case for case in order if case not in protocol.first)], held_out
 
 
 def dataset_of(protocol: Protocol, task: Task, modality: str | None = None) -> str:

@@ -1,0 +1,189 @@
+"""A simulated year of labeling: does it pay to choose the cases that are labeled next?
+
+    python benchmarks/ranking/labeling.py lgg --data FOLDER_OF_RAW_DATASETS --work SCRATCH [--draws 0 1 2]
+
+Begins with 5 labeled cases, and adds 5 three times: those that `nnUNetv2_semicml_rank` chooses with its defaults, at
+random, or those of whose prediction the network of the first modality is least sure. After each round two kinds of
+networks are trained anew: on labels alone, and by Semi-CML; the latter tell what to label next. Data, networks, length
+and test cases are those of the protocol (../protocols/protocols.py, which see); a draw is that of the first cases, and
+a seed.
+
+Results are added to labeling.csv beside this script, and labeling.md and labeling.png are made of it. What is in
+SCRATCH is done, and a study goes on where it was interrupted.
+"""
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "protocols"))
+from protocols import PROTOCOLS, Task  # noqa: E402
+from run import cases_of, dataset_of, result_file, run, set_environment, source_of  # noqa: E402
+
+ROUNDS, ADDED = (5, 10, 15, 20), 5
+STRATEGIES = ("random", "rank", "entropy of one modality")
+NETWORKS = {"labels alone": "Supervised", "Semi-CML": "SemiCML"}  # the last one tells what to label
+TABLE = HERE / "labeling.csv"
+POOL = 3.0  # the default of nnUNetv2_semicml_rank
+
+
+def tasks_of_round(name: str, draw: int, strategy: str, labeled: int, chosen: Sequence[str]) -> list[Task]:
+    """Both kinds of networks after some cases were chosen. The first round is the same for all strategies."""
+    strategy = strategy if chosen else STRATEGIES[0]
+    protocol = f"{name}_labeled_by_{strategy.split()[0]}"
+    PROTOCOLS[protocol] = PROTOCOLS[name]._replace(labeled=ROUNDS, first=tuple(chosen))
+    steps = PROTOCOLS[name].steps
+    return [Task(protocol, "test", draw, labeled, method, (trainer,), steps) for method, trainer in NETWORKS.items()]
+
+
+def year(data: Path, work: Path, name: str, job: tuple[int, str]) -> str:
+    """All rounds of a draw and a strategy; returns what happened."""
+    draw, strategy = job
+    chosen: list[str] = []
+    lines = []
+    for labeled in ROUNDS:
+        tasks = tasks_of_round(name, draw, strategy, labeled, chosen)
+        lines += [run(data, work, task) for task in tasks]
+        failed = [line for line in lines if line.startswith("FAILED")]
+        if failed:
+            return failed[0]
+        if strategy != STRATEGIES[0] and labeled != ROUNDS[-1]:
+            chosen = choose_next(data, work, tasks[-1], strategy)
+    return "\n".join(lines)
+
+
+def choose_next(data: Path, work: Path, task: Task, strategy: str) -> list[str]:
+    """The labeled cases of a task, and those that its networks would have labeled next; decided once."""
+    file = result_file(work, task).with_name(f"next_by_{strategy.split()[0]}.json")
+    if file.is_file():
+        return list(json.loads(file.read_text()))
+    set_environment(work, task)
+    import torch
+
+    from nnunetv2_semicml.data.modality_group import ModalityGroup
+    from nnunetv2_semicml.data.raw_dataset import read_raw_dataset
+    from nnunetv2_semicml.data.result_folders import model_folder
+    from nnunetv2_semicml.evaluation.ranking import choose, score_cases
+    from nnunetv2_semicml.evaluation.uncertainty import Networks, measure_cases
+
+    torch.set_num_threads(1)
+    protocol = PROTOCOLS[task.protocol]
+    results = Path(os.environ["nnUNet_results"])
+    options = f"Protocol_{task.trainers[-1]}", "nnUNetPlans", protocol.configuration
+    models = {m: model_folder(results, dataset_of(protocol, task, m), *options) for m in protocol.modalities}
+    raw = read_raw_dataset(dataset_of(protocol, task))
+    modalities = ModalityGroup.load(raw.name).modalities
+    networks = Networks(models, ["all"], torch.device("cpu"), mirroring=False)
+    out = file.with_suffix("")
+    measured = measure_cases(raw.unlabeled, modalities, networks, out, raw.file_ending)
+    if strategy == "rank":
+        following = choose(score_cases(measured, "mean"), measured, ADDED, POOL)
+    else:
+        first = modalities[0].name
+        entropy = pd.Series({case: of.measures[first]["entropy"] for case, of in measured.items()})
+        # without any foreground there is no entropy, and nothing to be sure of
+        following = entropy.sort_values(ascending=False, na_position="first", kind="stable").index[:ADDED].to_list()
+    labeled = cases_of(protocol, source_of(protocol, data), task.purpose, task.draw)[0][: task.labeled]
+    order = [*labeled, *following]
+    file.write_text(json.dumps(order))
+    return order
+
+
+def collect(work: Path, name: str, draws: Sequence[int]) -> pd.DataFrame:
+    """Results of all years that are there."""
+    rows = []
+    for draw in draws:
+        for strategy in STRATEGIES:
+            for labeled in ROUNDS:
+                for task in tasks_of_round(name, draw, strategy, labeled, [] if labeled == ROUNDS[0] else ["any"]):
+                    file = result_file(work, task)
+                    about = {"protocol": name, "strategy": strategy, "labeled": labeled, "network": task.method}
+                    about |= {"seed": draw, "steps": task.steps}
+                    rows += [{**about, **row} for row in json.loads(file.read_text())["rows"]] if file.is_file() else []
+    return pd.DataFrame(rows)
+
+
+def report(table: pd.DataFrame) -> None:
+    """labeling.md and labeling.png: mean Dice after each round, and what was gained by choosing."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from nnunetv2_semicml.evaluation.statistics import interval
+
+    table = table[table["weights"] == "EMA"].assign(dice=table["dice"].fillna(0.0))
+    draws = ", ".join(map(str, sorted(set(table["seed"]))))
+    lines = ["# A simulated year of labeling", "", (__doc__ or "").split("\n\n")[2].replace("\n", " "), ""]
+    lines += [f"`python benchmarks/ranking/labeling.py PROTOCOL --data FOLDER --work SCRATCH`, draws {draws},"]
+    lines += [
+        f"x86_64 CPU, {datetime.date.today()}. Mean Dice of test cases, exponential moving average of the weights;"
+    ]
+    lines += ["in brackets the difference to random labeling, paired by case, with a 95 % interval (BCa).", ""]
+    with rc_context({"font.size": 9}):
+        panels = table[["protocol", "modality"]].drop_duplicates()
+        figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (protocol, modality) in zip(axes, panels.itertuples(index=False), strict=True):
+            rows = table[(table["protocol"] == protocol) & (table["modality"] == modality)]
+            lines += [
+                f"## {protocol}, {modality}",
+                "",
+                f"| labels chosen by | networks | {' | '.join(map(str, ROUNDS))} |",
+            ]
+            lines += ["|---" * (2 + len(ROUNDS)) + "|"]
+            for (network, strategy), of in rows.groupby(["network", "strategy"], sort=False):
+                means = of.groupby("labeled")["dice"].mean()
+                style = "-" if network != next(iter(NETWORKS)) else ":"
+                color = f"C{STRATEGIES.index(strategy)}"
+                axis.plot(means.index, means, style, color=color, marker="o", ms=3, label=f"{strategy}, {network}")
+                cells = []
+                for labeled in ROUNDS:
+                    text = f"{means[labeled]:.3f}" if labeled in means.index else ""
+                    if text and strategy != STRATEGIES[0] and labeled != ROUNDS[0]:
+                        same = rows[(rows["network"] == network) & (rows["labeled"] == labeled)]
+                        pairs = same.pivot(index=["case", "seed"], columns="strategy", values="dice")
+                        pairs = pairs[[strategy, STRATEGIES[0]]].dropna()
+                        gains = (pairs[strategy] - pairs[STRATEGIES[0]]).groupby("case").mean()
+                        low, high = interval(gains.to_numpy())
+                        text += f" ({gains.mean():+.3f}, {low:+.3f} … {high:+.3f})"
+                    cells.append(text)
+                lines.append(f"| {strategy} | {network} | {' | '.join(cells)} |")
+            lines.append("")
+            axis.set(title=f"{protocol}, {modality}", xlabel="labeled cases", ylabel="Dice", xticks=ROUNDS)
+        axes[-1].legend(fontsize=6)
+        figure.savefig(HERE / "labeling.png", dpi=150, metadata={"Software": None})
+    lines += ["![Dice after each round](labeling.png)", ""]
+    (HERE / "labeling.md").write_text("\n".join(lines))
+
+
+def main() -> None:
+    """Run what is missing, two years at a time, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("protocol", choices=PROTOCOLS)
+    parser.add_argument("--data", type=Path, default=Path(), help="the folder of the raw datasets")
+    parser.add_argument("--work", type=Path, required=True, help="scratch folder")
+    parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=2, help="(default: %(default)s)")
+    args = parser.parse_args()
+    work, data, name = args.work.resolve(), args.data.resolve(), args.protocol
+    jobs = [(draw, strategy) for draw in args.draws for strategy in STRATEGIES]
+    with multiprocessing.get_context("spawn").Pool(args.processes, maxtasksperchild=1) as pool:
+        for line in pool.imap_unordered(partial(year, data, work, name), jobs):
+            print(time.strftime("%H:%M:%S"), line, flush=True)
+    known = pd.read_csv(TABLE) if TABLE.is_file() else pd.DataFrame({"protocol": []})
+    table = pd.concat([known[known["protocol"] != name], collect(work, name, args.draws)])
+    table.to_csv(TABLE, index=False, float_format="%.4g")
+    report(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""benchmarks/ranking/labeling.py: who is labeled after each round, and what the table says of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import load_script
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def labeling(monkeypatch):
+    for name in ("protocols", "run"):
+        load_script(BENCHMARKS / "protocols" / f"{name}.py", monkeypatch)
+    return load_script(BENCHMARKS / "ranking" / "labeling.py", monkeypatch)
+
+
+def test_a_year_begins_alike_and_labels_what_was_chosen(labeling, monkeypatch, tmp_path):
+    seen, asked = [], []
+
+    def choose(data, work, task, strategy):
+        asked.append((task.protocol, task.labeled, strategy, task.method))
+        return [f"case{i}" for i in range(task.labeled + 5)]
+
+    monkeypatch.setattr(labeling, "run", lambda data, work, task: seen.append(task) or "done")
+    monkeypatch.setattr(labeling, "choose_next", choose)
+    for strategy in labeling.STRATEGIES:
+        labeling.year(tmp_path, tmp_path, "lgg", (1, strategy))
+    by_strategy = [seen[8 * i : 8 * i + 8] for i in range(3)]
+    for strategy, tasks in zip(("random", "rank", "entropy"), by_strategy, strict=True):
+        assert [task.labeled for task in tasks] == [5, 5, 10, 10, 15, 15, 20, 20]
+        assert {task.draw for task in tasks} == {1}
+        assert {task.protocol for task in tasks[:2]} == {"lgg_labeled_by_random"}
+        assert {task.protocol for task in tasks[2:]} == {f"lgg_labeled_by_{strategy}"}
+    assert asked[:3] == [
+        ("lgg_labeled_by_random", 5, "rank", "Semi-CML"),
+        ("lgg_labeled_by_rank", 10, "rank", "Semi-CML"),
+        ("lgg_labeled_by_rank", 15, "rank", "Semi-CML"),
+    ]
+    assert len(asked) == 6  # random labeling asks nobody
+    assert not labeling.PROTOCOLS["lgg_labeled_by_random"].first
+    assert labeling.PROTOCOLS["lgg_labeled_by_rank"].first == tuple(f"case{i}" for i in range(20))
+
+
+def test_a_failure_ends_a_year(labeling, monkeypatch, tmp_path):
+    monkeypatch.setattr(labeling, "run", lambda data, work, task: f"FAILED {task}")
+    assert labeling.year(tmp_path, tmp_path, "lgg", (0, "rank")).startswith(
+        "FAILED Task(protocol='lgg_labeled_by_random'"
+    )
+
+
+def test_table_pairs_the_cases(labeling, monkeypatch, tmp_path):
+    dice = {"random": 0.5, "rank": 0.6, "entropy of one modality": 0.4}
+    for strategy in labeling.STRATEGIES:
+        for labeled in labeling.ROUNDS:
+            for task in labeling.tasks_of_round("lgg", 0, strategy, labeled, [] if labeled == 5 else ["any"]):
+                file = labeling.result_file(tmp_path, task)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                rows = [
+                    {
+                        "modality": "FLAIR",
+                        "weights": "EMA",
+                        "case": f"case{i}",
+                        "dice": dice[strategy] + 0.01 * i * labeled,
+                    }
+                    for i in range(3)
+                ]
+                file.write_text(json.dumps({"rows": [*rows, {**rows[0], "weights": "last step", "dice": 1.0}]}))
+    table = labeling.collect(tmp_path, "lgg", [0])
+    assert len(table) == 3 * 4 * 2 * 4
+    monkeypatch.setattr(labeling, "HERE", tmp_path)
+    labeling.report(table)
+    lines = (tmp_path / "labeling.md").read_text().splitlines()
+    (row,) = (line for line in lines if line.startswith("| rank | Semi-CML |"))
+    # the first round is that of random labeling, written last: 0.4 + 0.01 · 1 · 5
+    assert row.split(" | ")[2:] == [
+        "0.450",
+        "0.700 (+0.100, +0.100 … +0.100)",
+        "0.750 (+0.100, +0.100 … +0.100)",
+        "0.800 (+0.100, +0.100 … +0.100) |",
+    ]
+    assert (tmp_path / "labeling.png").is_file()
