@@ -30,6 +30,8 @@ sys.path.insert(0, str(HERE.parent / "protocols"))
 from protocols import PROTOCOLS, Task  # noqa: E402
 from run import cases_of, dataset_of, result_file, run, set_environment, source_of  # noqa: E402
 
+from nnunetv2_semicml.data.locks import locked  # noqa: E402
+
 ROUNDS, ADDED = (5, 10, 15, 20), 5
 STRATEGIES = ("random", "rank", "entropy of one modality")
 NETWORKS = {"labels alone": "Supervised", "Semi-CML": "SemiCML"}  # the last one tells what to label
@@ -84,8 +86,9 @@ def choose_next(data: Path, work: Path, task: Task, strategy: str) -> list[str]:
     raw = read_raw_dataset(dataset_of(protocol, task))
     modalities = ModalityGroup.load(raw.name).modalities
     networks = Networks(models, ["all"], torch.device("cpu"), mirroring=False)
-    out = file.with_suffix("")
-    measured = measure_cases(raw.unlabeled, modalities, networks, out, raw.file_ending)
+    out = file.with_name("measured")
+    with locked(out.with_suffix(".lock"), f"measuring cases of {raw.name}", wait=True):  # once for all strategies
+        measured = measure_cases(raw.unlabeled, modalities, networks, out, raw.file_ending)
     if strategy == "rank":
         following = choose(score_cases(measured, "mean"), measured, ADDED, POOL)
     else:
