@@ -176,7 +176,12 @@ VARIANTS = {
     "cross-modal BCP, other teacher": ["XBCP_others"],
     "cross-modal BCP, pseudo-labels 0.25": ["XBCP_weight_025"],
 }
-FINALISTS = ("Semi-CML", "Semi-CML Plus", "cross-modal BCP, these three")  # of the variants, by the first draw
+FINALISTS = (  # of the variants, by the first draw
+    "Semi-CML",
+    "Semi-CML Plus",
+    "cross-modal BCP, these three",
+    "cross-modal BCP, these three, with Semi-CML Plus' terms",
+)
 
 
 class Task(NamedTuple):
