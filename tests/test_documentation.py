@@ -1,5 +1,6 @@
-"""What users read before anything runs: help, which comes at once, its examples and page; the citation."""
+"""What users read before anything runs: help, which comes at once, examples, commands of pages; citation, wheel."""
 
+import argparse
 import doctest
 import importlib
 import re
@@ -9,12 +10,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import distribution
+from importlib.metadata import distribution, entry_points
 from pathlib import Path
 
 import pytest
 
 from nnunetv2_semicml.command_line import PARSERS
+from nnunetv2_semicml.ext_trainers import semicml_trainers
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(script.name for script in distribution("nnunetv2-semicml").entry_points)
@@ -75,6 +77,43 @@ def test_examples_in_the_help_are_command_lines(make_parser, monkeypatch):
     assert calls
     for call in calls:
         parser.parse_args(shlex.split(call))
+
+
+def commands_of_pages():
+    """Every command of this package or nnU-Net in a block of a page, with its optional parts."""
+    pages = [ROOT / "README.md", ROOT / "dataset_conversion" / "README.md", *(ROOT / "docs").rglob("*.md")]
+    for page in sorted(pages):
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                for command in line.split("&&"):
+                    text = re.sub(r" \| [^]]*\]", "]", command)  # of alternatives the first
+                    words = shlex.split(re.sub(r"[][]", " ", text), comments=True)
+                    if words and words[0].startswith("nnUNetv2_"):
+                        yield pytest.param(page, words, id=f"{page.stem}: {' '.join(words)}")
+
+
+class _ParsedError(Exception):
+    """Ends a command line when its options are known to be right."""
+
+
+@pytest.mark.parametrize(("page", "words"), [*commands_of_pages()])
+def test_commands_of_pages_are_command_lines(page, words, monkeypatch):
+    """Options are right, and trainers exist."""
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parse_and_end(parser, *arguments):
+        options, unknown = parse(parser, *arguments)
+        assert not unknown
+        raise _ParsedError(options)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_end)
+    monkeypatch.setattr(sys, "argv", words)
+    (script,) = entry_points(group="console_scripts", name=words[0])
+    with pytest.raises(_ParsedError) as parsed:
+        script.load()()
+    options = vars(parsed.value.args[0])
+    for trainer in re.findall(r"nnUNetTrainer\w+", " ".join(map(str, options.values()))):
+        assert trainer in semicml_trainers.__all__ or f"class {trainer.removesuffix('_50epochs')}(" in page.read_text()
 
 
 def test_every_script_has_a_parser():
