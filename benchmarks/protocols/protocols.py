@@ -4,7 +4,7 @@ A protocol has a test set, which nothing is chosen by, and training cases. Its p
 
 - "validation": all labels for several lengths, which say what longer training would add, and variants of methods, whose
   defaults are to rest on these; on cases of the training set that no network of the draw has seen. All variants are
-  tried on the first draw, and those that did best there on the others.
+  tried on the first draw of one protocol, and those that did best there on other draws and protocols.
 - "test": the methods, and again with more labels the bounds and those that did best on validation cases.
 """
 
@@ -176,6 +176,7 @@ VARIANTS = {
     "cross-modal BCP, other teacher": ["XBCP_others"],
     "cross-modal BCP, pseudo-labels 0.25": ["XBCP_weight_025"],
 }
+SCREENED_ON = "lgg"
 FINALISTS = (  # of the variants, by the first draw
     "Semi-CML",
     "Semi-CML Plus",
@@ -217,7 +218,7 @@ def tasks_of(name: str, purpose: str) -> list[Task]:
         rows += [(n, m, t) for n in more for m, t in [(LOWER, ["Supervised"]), *((m, methods[m]) for m in BEST[name])]]
     tasks = [Task(name, purpose, draw, n, m, tuple(t), protocol.steps) for draw in protocol.draws for n, m, t in rows]
     if purpose == "validation":
-        everywhere = (UPPER, LOWER, *FINALISTS)
-        tasks = [task for task in tasks if task.draw == protocol.draws[0] or task.method in everywhere]
+        everywhere, screened = (UPPER, LOWER, *FINALISTS), protocol.draws[0] if name == SCREENED_ON else None
+        tasks = [task for task in tasks if task.draw == screened or task.method in everywhere]
         tasks = [Task(name, purpose, 0, 0, UPPER, ("Supervised",), steps) for steps in protocol.lengths] + tasks
     return tasks
