@@ -208,3 +208,12 @@ def test_unmixed_patches_have_the_terms_of_semicml_plus(trainers):
     )
     for name, of_plus in (("cross ce", "ce"), ("cross dice", "dice"), ("asc", "asc")):
         torch.testing.assert_close(found[name], expected[of_plus])
+    better, other = both.trainers[0].name, both.trainers[1].name
+    both.one_way, both.best_dice = True, lambda: {better: 0.5, other: 0.4}
+    learning = {name: z.requires_grad_() for name, z in outputs.items()}
+    found = both.unsupervised_terms(
+        [{name: torch.zeros(batch, 3, 8, 8) for name in outputs}, learning], [dict.fromkeys(outputs, mixed)]
+    )
+    sum(found[name] for name in ("cross ce", "cross dice", "asc", "mse")).backward()
+    assert learning[better].grad is None
+    assert learning[other].grad.abs().sum() > 0

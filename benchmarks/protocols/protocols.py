@@ -154,6 +154,7 @@ VARIANTS = {
     "cross-modal BCP, these three": ["XBCP_combined"],
     "cross-modal BCP, these three, with Semi-CML's terms": ["XBCP_coupled"],
     "cross-modal BCP, these three, with Semi-CML Plus' terms": ["XBCP_plus"],
+    "cross-modal BCP, these three, with Semi-CML Plus' terms one way": ["XBCP_plus_one_way"],
     "cross-modal BCP, these three, pseudo-labels 1": ["XBCP_combined_weight_1"],
     "cross-modal BCP, these three, sure from 0.8": ["XBCP_combined_sure"],
     "cross-modal BCP, these three, strong views": ["XBCP_combined_strong"],
@@ -182,6 +183,7 @@ FINALISTS = (  # of the variants, by the first draw
     "Semi-CML Plus",
     "cross-modal BCP, these three",
     "cross-modal BCP, these three, with Semi-CML Plus' terms",
+    "cross-modal BCP, these three, with Semi-CML Plus' terms one way",
 )
 
 

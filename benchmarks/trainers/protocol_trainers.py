@@ -174,21 +174,26 @@ class UnmixedPlus(Unmixed):
 
     Attributes:
         cross_weight: of cross-entropy and Dice with the segmentations of the other modalities; ramped.
+        one_way: whether the better modality teaches on these patches and is not taught.
     """
 
     term_weights = {**Unmixed.term_weights, "cross ce": "cross_weight", "cross dice": "cross_weight"}
     cross_weight = 0.25
     unmixed_asc_weight = 0.35
+    one_way = False
 
     def unsupervised_terms(
         self, outputs: Sequence[View], targets: Sequence[Mapping[str, MixedLabels]]
     ) -> dict[str, Tensor]:
         """Those of copy-paste, the contrast, and those of cross pseudo-supervision."""
+        dice = self.best_dice()
+        better = max(dice, key=lambda name: dice[name]) if self.one_way and any(dice.values()) else ""
+        outputs = [*outputs[:-1], {name: z.detach() if name == better else z for name, z in outputs[-1].items()}]
         unmixed = {name: self.in_batch(z) for name, z in outputs[-1].items()}
         probabilities = {name: self.probabilities(z) for name, z in unmixed.items()}
         labels = {name: self.hard_pseudo_labels(p.detach()) for name, p in probabilities.items()}
         regions, batch_dice = self.label_manager.has_regions, self.configuration_manager.batch_dice
-        pairs = [(name, labels[other]) for name in unmixed for other in unmixed if other != name]
+        pairs = [(name, labels[other]) for name in unmixed for other in unmixed if name not in (better, other)]
         ce = [soft_cross_entropy(unmixed[name], label, regions) for name, label in pairs]
         dice = [
             soft_dice_loss(self.foreground(probabilities[name]), self.foreground(label), batch_dice)
@@ -262,6 +267,7 @@ TRAINERS: dict[str, tuple[type[nnUNetTrainerSemiSupervised], str, str | None, di
     "XBCP_combined_own": (nnUNetTrainerCrossModalBCP, "single", None, {**ALL_OF_THESE, "labeled_by": "own"}),
     "XBCP_coupled": (Unmixed, "single", None, {**ALL_OF_THESE, "mse_weight": 1.0, "unmixed_asc_weight": 0.35}),
     "XBCP_plus": (UnmixedPlus, "single", None, ALL_OF_THESE),
+    "XBCP_plus_one_way": (UnmixedPlus, "single", None, {**ALL_OF_THESE, "one_way": True}),
     "XBCP_strong": (StrongMixtures, "single", None, {}),
     "XBCP_sure": (SureMixtures, "single", None, {}),
     "XBCP_asc": (nnUNetTrainerCrossModalBCP, "single", None, {"asc_weight": 0.1}),
