@@ -3,9 +3,8 @@
 A page has a place for the table of a trainer, between two comments that are not shown.
 """
 
-import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -38,22 +37,20 @@ def documented(trainer: type) -> dict[str, str]:
     """Attribute -> what the most derived docstring says of it."""
     found: dict[str, str] = {}
     for of_class in trainer.__mro__:
-        for attribute in parse(inspect.cleandoc(of_class.__doc__ or "")).params:
+        for attribute in parse(of_class.__doc__ or "").params:
             found.setdefault(attribute.arg_name, " ".join((attribute.description or "").split()))
     return found
 
 
-def own_attributes(trainer: type) -> Iterator[str]:
+def own_attributes(trainer: type, about: Mapping[str, str]) -> Iterator[str]:
     """What a method has beyond the base of all, or with a value of its own; of the base everything."""
-    about = documented(trainer)
-    names = dict.fromkeys(
-        [*about, *(n for c in trainer.__mro__ for n in vars(c) if n in about or c not in BASE.__mro__)]
-    )
-    for name in names:
-        value = getattr(trainer, name, BASE)
-        if name.startswith("_") or name in DECLARATIONS | STATE or value is BASE or not is_setting(value):
+    missing = object()
+    added = [of_class for of_class in trainer.__mro__ if of_class not in BASE.__mro__]
+    for name in dict.fromkeys([*about, *(name for of_class in added for name in vars(of_class))]):
+        value = getattr(trainer, name, missing)
+        if name.startswith("_") or name in DECLARATIONS | STATE or not is_setting(value):
             continue
-        if trainer is BASE or getattr(BASE, name, BASE) != value:
+        if trainer is BASE or getattr(BASE, name, missing) != value:
             yield name
 
 
@@ -77,7 +74,7 @@ def table(trainer: type) -> str:
     """A row for each attribute of a trainer."""
     about = documented(trainer)
     rows = ["| attribute | default | meaning, and where the default is from |", "|---|---|---|"]
-    for name in own_attributes(trainer):
+    for name in own_attributes(trainer, about):
         text = about[name].replace("|", "\\|")
         rows.append(f"| `{name}` | {shown(getattr(trainer, name))} | {text[0].upper()}{text[1:]} |")
     return "\n".join(rows) + "\n"

@@ -298,7 +298,7 @@ def test_one_modality_of_several_can_be_chosen(copy_of_labels):
 # plans of another dataset
 
 
-def test_more_labels_are_planned_like_few(copy_of_labels, monkeypatch):
+def test_more_labels_are_planned_like_few(copy_of_labels, monkeypatch, capsys):
     """Geometry and normalization are the other dataset's, voxel for voxel; nothing is unlabeled."""
     raw = copy_of_labels / "nnUNet_raw"
     shutil.copytree(raw / LABELS, raw / "Dataset540_Full", ignore=shutil.ignore_patterns("imagesUn"))
@@ -306,6 +306,7 @@ def test_more_labels_are_planned_like_few(copy_of_labels, monkeypatch):
         plan(540, ["2d"])
     group = plan(540, ["2d"], plans_of=500)
     assert group.unlabeled == []
+    assert "Next, e.g.: nnUNetv2_train 540 2d 0 -tr nnUNetTrainerSupervisedEMA\n" in capsys.readouterr().out
     pairs = [("Dataset540_Full", LABELS), ("Dataset541_Full_FLAIR", FLAIR), ("Dataset542_Full_T1", T1)]
     for full, few in pairs:
         assert {**load_plans(full)[0], "dataset_name": few} == load_plans(few)[0]

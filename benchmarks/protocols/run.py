@@ -220,6 +220,13 @@ def result_file(work: Path, task: Task) -> Path:
     return work / f"{task.protocol}_{task.purpose}" / share / f"{task.trainers[-1]}_{task.steps}.json"
 
 
+def model_of(protocol: Protocol, task: Task, modality: str, trainer: str = "") -> Path:
+    """Where the networks of a modality are, or are going to be; of the last trainer of a task unless one is named."""
+    trainer = trainer or f"Protocol_{task.trainers[-1]}"
+    dataset, results = dataset_of(protocol, task, modality), Path(os.environ["nnUNet_results"])
+    return model_folder(results, dataset, trainer, "nnUNetPlans", protocol.configuration)
+
+
 def run(data: Path, work: Path, task: Task) -> str:
     """Prepare, train, predict and evaluate what is not yet there; the result is a file. Returns what happened."""
     begin = time.monotonic()
@@ -251,10 +258,9 @@ def run_task(data: Path, task: Task) -> dict[str, Any]:
     protocol = PROTOCOLS[task.protocol]
     prepare(protocol, task, data)
     begin = time.process_time()
-    dataset, results = dataset_of(protocol, task), Path(os.environ["nnUNet_results"])
+    dataset = dataset_of(protocol, task)
     for trainer in (f"Protocol_{name}" for name in task.trainers):
-        of_last = dataset_of(protocol, task, list(protocol.modalities)[-1])
-        model = model_folder(results, of_last, trainer, "nnUNetPlans", protocol.configuration)
+        model = model_of(protocol, task, list(protocol.modalities)[-1], trainer)
         model.mkdir(parents=True, exist_ok=True)
         with locked(model, f"training {trainer}", wait=True):
             if not (fold_folder(model, "all") / WEIGHTS["EMA"]).is_file():  # the last file that a training writes
@@ -276,14 +282,15 @@ def predict_and_evaluate(protocol: Protocol, task: Task, modality: str, weights:
 
     from nnunetv2_semicml.evaluation.metrics import evaluate_files
 
-    results, raw = Path(os.environ["nnUNet_results"]), Path(os.environ["nnUNet_raw"]) / dataset_of(protocol, task)
-    dataset, trainer = dataset_of(protocol, task, modality), f"Protocol_{task.trainers[-1]}"
-    model = model_folder(results, dataset, trainer, "nnUNetPlans", protocol.configuration)
-    out = result_file(results.parents[1], task).with_suffix("") / modality / weights
+    raw, work = (
+        Path(os.environ["nnUNet_raw"]) / dataset_of(protocol, task),
+        Path(os.environ["nnUNet_results"]).parents[1],
+    )
+    out = result_file(work, task).with_suffix("") / modality / weights
     out.mkdir(parents=True, exist_ok=True)
     options = {"use_mirroring": False, "perform_everything_on_device": False, "allow_tqdm": False}
     predictor = nnUNetPredictor(device=torch.device("cpu"), **options)
-    predictor.initialize_from_trained_model_folder(str(model), ("all",), WEIGHTS[weights])
+    predictor.initialize_from_trained_model_folder(str(model_of(protocol, task, modality)), ("all",), WEIGHTS[weights])
     described = json.loads((raw / "dataset.json").read_text())
     ending, names = described["file_ending"], list(described["channel_names"].values())
     channels = [names.index(name) for name in protocol.modalities[modality].split(",")]

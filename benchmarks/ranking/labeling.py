@@ -16,7 +16,6 @@ import argparse
 import datetime
 import json
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -28,15 +27,17 @@ import pandas as pd
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "protocols"))
 from protocols import PROTOCOLS, Task  # noqa: E402
-from run import cases_of, dataset_of, result_file, run, set_environment, source_of  # noqa: E402
+from run import cases_of, dataset_of, model_of, result_file, run, set_environment, source_of  # noqa: E402
 
+from nnunetv2_semicml.command_line import rank_parser  # noqa: E402
 from nnunetv2_semicml.data.locks import locked  # noqa: E402
 
 ROUNDS, ADDED = (5, 10, 15, 20), 5
+SCORE, POOL = (rank_parser().get_default(option) for option in ("score", "pool"))
 STRATEGIES = ("random", "rank", "entropy of one modality")
 NETWORKS = {"labels alone": "Supervised", "Semi-CML": "SemiCML"}  # the last one tells what to label
 TABLE = HERE / "labeling.csv"
-POOL = 3.0  # the default of nnUNetv2_semicml_rank
+KEYS = ["protocol", "strategy", "labeled", "network", "seed", "modality", "weights", "case"]
 
 
 def tasks_of_round(name: str, draw: int, strategy: str, labeled: int, chosen: Sequence[str]) -> list[Task]:
@@ -74,15 +75,12 @@ def choose_next(data: Path, work: Path, task: Task, strategy: str) -> list[str]:
 
     from nnunetv2_semicml.data.modality_group import ModalityGroup
     from nnunetv2_semicml.data.raw_dataset import read_raw_dataset
-    from nnunetv2_semicml.data.result_folders import model_folder
     from nnunetv2_semicml.evaluation.ranking import choose, score_cases
     from nnunetv2_semicml.evaluation.uncertainty import Networks, measure_cases
 
     torch.set_num_threads(1)
     protocol = PROTOCOLS[task.protocol]
-    results = Path(os.environ["nnUNet_results"])
-    options = f"Protocol_{task.trainers[-1]}", "nnUNetPlans", protocol.configuration
-    models = {m: model_folder(results, dataset_of(protocol, task, m), *options) for m in protocol.modalities}
+    models = {modality: model_of(protocol, task, modality) for modality in protocol.modalities}
     raw = read_raw_dataset(dataset_of(protocol, task))
     modalities = ModalityGroup.load(raw.name).modalities
     networks = Networks(models, ["all"], torch.device("cpu"), mirroring=False)
@@ -90,7 +88,7 @@ def choose_next(data: Path, work: Path, task: Task, strategy: str) -> list[str]:
     with locked(out.with_suffix(".lock"), f"measuring cases of {raw.name}", wait=True):  # once for all strategies
         measured = measure_cases(raw.unlabeled, modalities, networks, out, raw.file_ending)
     if strategy == "rank":
-        following = choose(score_cases(measured, "mean"), measured, ADDED, POOL)
+        following = choose(score_cases(measured, SCORE), measured, ADDED, POOL)
     else:
         first = modalities[0].name
         entropy = pd.Series({case: of.measures[first]["entropy"] for case, of in measured.items()})
@@ -118,54 +116,64 @@ def collect(work: Path, name: str, draws: Sequence[int]) -> pd.DataFrame:
 
 def report(table: pd.DataFrame) -> None:
     """labeling.md and labeling.png: mean Dice after each round, and what was gained by choosing."""
+    table = table[table["weights"] == "EMA"].assign(dice=table["dice"].fillna(0.0))
+    draws = ", ".join(map(str, sorted(set(table["seed"]))))
+    lines = [
+        "# A simulated year of labeling",
+        "",
+        (__doc__ or "").split("\n\n")[2].replace("\n", " "),
+        "",
+        f"`python benchmarks/ranking/labeling.py PROTOCOL --data FOLDER --work SCRATCH`, draws {draws},",
+        f"x86_64 CPU, {datetime.date.today()}. Mean Dice of test cases, exponential moving average of the weights;",
+        "in brackets the difference to random labeling, paired by case, with a 95 % interval (BCa).",
+        "",
+    ]
+    for (protocol, modality), rows in table.groupby(["protocol", "modality"], sort=False):
+        heads = ["labels chosen by", "networks", *map(str, ROUNDS)]
+        lines += [f"## {protocol}, {modality}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for network, of_network in rows.groupby("network", sort=False):
+            for strategy in dict.fromkeys(of_network["strategy"]):
+                cells = [strategy, network, *(gained(of_network, strategy, labeled) for labeled in ROUNDS)]
+                lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    plot(table)
+    lines += ["![Dice after each round](labeling.png)", ""]
+    (HERE / "labeling.md").write_text("\n".join(lines))
+
+
+def gained(rows: pd.DataFrame, strategy: str, labeled: int) -> str:
+    """Mean Dice of a round and, after the first one, the difference to random labeling."""
+    from nnunetv2_semicml.evaluation.statistics import interval
+
+    of_round = rows[rows["labeled"] == labeled].pivot(index=["case", "seed"], columns="strategy", values="dice")
+    if strategy not in of_round:
+        return ""
+    mean = f"{of_round[strategy].mean():.3f}"
+    if strategy == STRATEGIES[0] or labeled == ROUNDS[0]:
+        return mean
+    gains = (of_round[strategy] - of_round[STRATEGIES[0]]).dropna().groupby("case").mean()
+    low, high = interval(gains.to_numpy())
+    return f"{mean} ({gains.mean():+.3f}, {low:+.3f} … {high:+.3f})"
+
+
+def plot(table: pd.DataFrame) -> None:
+    """labeling.png: mean Dice after each round."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from nnunetv2_semicml.evaluation.statistics import interval
-
-    table = table[table["weights"] == "EMA"].assign(dice=table["dice"].fillna(0.0))
-    draws = ", ".join(map(str, sorted(set(table["seed"]))))
-    lines = ["# A simulated year of labeling", "", (__doc__ or "").split("\n\n")[2].replace("\n", " "), ""]
-    lines += [f"`python benchmarks/ranking/labeling.py PROTOCOL --data FOLDER --work SCRATCH`, draws {draws},"]
-    lines += [
-        f"x86_64 CPU, {datetime.date.today()}. Mean Dice of test cases, exponential moving average of the weights;"
-    ]
-    lines += ["in brackets the difference to random labeling, paired by case, with a 95 % interval (BCa).", ""]
+    panels = table.groupby(["protocol", "modality"], sort=False)
     with rc_context({"font.size": 9}):
-        panels = table[["protocol", "modality"]].drop_duplicates()
         figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axis, (protocol, modality) in zip(axes, panels.itertuples(index=False), strict=True):
-            rows = table[(table["protocol"] == protocol) & (table["modality"] == modality)]
-            lines += [
-                f"## {protocol}, {modality}",
-                "",
-                f"| labels chosen by | networks | {' | '.join(map(str, ROUNDS))} |",
-            ]
-            lines += ["|---" * (2 + len(ROUNDS)) + "|"]
+        for axis, (panel, rows) in zip(axes, panels, strict=True):
             for (network, strategy), of in rows.groupby(["network", "strategy"], sort=False):
                 means = of.groupby("labeled")["dice"].mean()
-                style = "-" if network != next(iter(NETWORKS)) else ":"
+                style = {"linestyle": ":" if network == next(iter(NETWORKS)) else "-", "marker": "o", "markersize": 3}
                 color = f"C{STRATEGIES.index(strategy)}"
-                axis.plot(means.index, means, style, color=color, marker="o", ms=3, label=f"{strategy}, {network}")
-                cells = []
-                for labeled in ROUNDS:
-                    text = f"{means[labeled]:.3f}" if labeled in means.index else ""
-                    if text and strategy != STRATEGIES[0] and labeled != ROUNDS[0]:
-                        same = rows[(rows["network"] == network) & (rows["labeled"] == labeled)]
-                        pairs = same.pivot(index=["case", "seed"], columns="strategy", values="dice")
-                        pairs = pairs[[strategy, STRATEGIES[0]]].dropna()
-                        gains = (pairs[strategy] - pairs[STRATEGIES[0]]).groupby("case").mean()
-                        low, high = interval(gains.to_numpy())
-                        text += f" ({gains.mean():+.3f}, {low:+.3f} … {high:+.3f})"
-                    cells.append(text)
-                lines.append(f"| {strategy} | {network} | {' | '.join(cells)} |")
-            lines.append("")
-            axis.set(title=f"{protocol}, {modality}", xlabel="labeled cases", ylabel="Dice", xticks=ROUNDS)
+                axis.plot(means.index, means, color=color, label=f"{strategy}, {network}", **style)
+            axis.set(title=", ".join(panel), xlabel="labeled cases", ylabel="Dice", xticks=ROUNDS)
         axes[-1].legend(fontsize=6)
         figure.savefig(HERE / "labeling.png", dpi=150, metadata={"Software": None})
-    lines += ["![Dice after each round](labeling.png)", ""]
-    (HERE / "labeling.md").write_text("\n".join(lines))
 
 
 def main() -> None:
@@ -182,8 +190,8 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(args.processes, maxtasksperchild=1) as pool:
         for line in pool.imap_unordered(partial(year, data, work, name), jobs):
             print(time.strftime("%H:%M:%S"), line, flush=True)
-    known = pd.read_csv(TABLE) if TABLE.is_file() else pd.DataFrame({"protocol": []})
-    table = pd.concat([known[known["protocol"] != name], collect(work, name, args.draws)])
+    known = pd.read_csv(TABLE) if TABLE.is_file() else pd.DataFrame()
+    table = pd.concat([known, collect(work, name, args.draws)]).drop_duplicates(KEYS, keep="last")
     table.to_csv(TABLE, index=False, float_format="%.4g")
     report(table)
 

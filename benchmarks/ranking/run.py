@@ -12,7 +12,6 @@ There is one network for each modality (fold "all"), hence no disagreement betwe
 import argparse
 import datetime
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from scipy.stats import bootstrap, spearmanr
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "protocols"))
 from protocols import PROTOCOLS, Task, tasks_of  # noqa: E402
-from run import cases_of, dataset_of, set_environment, source_of  # noqa: E402
+from run import cases_of, dataset_of, model_of, set_environment, source_of  # noqa: E402
 
 METHODS = ("few labels", "Semi-CML", "BCP", "cross-modal BCP", "all labels")
 TOGETHER = "mean of modalities"
@@ -40,16 +39,12 @@ def measure_networks(data: Path, work: Path, task: Task) -> pd.DataFrame | None:
 
     from nnunetv2_semicml.data.modality_group import ModalityGroup
     from nnunetv2_semicml.data.raw_dataset import read_raw_dataset
-    from nnunetv2_semicml.data.result_folders import model_folder
     from nnunetv2_semicml.evaluation.metrics import evaluate_files, fill_undefined
     from nnunetv2_semicml.evaluation.ranking import score_cases
     from nnunetv2_semicml.evaluation.uncertainty import CHECKPOINT, Networks, measure_cases
 
     protocol = PROTOCOLS[task.protocol]
-    results = Path(os.environ["nnUNet_results"])
-    trainer = f"Protocol_{task.trainers[-1]}"
-    options = trainer, "nnUNetPlans", protocol.configuration
-    models = {m: model_folder(results, dataset_of(protocol, task, m), *options) for m in protocol.modalities}
+    models = {modality: model_of(protocol, task, modality) for modality in protocol.modalities}
     if not all((model / "fold_all" / CHECKPOINT).is_file() for model in models.values()):
         return None
     torch.set_num_threads(1)

@@ -85,6 +85,11 @@ class WithAverages(nnUNetTrainerSemiSupervised):
         """Do not validate: with fold "all" the cases are those of the training."""
 
 
+def better_of(dice: Mapping[str, float]) -> str:
+    """The modality with the best validation Dice values; none as long as there are none."""
+    return max(dice, key=lambda name: dice[name]) if any(dice.values()) else ""
+
+
 class OneWay(nnUNetTrainerSemiCML):
     """Semi-CML whose better modality teaches and is not taught."""
 
@@ -93,9 +98,8 @@ class OneWay(nnUNetTrainerSemiCML):
     def unsupervised_terms(self, outputs: Sequence[View], targets: None) -> dict[str, Tensor]:
         """Those of Semi-CML, without a gradient for the better modality."""
         (logits,) = outputs
-        dice = self.best_dice()
-        better = max(dice, key=lambda name: dice[name])
-        taught = {name: z.detach() if name == better and any(dice.values()) else z for name, z in logits.items()}
+        better = better_of(self.best_dice())
+        taught = {name: z.detach() if name == better else z for name, z in logits.items()}
         return super().unsupervised_terms([taught], targets)
 
 
@@ -186,8 +190,7 @@ class UnmixedPlus(Unmixed):
         self, outputs: Sequence[View], targets: Sequence[Mapping[str, MixedLabels]]
     ) -> dict[str, Tensor]:
         """Those of copy-paste, the contrast, and those of cross pseudo-supervision."""
-        dice = self.best_dice()
-        better = max(dice, key=lambda name: dice[name]) if self.one_way and any(dice.values()) else ""
+        better = better_of(self.best_dice()) if self.one_way else ""
         outputs = [*outputs[:-1], {name: z.detach() if name == better else z for name, z in outputs[-1].items()}]
         unmixed = {name: self.in_batch(z) for name, z in outputs[-1].items()}
         probabilities = {name: self.probabilities(z) for name, z in unmixed.items()}

@@ -244,8 +244,8 @@ def plan_and_preprocess(
             group.preprocessed[identifier] = group.sources(plans_name, configuration)
             _save(group)
         print(f"\n{raw.name} is {'ready' if preprocess else 'planned'}: {'; '.join(group.describe())}")
-        print(f"\n{describe_plans(raw, group, plans, list(identifiers.values()))}\n")
         trainable = [c for c in identifiers.values() if "previous_stage" not in plans["configurations"][c]]
+        print(f"\n{describe_plans(raw, group, plans, trainable)}\n")
         if preprocess and trainable:
             print(f"Next, e.g.: {next_command(group, plans_name, trainable[0])}")
     return group

@@ -177,14 +177,14 @@ def describe_plans(raw: RawDataset, group: ModalityGroup, plans: Json, configura
             "batch": settings["batch_size"],
         }
         for name, settings in ((name, plans["configurations"][name]) for name in configurations)
-        if "previous_stage" not in settings  # a cascade's has what it inherits
     ]
     return "\n\n".join(pd.DataFrame(rows).to_string(index=False) for rows in (modalities, geometry) if rows)
 
 
 def next_command(group: ModalityGroup, plans_name: str, configuration: str) -> str:
-    """How to train what has been preprocessed."""
+    """How to train what has been preprocessed; without unlabeled cases there is but the supervised reference."""
     trainer = "nnUNetTrainerBCP" if len(group.modalities) == 1 else "nnUNetTrainerSemiCML"
+    trainer = trainer if group.unlabeled else "nnUNetTrainerSupervisedEMA"
     number = dataset_number(group.dataset_name)
     dataset = group.dataset_name if confusable_with_id(number) else f"{number}"
     plans = "" if plans_name == "nnUNetPlans" else f" -p {plans_name}"

@@ -29,6 +29,7 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.file_path_utilities import convert_identifier_to_trainer_plans_config
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, autocast
 from torch import distributed as dist
@@ -1132,8 +1133,7 @@ class Conductor(nnUNetTrainer):
                 trainer.perform_actual_validation(save_probabilities)
         for trainer in self._deployed_trainers():
             model = Path(trainer.output_folder).parent
-            plans, configuration = self.plans_manager.plans_name, self.configuration_name
-            name = model.name.removesuffix(f"__{plans}__{configuration}")
+            name, plans, configuration = convert_identifier_to_trainer_plans_config(str(model))
             self.print_to_log_file(
                 f"{trainer.name}: the model is {model}, fold {self.fold}. To predict with it: nnUNetv2_predict -d "
                 f"{model.parent.name} -i INPUT -o OUTPUT -c {configuration} -f {self.fold} -tr {name} -p {plans}"
