@@ -402,6 +402,8 @@ def test_page_shows_how_the_networks_were_trained(study, call, monkeypatch):
     page = (study / "out" / "leaderboard.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64," + base64.b64encode(b"a picture").decode()) == 1
     assert "PReL: what it learns from unlabeled cases" in text_of(study / "out" / "leaderboard.html")
+    headings = re.findall(r"<h2>([^<]+)</h2>", page)
+    assert (headings[0], headings[-1]) == ("Every patient", "What this is of")  # a picture first
     for file in ("leaderboard.html", "leaderboard.md"):
         assert re.search(r"Read (&lt;|\\<)this(&gt;|\\>) first\.", (study / "out" / file).read_text(encoding="utf-8"))
 
