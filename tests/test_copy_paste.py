@@ -6,7 +6,7 @@ import torch
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from conftest import LABELS, PATTERNS, REGIONS, draw_batches, initialized, labeled_of, unlabeled_of
 from scipy.ndimage import label as components
-from test_terms import area_contrast, change
+from test_terms import change
 
 from nnunetv2_semicml.data.modality_group import preprocessed_folder
 from nnunetv2_semicml.trainers.nnUNetTrainerBCP import nnUNetTrainerBCP
@@ -333,20 +333,3 @@ def test_unknown_labelers_are_refused():
     trainer = initialized(LABELS, "2d", nnUNetTrainerCrossModalBCP, labeled_by="best")
     with pytest.raises(ValueError, match='labeled_by must be "own", "better", "others" or "all", got \'best\''):
         trainer.labelers("FLAIR", ["FLAIR", "T1"])
-
-
-def test_mixtures_are_contrasted_on_request():
-    trainer, without = (
-        initialized(LABELS, "2d", nnUNetTrainerCrossModalBCP, asc_weight=weight, asc_temperature=0.5)
-        for weight in (0.35, 0.0)
-    )
-    (batch,) = draw_batches(trainer, 1)
-    (draw,), (labeled,) = trainer.unlabeled_draws(batch), trainer.mixing_partners(batch)
-    _, targets = trainer.views_and_targets(draw, labeled)
-    torch.manual_seed(0)
-    outputs = [{name: torch.randn_like(kind[name].labels) for name in kind} for kind in targets]
-    p = [torch.cat([o[name].softmax(1)[:, 1:] for o in outputs]) for name in outputs[0]]
-    assert len(p[0]) == 4
-    found = trainer.unsupervised_terms(outputs, targets)
-    torch.testing.assert_close(found.pop("asc"), area_contrast(p, 0.5))
-    assert found == without.unsupervised_terms(outputs, targets)

@@ -12,7 +12,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def labeling(monkeypatch):
     for name in ("protocols", "run"):
-        load_script(BENCHMARKS / "protocols" / f"{name}.py", monkeypatch)
+        load_script(BENCHMARKS / "study" / f"{name}.py", monkeypatch)
     return load_script(BENCHMARKS / "ranking" / "labeling.py", monkeypatch)
 
 

@@ -100,11 +100,11 @@ METHODS = [
     Row(nnUNetTrainerCPS),
     Row(nnUNetTrainerCrossModalCPS),
     Row(nnUNetTrainerSemiCML),
-    Row(nnUNetTrainerSemiCMLPlus),
+    Row(nnUNetTrainerSemiCMLPlus, stock=UNMIXED),
     Row(nnUNetTrainerSECLRegion, encoder_seen),
     Row(nnUNetTrainerSECLAnatomical, encoder_seen),
     Row(nnUNetTrainerBCP, stock=UNMIXED),
-    Row(nnUNetTrainerCrossModalBCP, attributes={"asc_weight": 0.35}, stock=UNMIXED),
+    Row(nnUNetTrainerCrossModalBCP, stock=UNMIXED),
     Row(nnUNetTrainerFixMatch),
     Row(nnUNetTrainerUniMatch),
     Row(nnUNetTrainerFilterMatch, stock={"warmup_fraction": 1.0}),
@@ -330,7 +330,7 @@ def test_whole_training_runs_and_deploys_a_stock_model(row, dataset, configurati
         stock.initialize()
         stock.network.load_state_dict(checkpoint["network_weights"])  # no projection head, nothing is missing
         student = t.network.state_dict()
-        if method is nnUNetTrainerMeanTeacher:
+        if method.deploy_average:
             expected = trainer.teachers[t.name].network.state_dict()
             assert not all(torch.equal(expected[k], student[k]) for k in student)
         else:

@@ -19,6 +19,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
+from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalBCP import nnUNetTrainerCrossModalBCP
 from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalCPS import nnUNetTrainerCrossModalCPS
 from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLAnatomical import nnUNetTrainerSECLAnatomical
@@ -124,9 +125,17 @@ def test_cps_learns_from_the_segmentations_of_the_others(method, dataset, labele
     """Proof 7 for the sum: cross-entropy and Dice (squared areas) with what the others segment."""
     trainer = initialized(dataset, "3d_fullres", method)
     torch.manual_seed(0)
-    heads, regions = trainer.label_manager.num_segmentation_heads, trainer.label_manager.has_regions
+    heads = trainer.label_manager.num_segmentation_heads
     outputs = {name: torch.randn(2, heads, 4, 4, 4) for name in labelers}
     assert [t.name for t in trainer.trainers] == list(labelers)
+    ce, dice = cross_supervision(trainer, outputs, labelers)
+    found = trainer.unsupervised_terms([outputs], None)
+    torch.testing.assert_close(found, {"ce": ce, "dice": dice})
+
+
+def cross_supervision(trainer, outputs, labelers):
+    """Cross-entropy and Dice with what the labelers segment by their formulas; the sum over the networks."""
+    heads, regions = trainer.label_manager.num_segmentation_heads, trainer.label_manager.has_regions
     ce = dice = 0
     for name, others in labelers.items():
         z = outputs[name]
@@ -140,11 +149,11 @@ def test_cps_learns_from_the_segmentations_of_the_others(method, dataset, labele
                 p = z.softmax(1)
                 ce += -p.gather(1, label[:, None]).log().mean() / len(others)
                 p, q = p[:, 1:], torch.stack([label == c for c in range(1, heads)], 1).float()
-            axes = (0, 2, 3, 4) if trainer.configuration_manager.batch_dice else (2, 3, 4)
+            axes = tuple(range(2, p.ndim))
+            axes = (0, *axes) if trainer.configuration_manager.batch_dice else axes
             overlap, areas = (p * q).sum(axes), (p * p).sum(axes) + (q * q).sum(axes)
             dice += (1 - ((2 * overlap + 1) / (areas + 1)).mean()) / len(others)
-    found = trainer.unsupervised_terms([outputs], None)
-    torch.testing.assert_close(found, {"ce": ce, "dice": dice})
+    return ce, dice
 
 
 def area_contrast(predictions, temperature):
@@ -168,10 +177,7 @@ def area_contrast(predictions, temperature):
 def test_semicml_compares_and_contrasts_probabilities(dataset, configuration, asc_cases):
     """Of 2 unlabeled cases in the batch; cases beyond it, which `asc_cases` adds, are contrasted and nothing else."""
     options = {"asc_temperature": 0.5, "asc_cases": asc_cases, "unlabeled_batch_size": 2}
-    semicml, plus, cps = (
-        initialized(dataset, configuration, method, **options)
-        for method in (nnUNetTrainerSemiCML, nnUNetTrainerSemiCMLPlus, nnUNetTrainerCrossModalCPS)
-    )
+    semicml = initialized(dataset, configuration, nnUNetTrainerSemiCML, **options)
     (batch,) = draw_batches(semicml, 1)
     (draw,) = semicml.unlabeled_draws(batch)
     (outputs,) = unlabeled_outputs(semicml, semicml.views_and_targets(draw, {})[0])
@@ -183,9 +189,57 @@ def test_semicml_compares_and_contrasts_probabilities(dataset, configuration, as
     pairs = [(p[a][:2] - p[b][:2]).square().mean() for a in range(len(p)) for b in range(a + 1, len(p))]
     expected = {"mse": torch.stack(pairs).mean(), "asc": area_contrast(p, 0.5)}
     torch.testing.assert_close(semicml.unsupervised_terms([outputs], None), expected)
-    hard = cps.unsupervised_terms([{name: logits[:2] for name, logits in outputs.items()}], None)
-    torch.testing.assert_close(plus.unsupervised_terms([outputs], None), hard | {"asc": expected["asc"]})
-    assert not hasattr(plus, "mse_weight")
+
+
+@pytest.mark.parametrize("better", ["", "FLAIR", "T1"])
+@pytest.mark.parametrize("asc_cases", [None, 3])
+@pytest.mark.parametrize(("dataset", "configuration"), [(LABELS, "2d"), (REGIONS, "3d_fullres")])
+def test_plus_teaches_weaker_modalities_on_unmixed_patches(dataset, configuration, asc_cases, better):
+    """The better one labels and is not taught; before there is one, all teach each other. Cases beyond the batch, which
+    `asc_cases` adds, are contrasted and neither mixed nor labeled."""
+    options = {"asc_temperature": 0.5, "asc_cases": asc_cases, "unlabeled_batch_size": 2}
+    trainer = initialized(dataset, configuration, nnUNetTrainerSemiCMLPlus, **options)
+    copy_paste = initialized(dataset, configuration, nnUNetTrainerCrossModalBCP)
+    names = [t.name for t in trainer.trainers]
+    for t in trainer.trainers if better else ():
+        t.logger.log("mean_fg_dice", 0.6 if t.name == better else 0.5, 0)
+    (batch,) = draw_batches(trainer, 1)
+    (draw,), (labeled,) = trainer.unlabeled_draws(batch), trainer.mixing_partners(batch)
+    *mixtures, unmixed = trainer.views_and_targets(draw, labeled)[0]
+    for name in names:
+        assert torch.equal(unmixed[name], draw.images[name])
+        assert len(unmixed[name]) == (asc_cases or 2)
+        pairs = max(2, len(labeled[name].image))
+        assert [len(view[name]) for view in mixtures] == [pairs, pairs]
+    targets = trainer.views_and_targets(draw, labeled)[1]
+    torch.manual_seed(0)
+    outputs = [
+        {
+            name: torch.randn(len(image), *targets[0][name].labels.shape[1:], requires_grad=True)
+            for name, image in v.items()
+        }
+        for v in (*mixtures, unmixed)
+    ]
+    found = trainer.unsupervised_terms(outputs, targets)
+    assert found.keys() == trainer.term_weights.keys()
+    of_batch = {name: z[:2].detach() for name, z in outputs[-1].items()}
+    labelers = {n: [o for o in ([better] if better else names) if o != n] for n in names}
+    ce, dice = cross_supervision(trainer, of_batch, {n: of for n, of in labelers.items() if of})
+    regions = trainer.label_manager.has_regions
+    p = [(z.sigmoid() if regions else z.softmax(1)[:, 1:]).detach() for z in outputs[-1].values()]
+    expected = copy_paste.unsupervised_terms(outputs[:-1], targets)
+    expected |= {"unmixed ce": ce, "unmixed dice": dice, "asc": area_contrast(p, 0.5)}
+    torch.testing.assert_close(found, expected)
+    sum(found[term] for term in ("unmixed ce", "unmixed dice", "asc")).backward()
+    assert {name for name, z in outputs[-1].items() if z.grad is None} == ({better} if better else set())
+    assert all(z.grad is None for view in outputs[:-1] for z in view.values())
+
+
+def test_plus_whose_networks_label_for_themselves_is_copy_paste():
+    trainer = initialized(LABELS, "2d", nnUNetTrainerSemiCMLPlus, labeled_by="own")
+    (batch,) = draw_batches(trainer, 1)
+    trainer.train_step(batch)
+    assert trainer.unmixed_labelers(["FLAIR", "T1"]) == {"FLAIR": [], "T1": []}
 
 
 def test_networks_of_one_modality_start_from_different_weights(groups):

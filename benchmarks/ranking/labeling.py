@@ -5,7 +5,7 @@
 Begins with 5 labeled cases, and adds 5 three times: those that `nnUNetv2_semicml_rank` chooses with its defaults, at
 random, or those of whose prediction the network of the first modality is least sure. After each round two kinds of
 networks are trained anew: on labels alone, and by Semi-CML; the latter tell what to label next. Data, networks, length
-and test cases are those of the protocol (../protocols/protocols.py, which see); a draw is that of the first cases, and
+and test cases are those of the protocol (../study/protocols.py, which see); a draw is that of the first cases, and
 a seed.
 
 Results are added to labeling.csv beside this script, and labeling.md and labeling.png are made of it. What is in
@@ -25,7 +25,7 @@ from pathlib import Path
 import pandas as pd
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "protocols"))
+sys.path.insert(0, str(HERE.parent / "study"))
 from protocols import PROTOCOLS, Task  # noqa: E402
 from run import cases_of, dataset_of, model_of, result_file, run, set_environment, source_of  # noqa: E402
 

@@ -2,7 +2,7 @@
 
     python benchmarks/ranking/run.py lgg validation --data FOLDER_OF_RAW_DATASETS --work SCRATCH
 
-SCRATCH is that of ../protocols/run.py: networks that it has trained there are measured on the held-out cases of their
+SCRATCH is that of ../study/run.py: networks that it has trained there are measured on the held-out cases of their
 draw and on the unlabeled cases, whose labels were withheld from them. Rows are added to cases.csv beside this script;
 networks that stand there are not measured again. ranking.md is made of it.
 
@@ -20,7 +20,7 @@ import pandas as pd
 from scipy.stats import bootstrap, spearmanr
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "protocols"))
+sys.path.insert(0, str(HERE.parent / "study"))
 from protocols import PROTOCOLS, Task, tasks_of  # noqa: E402
 from run import cases_of, dataset_of, model_of, set_environment, source_of  # noqa: E402
 
@@ -169,7 +169,7 @@ def main() -> None:
     """Measure what is trained and not measured yet, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder of the raw datasets")
-    parser.add_argument("--work", type=Path, required=True, help="the scratch folder of ../protocols/run.py")
+    parser.add_argument("--work", type=Path, required=True, help="the scratch folder of ../study/run.py")
     parser.add_argument("task", help="PROTOCOL PURPOSE, e.g. lgg validation", nargs=2)
     args = parser.parse_args()
     table = pd.read_csv(TABLE) if TABLE.is_file() else pd.DataFrame(columns=KEYS)

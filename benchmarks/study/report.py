@@ -1,215 +1,196 @@
-"""Tables and figures of the study, from the tables of run.py alone: python benchmarks/study/report.py
+"""Tables and figures of run.py's results: python benchmarks/study/report.py
 
-Writes validation.md of validation.csv; results.md, distributions.png, differences.png and curves.png of test.csv, and
-all_metrics.md with every metric of the 10 % comparison; phantom.md of phantom.csv.
+Of every protocol that has any: <protocol>.md, and <protocol>.png of the shares of the gap. README.md puts the shares of
+all protocols together.
 """
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from protocols import LOWER, PROTOCOLS, UPPER, Protocol, tasks_of
+from run import WEIGHTS, read_runs
 
-from nnunetv2_semicml.evaluation.leaderboard_page import (
-    Report,
-    interval_text,
-    p_text,
-    plot_curves,
-    plot_differences,
-    plot_distributions,
-    read_curves,
-    signed,
-    write_markdown,
-)
-from nnunetv2_semicml.evaluation.statistics import average_seeds, compare, holm, score, summarize
+from nnunetv2_semicml.evaluation.leaderboard_page import interval_text, p_text, signed
+from nnunetv2_semicml.evaluation.statistics import compare, holm, score, share_of_gap, summarize
 
 HERE = Path(__file__).parent
-TEN_PERCENT, ALL = 5, 49
-BOUND = "supervised only"
-# what a method gains over another, beyond the references of the tables
-TEST_PAIRS = [
-    ("Semi-CML + PReL", "Semi-CML, 600 steps"),
-    ("Semi-CML + PReL, EMA teacher", "Semi-CML, 600 steps"),
-    ("all labels", "Semi-CML + PReL, EMA teacher"),
-    ("Semi-CML Plus", "Semi-CML"),
-    ("Semi-CML Plus", "cross-modal CPS"),
-    ("Semi-CML Plus + PReL", "cross-modal CPS"),
-    ("Semi-CML Plus + PReL", "Semi-CML + PReL, EMA teacher"),
-]
-VALIDATION_PAIRS = [
-    ("EMA teacher of Semi-CML", "BMA teacher of Semi-CML"),
-    ("Semi-CML, PReL", "Semi-CML"),
-    ("Semi-CML with EMA teacher, PReL", "Semi-CML"),
-    ("Semi-CML Plus, PReL", "Semi-CML Plus"),
-    ("Semi-CML Plus, PReL", "Semi-CML Plus with BMA teacher, PReL"),
-    ("Semi-CML Plus", "hard pseudo-labels alone"),
-    ("Semi-CML Plus with BMA teacher, PReL", "hard pseudo-labels alone, PReL"),
-    ("SECL, region", "SECL, region, weight 0.1"),
-    ("SECL, region", "SECL, region, last stage"),
-    ("SECL, anatomical", "SECL, anatomical, weight 1"),
-    ("SECL, anatomical", "SECL, anatomical, temperature 0.1"),
-    ("SECL, anatomical", "SECL, anatomical, last stage"),
-]
+EXPLAINED = """\
+Mean per case, in 3D, each modality predicted alone; in brackets the lowest and highest mean of a draw. *Share*: of
+what lies between the bounds, the part that a method gains, (method − few labels) / (all labels − few labels), of Dice,
+with a 95 % bootstrap interval over the cases. Bounds and method have the same weights: those of the last step, or
+their exponential moving average (EMA). Differences are paired by case (95 % interval, BCa); p: two-sided Wilcoxon,
+Holm-corrected for all methods and modalities of the table. Draws that a bound lacks are left out."""
 
 
-def table(scores: pd.DataFrame, references: list[str], with_p: bool = True) -> list[str]:
-    """Markdown: Dice of every method and modality, and its paired difference to each reference."""
-    modalities = list(dict.fromkeys(scores["modality"]))
-    rows = {(row["method"], row["modality"]): row for row in summarize(scores).to_dict("records")}
-    heads = [f"{m} Dice" for m in modalities] + [f"{m} − {r}" for r in references for m in modalities]
-    lines = ["| method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    differences = {}
-    for reference in references:
-        compared = pd.concat(differences_of(scores, method, reference) for method in dict.fromkeys(scores["method"]))
-        for row in compared.assign(p_holm=holm(compared["p"])).to_dict("records"):
-            p = row["p_holm"] if with_p else None
-            differences[row["method"], row["modality"], reference] = difference_text(row, p)
-    for method in dict.fromkeys(scores["method"]):
+def results_of(name: str, purpose: str) -> pd.DataFrame:
+    """Rows of the table of a protocol that are of its length; none if there is none."""
+    file = HERE / f"{name}_{purpose}.csv"
+    if not file.is_file():
+        return pd.DataFrame()
+    cases = pd.read_csv(file)
+    if purpose == "validation":  # another draw's case is another training's
+        cases["case"] = cases["case"].astype(str) + " of draw " + cases["seed"].astype(str)
+    return cases
+
+
+def with_bounds(cases: pd.DataFrame, labeled: int) -> pd.DataFrame:
+    """What was trained with so many labels, and with all, on the draws that have both bounds."""
+    part = cases[cases["labeled"].isin([labeled, 0])]
+    draws = [set(part.loc[part["method"] == bound, "seed"]) for bound in (LOWER, UPPER)]
+    return part[part["seed"].isin(set.intersection(*draws))]
+
+
+def table(cases: pd.DataFrame) -> list[str]:
+    """Markdown: every method, in every modality."""
+    modalities = list(dict.fromkeys(cases["modality"]))
+    scores = {weights: score(of_weights) for weights, of_weights in cases.groupby("weights", sort=False)}
+    heads = ["method"]
+    for modality in modalities:
+        heads += [f"{modality} Dice, last step", f"{modality} Dice, EMA", f"{modality} HD95, EMA"]
+        heads += [f"{modality} share, last step", f"{modality} share, EMA"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = {
+        weights: {(row["method"], row["modality"]): row for row in summarize(of).to_dict("records")}
+        for weights, of in scores.items()
+    }
+    shares = {weights: shares_of(of) for weights, of in scores.items()}
+    for method in dict.fromkeys(cases["method"]):
         cells = [method]
         for modality in modalities:
-            row = rows[method, modality]
-            spread = f" ({row['dice_low']:.3f} … {row['dice_high']:.3f})" if row["seeds"] > 1 else " (one draw)"
-            cells.append(f"{row['dice']:.3f}{spread}")
-        cells += [differences.get((method, m, r), "") for r in references for m in modalities]
-        lines.append("| " + " | ".join(cells) + " |")
+            of = {weights: found.get((method, modality)) for weights, found in rows.items()}
+            cells += [mean_text(of[weights], "dice", 3) for weights in WEIGHTS]
+            cells += [mean_text(of["EMA"], "hd95", 1)]
+            cells += [shares[weights].get((method, modality), "") for weights in WEIGHTS]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def difference_text(row: dict, p: float | None = None) -> str:
-    """Markdown of a row of `compare`."""
-    tested = "" if p is None else f", p {'' if p < 0.001 else '= '}{p_text(p)}"
-    return f"{signed(row, 'difference')} ({interval_text(row)}){tested}"
+def mean_text(row: dict, metric: str, digits: int) -> str:
+    """Of a row of `summarize`."""
+    spread = f" ({row[f'{metric}_low']:.{digits}f} … {row[f'{metric}_high']:.{digits}f})" if row["seeds"] > 1 else ""
+    return f"{row[metric]:.{digits}f}{spread}"
 
 
-def pairs_table(scores: pd.DataFrame, pairs: list[tuple[str, str]]) -> list[str]:
-    """Markdown: paired differences in Dice between two methods that are there, whose p is not corrected."""
-    modalities = list(dict.fromkeys(scores["modality"]))
-    lines = ["| difference | " + " | ".join(modalities) + " |", "|---" * (len(modalities) + 1) + "|"]
-    for method, reference in pairs:
-        if not {method, reference} <= set(scores["method"]):
+def shares_of(scores: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """Method and modality -> share of the gap, on the draws that the method has."""
+    found = {}
+    for method in dict.fromkeys(scores["method"]):
+        draws = set(scores.loc[scores["method"] == method, "seed"])
+        part = scores[scores["seed"].isin(draws) & scores["method"].isin([method, LOWER, UPPER])]
+        for row in share_of_gap(part, LOWER, UPPER).to_dict("records"):
+            found[row["method"], row["modality"]] = f"{row['share']:.2f} ({row['low']:.2f} … {row['high']:.2f})"
+    return found
+
+
+def differences(cases: pd.DataFrame, reference: str) -> list[str]:
+    """Markdown: Dice of EMA weights, less that of the reference, on the draws that both have."""
+    scores = score(cases[cases["weights"] == "EMA"])
+    parts = []
+    for method in dict.fromkeys(scores["method"]):
+        both = scores[scores["method"].isin([method, reference])]
+        draws = [set(both.loc[both["method"] == name, "seed"]) for name in (method, reference)]
+        compared = compare(both[both["seed"].isin(set.intersection(*draws))], reference)
+        parts.append(compared[compared["metric"] == "dice"])
+    rows = pd.concat(parts)
+    rows["p_holm"] = holm(rows["p"])
+    modalities = list(dict.fromkeys(rows["modality"]))
+    lines = [f"| − {reference} | {' | '.join(modalities)} |", "|---" * (len(modalities) + 1) + "|"]
+    for method, of_method in rows.groupby("method", sort=False):
+        texts = {
+            row["modality"]: f"{signed(row, 'difference')} ({interval_text(row)}), p {p_text(row['p_holm'])}"
+            for row in of_method.to_dict("records")
+        }
+        lines.append(f"| {method} | {' | '.join(texts.get(m, '') for m in modalities)} |")
+    return lines
+
+
+def about(name: str, protocol: Protocol, purpose: str) -> list[str]:
+    """How the results of a purpose were made, and what they cost."""
+    runs = read_runs()
+    runs = runs[(runs["protocol"] == name) & (runs["purpose"] == purpose)]
+    hours = runs["cpu_seconds"].sum() / 3600
+    folder = " --data FOLDER" if protocol.source else ""
+    return [
+        f"`python benchmarks/study/run.py {name} {purpose}{folder} --work SCRATCH`",
+        "",
+        f"{len(runs)} of {len(tasks_of(name, purpose))} trainings, {hours:.1f} core-hours of x86_64 CPUs without GPU; "
+        f"draws, which are the seeds: {', '.join(map(str, sorted(set(runs['draw']))))}; "
+        f"{runs['date'].min()} to {runs['date'].max()}; "
+        f"commits {', '.join(dict.fromkeys(runs['commit'].astype(str)))}.",
+    ]
+
+
+def write_protocol(name: str) -> None:
+    """<protocol>.md."""
+    protocol = PROTOCOLS[name]
+    lines = [f"# {protocol.title}", ""]
+    size = f"{protocol.steps} steps of {protocol.batch_size} labeled and as many unlabeled patches"
+    lines += [f"{protocol.source or 'Synthetic patients'}; {size}; networks of {protocol.features} features.", ""]
+    lines += [EXPLAINED]
+    for purpose in ("test", "validation"):
+        cases = results_of(name, purpose)
+        if cases.empty:
             continue
-        rows = differences_of(scores, method, reference).set_index("modality").to_dict("index")
-        cells = [difference_text(rows[m], rows[m]["p"]) for m in modalities]
-        lines.append(f"| {method} − {reference} | " + " | ".join(cells) + " |")
-    return lines
+        lines += ["", f"## {purpose.capitalize()} cases", "", *about(name, protocol, purpose)]
+        if purpose == "validation":
+            upper = cases[(cases["method"] == UPPER) & (cases["seed"] == protocol.draws[0])]
+            steps = upper.groupby(["steps", "modality"])["dice"].mean().unstack().round(3)
+            texts = [f"{n} steps {', '.join(f'{m} {d:.3f}' for m, d in row.items())}" for n, row in steps.iterrows()]
+            lines += ["", f"Length: mean Dice of {UPPER}, both weights, first draw: {'; '.join(texts)}."]
+        for labeled in protocol.labeled:
+            part = with_bounds(cases[cases["steps"] == protocol.steps], labeled)
+            if LOWER in set(part["method"]) and UPPER in set(part["method"]):
+                lines += ["", f"### {labeled} labeled", "", *table(part), "", *differences(part, LOWER)]
+                if purpose == "test" and labeled == protocol.labeled[0]:
+                    plot_shares(name, part)
+                    lines += ["", f"![shares of the gap]({name}.png)"]
+    (HERE / f"{name}.md").write_text("\n".join([*lines, ""]))
 
 
-def differences_of(scores: pd.DataFrame, method: str, reference: str) -> pd.DataFrame:
-    """Dice of a method compared with that of the reference, on the draws that both have."""
-    of_method, of_reference = (scores[scores["method"] == name] for name in (method, reference))
-    common = set(of_method["seed"]) & set(of_reference["seed"])
-    both = pd.concat([of_method, of_reference]) if method != reference else of_method
-    compared = compare(both[both["seed"].isin(common)], reference)
-    return compared[compared["metric"] == "dice"]
+def plot_shares(name: str, cases: pd.DataFrame) -> None:
+    """<protocol>.png: share of the gap with its interval, EMA weights."""
+    rows = share_of_gap(score(cases[cases["weights"] == "EMA"]), LOWER, UPPER)
+    modalities = list(dict.fromkeys(rows["modality"]))
+    with rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+        figure = Figure(figsize=(4.5 * len(modalities), 1 + 0.3 * rows["method"].nunique()), layout="constrained")
+        for axis, modality in zip(figure.subplots(1, len(modalities), squeeze=False)[0], modalities, strict=True):
+            of = rows[rows["modality"] == modality].iloc[::-1]
+            axis.errorbar(of["share"], of["method"], xerr=[of["share"] - of["low"], of["high"] - of["share"]], fmt="o")
+            for bound in (0, 1):
+                axis.axvline(bound, color="gray", linewidth=1, linestyle=":")
+            axis.set_title(f"{modality}: share of the gap")
+        figure.savefig(HERE / f"{name}.png", dpi=110)
 
 
-def from_one_modality(rows: pd.DataFrame) -> pd.Series:
-    """Which rows are of predictions from one scan; the others name several modalities, joined by a plus sign."""
-    return ~rows["modality"].str.contains("+", regex=False)
-
-
-def comparison(cases: pd.DataFrame) -> list[str]:
-    """Markdown of the methods that predict from one modality; those that need several scans stand below."""
-    of_one = from_one_modality(cases)
-    lines = table(score(cases[of_one]), [BOUND, "Semi-CML + PReL"])
-    for row in summarize(score(cases[~of_one])).to_dict("records") if (~of_one).any() else ():
-        spread = f"({row['dice_low']:.3f} … {row['dice_high']:.3f})"
-        lines += ["", f"For comparison, {row['method']} ({row['modality']}): {row['dice']:.3f} {spread}."]
-    return lines
-
-
-EXPLAINED = (
-    "Dice per patient in 3D, each modality predicted alone: mean over the patients (lowest … highest mean of a draw). "
-    "Differences are paired by patient, on the draws that both methods have: mean (95 % bootstrap interval, BCa)"
-)
-TESTED = "two-sided Wilcoxon p, Holm-corrected over the two columns of a reference"
-
-
-def heading(purpose: str, title: str) -> list[str]:
-    """Title, command, machine and date."""
-    facts = json.loads((HERE / f"{purpose}.json").read_text())
-    return [f"# {title}", "", f"`{facts.pop('command')}`", "", *(f"- {name}: {value}" for name, value in facts.items())]
-
-
-def save(name: str, plot: Callable[[Figure], None], size: tuple[float, float]) -> None:
-    """Draw a figure into a PNG."""
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "font.size": 9}
-    with rc_context(style | {"legend.frameon": False, "figure.constrained_layout.use": True}):
-        figure = Figure(figsize=size)
-        plot(figure)
-        figure.savefig(HERE / name, dpi=110)
+def write_overview() -> None:
+    """README.md: shares of the gap of all protocols, EMA weights, with the fewest labels."""
+    columns, methods = {}, []
+    for name, protocol in PROTOCOLS.items():
+        cases = results_of(name, "test")
+        part = with_bounds(cases[cases["steps"] == protocol.steps], protocol.labeled[0]) if len(cases) else cases
+        if part.empty:
+            continue
+        shares = shares_of(score(part[part["weights"] == "EMA"]))
+        for modality in dict.fromkeys(part["modality"]):
+            title = f"{protocol.title}: {modality}"
+            columns[title] = {method: text for (method, of), text in shares.items() if of == modality}
+            methods += [method for method in columns[title] if method not in methods]
+    lines = ["# Protocols: what methods gain of what there is to gain", "", *EXPLAINED.split("\n"), ""]
+    if columns:
+        lines += [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        lines += [f"| {m} | {' | '.join(column.get(m, '') for column in columns.values())} |" for m in methods]
+    lines += ["", "Details: " + ", ".join(f"[{n}]({n}.md)" for n in PROTOCOLS if (HERE / f"{n}.md").is_file()) + "."]
+    (HERE / "README.md").write_text("\n".join([*lines, ""]))
 
 
 def main() -> None:
     """Write what there is."""
-    for purpose, write in (("validation", write_validation), ("test", write_test), ("phantom", write_phantom)):
-        if (HERE / f"{purpose}.csv").is_file():
-            write()
-
-
-def write_validation() -> None:
-    """validation.md."""
-    cases = pd.read_csv(HERE / "validation.csv")
-    cases["case"] += " of draw " + cases["seed"].astype(str)  # a patient of several draws counts in each
-    lines = heading("validation", "Ablations on validation patients: what the defaults rest on")
-    neither, prel, secl = (cases["method"].str.match(name) for name in ("neither term$", ".*PReL", "SECL"))
-    for title, rows, references in (
-        ("First stage, 600 steps", ~prel & ~secl, ["Semi-CML", "neither term"]),
-        ("After 300 steps of PReL", prel, ["Semi-CML, PReL"]),
-        ("SECL, 600 steps", neither | secl, ["neither term"]),
-    ):
-        if set(references) <= set(cases["method"]):
-            lines += ["", f"## {title}", "", *table(score(cases[rows]), references, with_p=False)]
-    lines += ["", "## Pairs, p not corrected", "", *pairs_table(score(cases), VALIDATION_PAIRS)]
-    (HERE / "validation.md").write_text("\n".join([*lines, "", f"{EXPLAINED}.", ""]))
-
-
-def write_test() -> None:
-    """results.md, all_metrics.md and the figures."""
-    cases = pd.read_csv(HERE / "test.csv")
-    main_cases = cases[cases["labeled"].isin([TEN_PERCENT, ALL])]
-    lines = heading("test", "All methods on the test patients")
-    lines += ["", "## 10 % labeled", "", *comparison(main_cases)]
-    lines += ["", "![Dice and HD95 of every patient](distributions.png)"]
-    lines += ["", "![differences to supervised-only training](differences.png)"]
-    scores = score(main_cases[from_one_modality(main_cases)])
-    lines += ["", "## Pairs, p not corrected", "", *pairs_table(scores, TEST_PAIRS)]
-    others = [cases[cases["labeled"] == n] for n in sorted(set(cases["labeled"]) - {TEN_PERCENT, ALL})]
-    for part in others:
-        labeled = part["labeled"].iloc[0]
-        lines += ["", f"## {labeled} labeled patients ({labeled / ALL:.0%})", "", *table(score(part), [BOUND])]
-    if others:
-        lines += ["", "![Dice and HD95 over the labeled share](curves.png)"]
-    (HERE / "results.md").write_text("\n".join([*lines, "", f"{EXPLAINED}, {TESTED}.", ""]))
-
-    facts = json.loads((HERE / "test.json").read_text())
-    command = facts.pop("command")
-    title = "10 % labeled: every metric"
-    # without the draws of an unfinished method, differences would compare other trainings
-    draws = main_cases.groupby("method")["seed"].transform("nunique")
-    report = Report(
-        title, command, facts, BOUND, main_cases[draws == draws.max()], incomplete=[], others=others, files=[]
-    )
-    write_markdown(HERE / "all_metrics.md", report)
-    of_one = report.scores[from_one_modality(report.scores)]
-    methods = list(dict.fromkeys(of_one["method"]))
-    patients = average_seeds(of_one)
-    save("distributions.png", lambda figure: plot_distributions(figure, patients, methods), (11, 7))
-    save("differences.png", lambda figure: plot_differences(figure, report.differences, methods), (11, 7))
-    if others:
-        curves = read_curves(report, report.cases["class"].iloc[0])
-        curves["method"] = curves["method"].replace("all labels", BOUND)  # the same training
-        compared = curves[curves["method"].isin(others[0]["method"])]
-        save("curves.png", lambda figure: plot_curves(figure, compared), (9, 6))
-
-
-def write_phantom() -> None:
-    """phantom.md."""
-    lines = heading("phantom", "All methods on the synthetic phantom")
-    lines += ["", *comparison(pd.read_csv(HERE / "phantom.csv")), "", f"{EXPLAINED}, {TESTED}.", ""]
-    (HERE / "phantom.md").write_text("\n".join(lines))
+    for name in PROTOCOLS:
+        if any(len(results_of(name, purpose)) for purpose in ("test", "validation")):
+            write_protocol(name)
+    write_overview()
 
 
 if __name__ == "__main__":

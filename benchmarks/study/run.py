@@ -1,24 +1,22 @@
-"""All methods and their ablations on real FLAIR + T1 scans: trains, predicts, evaluates; report.py makes the tables.
+"""Trains, predicts and evaluates what protocols.py lists; report.py makes the tables.
 
-    python benchmarks/study/run.py validation --data FOLDER_OF_Dataset700_LGG --work SCRATCH
-    python benchmarks/study/run.py test --data FOLDER_OF_Dataset700_LGG --work SCRATCH
-    python benchmarks/study/run.py phantom --work SCRATCH
+    python benchmarks/study/run.py lgg validation --data FOLDER_OF_RAW_DATASETS --work SCRATCH
+    python benchmarks/study/run.py lgg test       --data FOLDER_OF_RAW_DATASETS --work SCRATCH
 
-Dataset700_LGG is a raw nnU-Net dataset of 70 patients (TCGA-LGG; FLAIR, T1 post-contrast; label: FLAIR abnormality).
-Three tenths of them, stratified by site, are for testing. "validation" leaves these out altogether: of the 49 others,
-three tenths are for validation and 5 keep their labels. "test" labels 5 of the 49 (10 %), or 2, 10 or all. Every draw
-of labeled and validation patients is also a seed of initial weights and data loading. A smaller labeled set of a draw
-is part of its larger ones. "phantom" is the first draw of "test" with 70 synthetic patients.
+The folder holds raw nnU-Net datasets by the names that protocols.py gives, e.g. Dataset700_LGG, or others of the same
+layout under these names. Test cases are those of imagesTs or, if there are none, three tenths of the cases, stratified
+by "institution" in subjects.csv. "validation" leaves them out altogether: it holds out cases of the training set. Every
+draw of labeled and validation cases is also a seed of initial weights and data loading. A smaller labeled set of a draw
+is part of its larger ones.
 
-The 2d configuration is planned at half the in-plane resolution, the networks have a quarter of nnU-Net's features and
-the batches 8 cases, so that a CPU bears hundreds of trainings; for the schedule see ../trainers/study_trainers.py.
-Training is on all labeled cases (fold "all": the validation Dice during training, by which PReL chooses its teacher, is
-therefore that of training cases). nnU-Net's predictor predicts the scans of every modality alone, without test-time
-mirroring.
+Training is on all labeled cases (fold "all": the validation Dice during training, which says what modality is the
+better one, is therefore that of training cases). Networks are small, so that a CPU bears hundreds of trainings. Every
+modality is predicted alone by nnU-Net's predictor without mirroring, once with the weights of the last step and once
+with their exponential moving average.
 
-Results are collected beside this script, in validation.csv, test.csv or phantom.csv. What stands there is done, so that
-a run goes on where it was interrupted, also on another machine; to do something again, delete its rows and its files
-below SCRATCH.
+Results are collected beside this script, in <protocol>_<purpose>.csv, and what the runs cost in runs.csv. What stands
+there is done, so that a study goes on where it was interrupted, also on another machine; to do something again, delete
+its rows and its files below SCRATCH.
 """
 
 import argparse
@@ -28,412 +26,341 @@ import datetime
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
 import traceback
-import warnings
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
 import pandas as pd
+from protocols import PROTOCOLS, PURPOSES, Protocol, Task, tasks_of
 
 from nnunetv2_semicml.data.locks import locked
 from nnunetv2_semicml.data.result_folders import fold_folder, model_folder
 from nnunetv2_semicml.evaluation.leaderboard import COLUMNS
 
 HERE = Path(__file__).parent
-SOURCE = {"test": 700, "validation": 701, "phantom": 702}
-MODALITIES = {"test": ("FLAIR", "T1post"), "validation": ("FLAIR", "T1post"), "phantom": ("FLAIR", "T1")}
-CLASS = {"test": "tumour", "validation": "tumour", "phantom": "lesion"}
-NUM_TEST, NUM_VALIDATION, NUM_TRAINING = 21, 15, 49  # of 70 patients; the last two overlap
-SPACING = (5.0, 4.0, 4.0)  # mm; nominal, the original in-plane spacing is 2
-DRAWS = (0, 1, 2)
-NUM_LABELED = (5, 2, 10, NUM_TRAINING)
-SUPERVISED, MULTI_CHANNEL = "StudyNetworkTrainer", "StudyMultiChannelTrainer"
-# name for tables: its trainers, each of which starts from the one before
-METHODS = {
-    "supervised only": [SUPERVISED],
-    "supervised, all modalities at once": [MULTI_CHANNEL],
-    "Mean Teacher": ["Study_MeanTeacher"],
-    "UA-MT": ["Study_UAMT"],
-    "CPS": ["Study_CPS"],
-    "cross-modal CPS": ["Study_CrossModalCPS"],
-    "cross-modal CPS + PReL": ["Study_First_hard", "Study_PReL_hard"],
-    "SECL, region": ["Study_SECLRegion"],
-    "SECL, anatomical": ["Study_SECLAnatomical"],
-    "Semi-CML": ["Study_SemiCML"],
-    "Semi-CML, 600 steps": ["Study_First"],
-    "Semi-CML + PReL": ["Study_First", "Study_PReL"],
-    "Semi-CML + PReL, EMA teacher": ["Study_First_ema", "Study_PReL_ema"],
-    "Semi-CML Plus": ["Study_Plus"],
-    "Semi-CML Plus + PReL": ["Study_First_plus", "Study_PReL_plus"],
-}
-ABLATIONS = {
-    "Semi-CML": ["Study_First"],
-    "neither term": ["Study_First_neither"],
-    "MSE alone": ["Study_First_mse"],
-    "ASC alone": ["Study_First_asc"],
-    "Semi-CML Plus": ["Study_First_plus"],
-    "hard pseudo-labels alone": ["Study_First_hard"],
-    "ASC weight 0.1": ["Study_First_weight_01"],
-    "ASC weight 1": ["Study_First_weight_1"],
-    "ASC weight 3.5": ["Study_First_weight_35"],
-    "temperature 0.5": ["Study_First_temperature_05"],
-    "temperature 0.2": ["Study_First_temperature_02"],
-    "4 cases contrasted": ["Study_First_cases_4"],
-    "16 cases contrasted": ["Study_First_cases_16"],
-    "BMA teacher of Semi-CML": ["Study_First_bma_teacher"],
-    "EMA teacher of Semi-CML": ["Study_First_ema_teacher"],
-    "Semi-CML, PReL": ["Study_First", "Study_PReL"],
-    "neither term, PReL": ["Study_First_neither", "Study_PReL_neither"],
-    "MSE alone, PReL": ["Study_First_mse", "Study_PReL_mse"],
-    "ASC alone, PReL": ["Study_First_asc", "Study_PReL_asc"],
-    "Semi-CML Plus, PReL": ["Study_First_plus", "Study_PReL_plus"],
-    "Semi-CML Plus with BMA teacher, PReL": ["Study_First_plus_bma", "Study_PReL_plus_bma"],
-    "hard pseudo-labels alone, PReL": ["Study_First_hard", "Study_PReL_hard"],
-    "Semi-CML with EMA teacher, PReL": ["Study_First_ema", "Study_PReL_ema"],
-    "Semi-CML, PReL from hard labels": ["Study_First", "Study_PReL_hard_labels"],
-    "Semi-CML, PReL, better network given back": ["Study_First", "Study_PReL_given_back"],
-    "Semi-CML, PReL without ASC": ["Study_First", "Study_PReL_no_asc"],
-    "Semi-CML, PReL without labeled cases": ["Study_First", "Study_PReL_unlabeled"],
-    "Semi-CML, PReL at 5 times the rate": ["Study_First", "Study_PReL_fast"],
-    "SECL, region": ["Study_First_region"],
-    "SECL, region, weight 0.1": ["Study_First_region_weight_01"],
-    "SECL, region, last stage": ["Study_First_region_last_stage"],
-    "SECL, anatomical": ["Study_First_anatomical"],
-    "SECL, anatomical, weight 1": ["Study_First_anatomical_weight_1"],
-    "SECL, anatomical, temperature 0.1": ["Study_First_anatomical_temperature_01"],
-    "SECL, anatomical, last stage": ["Study_First_anatomical_last_stage"],
-}
+WEIGHTS = {"last step": "checkpoint_final.pth", "EMA": "checkpoint_ema.pth"}
+KEYS = ["protocol", "purpose", "draw", "labeled", "method", "steps"]
+NUM_PHANTOMS, TEST_SHARE = 70, 0.3
 
 
-class Split(NamedTuple):
-    """Who is labeled, unlabeled and held out.
-
-    Attributes:
-        purpose: "validation", "test" or "phantom".
-        draw: of the labeled and the validation patients, and seed.
-        labeled: number of patients.
-    """
-
-    purpose: str
-    draw: int
-    labeled: int
-
-    @property
-    def number(self) -> int:
-        """Of the multi-modal dataset; those of the modalities follow."""
-        first, per_draw = {"validation": (800, 10), "test": (830, 40), "phantom": (950, 0)}[self.purpose]
-        return first + per_draw * self.draw + 10 * NUM_LABELED.index(self.labeled)
-
-    @property
-    def name(self) -> str:
-        """Of the dataset, without number."""
-        return f"{self.purpose}{self.draw}_{self.labeled}labeled"
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """Channel names."""
-        return MODALITIES[self.purpose]
-
-    def dataset(self, modality: str | None) -> str:
-        """Name of the dataset of a modality, or of all."""
-        if modality is None:
-            return f"Dataset{self.number}_{self.name}"
-        return f"Dataset{self.number + 1 + self.modalities.index(modality)}_{self.name}_{modality}"
+def set_environment(work: Path, task: Task) -> None:
+    """Of nnU-Net, in this process and those that it starts; before nnU-Net is imported."""
+    folder = work / f"{task.protocol}_{task.purpose}"
+    for name, subfolder in (
+        ("nnUNet_raw", "raw"),
+        ("nnUNet_preprocessed", "preprocessed"),
+        ("nnUNet_results", f"results_draw{task.draw}_{task.steps}steps"),
+    ):
+        (folder / subfolder).mkdir(parents=True, exist_ok=True)
+        os.environ[name] = str(folder / subfolder)
+    os.environ |= {
+        "nnUNet_extTrainer": str(HERE.parent / "trainers"),
+        "PROTOCOL_STEPS": str(task.steps),
+        "nnUNet_semicml_seed": str(task.draw),
+        "nnUNet_def_n_proc": "1",
+        "nnUNet_n_proc_DA": "0",  # augment in the training process
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are 30 times slower on a busy machine
+        "OMP_NUM_THREADS": "1",  # two small trainings at a time are faster than one after the other
+    }
 
 
-class Task(NamedTuple):
-    """One method on one split."""
-
-    split: Split
-    method: str
-    trainers: tuple[str, ...]
-
-    def result(self, work: Path) -> Path:
-        """The file of its metrics."""
-        return work / "results" / self.split.name / f"{self.trainers[-1]}.json"
+# data
 
 
-def tasks_of(purpose: str) -> list[Task]:
-    """What to run."""
-    methods = ABLATIONS if purpose == "validation" else METHODS
-    draws = DRAWS[:1] if purpose == "phantom" else DRAWS
-    tasks = [Task(Split(purpose, d, NUM_LABELED[0]), m, tuple(t)) for m, t in methods.items() for d in draws]
-    if purpose != "validation":
-        tasks += [Task(Split(purpose, d, NUM_TRAINING), "all labels", (SUPERVISED,)) for d in draws]
-    if purpose == "test":
-        bounds = ("supervised only", "Semi-CML + PReL")
-        tasks += [Task(Split(purpose, d, n), m, tuple(METHODS[m])) for n in (2, 10) for d in draws for m in bounds]
-    return tasks
-
-
-def set_environment(work: Path) -> None:
-    """Of nnU-Net, in this process and those that it starts."""
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (work / name).mkdir(parents=True, exist_ok=True)
-        os.environ[name] = str(work / name)
-    import nnunetv2_semicml.ext_trainers
-
-    folders = [*nnunetv2_semicml.ext_trainers.__path__, str(HERE.parent / "trainers")]
-    os.environ["nnUNet_extTrainer"] = os.pathsep.join(folders)
-    os.environ["nnUNet_def_n_proc"] = "1"
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads are 30 times slower on a busy machine
-    os.environ["OMP_NUM_THREADS"] = "1"  # two small trainings at a time are faster than one after the other
-
-
-def write_source(data: Path, work: Path, purpose: str) -> list[object]:
-    """Make the fully labeled dataset, once; returns options of nnUNetv2_semicml_withhold_labels."""
+def source_of(protocol: Protocol, data: Path) -> Path:
+    """The raw dataset of a protocol, made if it is synthetic."""
+    if protocol.source is not None:
+        return data / protocol.source
     from nnunetv2_semicml.data.phantom import write_phantom_dataset
+
+    raw = Path(os.environ["nnUNet_raw"]).parent / "source"
+    if not raw.is_dir():
+        write_phantom_dataset(raw, 499, "Source", num_labeled=NUM_PHANTOMS, num_unlabeled=0, num_test=0)
+    return raw / "Dataset499_Source"
+
+
+def cases_of(protocol: Protocol, source: Path, purpose: str, draw: int) -> tuple[list[str], dict[str, str]]:
+    """Training cases in the order in which they are labeled, and the held-out ones -> their part of the source."""
     from nnunetv2_semicml.planning.withhold_labels import draw_order
 
-    raw, tests, sites = work / "nnUNet_raw", work / f"{purpose}_tests.json", work / f"{purpose}_sites.csv"
-    source = raw / f"Dataset{SOURCE[purpose]}_{purpose}"
-    options = ["--test_fraction", 0.3] if purpose == "validation" else ["--test_cases", tests]
-    options += [] if purpose == "phantom" else ["--stratify", sites]
-    with locked(work / f".{purpose}.locked", f"making {purpose}", wait=True):
-        if tests.is_file():
-            return options
-        shutil.rmtree(source, ignore_errors=True)  # of an interrupted run
-        if purpose == "phantom":
-            write_phantom_dataset(raw, SOURCE[purpose], purpose, num_labeled=70, num_unlabeled=0, num_test=0)
-            site_of = {file.name.removesuffix(".nii.gz"): "" for file in (source / "labelsTr").iterdir()}
+    names = {
+        part: sorted(file.name.split(".")[0] for file in (source / f"labels{part}").glob("[!.]*"))
+        for part in ("Tr", "Ts")
+    }
+    stratum_of = dict.fromkeys(names["Tr"], "")
+    if (source / "subjects.csv").is_file():
+        with (source / "subjects.csv").open() as file:
+            stratum_of = {row["case"]: row["institution"] for row in csv.DictReader(file)}
+    test = dict.fromkeys(names["Ts"], "Ts")
+    if not test:
+        test = dict.fromkeys(draw_order(stratum_of, 0)[: round(TEST_SHARE * len(stratum_of))], "Tr")
+    training = {case: stratum for case, stratum in stratum_of.items() if case not in test}
+    validation = dict.fromkeys(draw_order(training, draw)[: protocol.num_validation], "Tr")
+    held_out = test if purpose == "test" else validation
+    rest = {case: stratum for case, stratum in training.items() if case not in held_out}
+    order = sorted(rest) if protocol.alphabetical else draw_order(rest, draw)
+    return [*protocol.first, *(case for case in order if case not in protocol.first)], held_out
+
+
+def dataset_of(protocol: Protocol, task: Task, modality: str | None = None) -> str:
+    """Name of the dataset of a task, or of one of its modalities. All test draws have the same if all is labeled."""
+    draw = 0 if task.purpose == "test" and not task.labeled else task.draw
+    number = 500 + 50 * draw + 10 * [0, *protocol.labeled].index(task.labeled)
+    name = f"draw{draw}_{task.labeled or 'all'}labeled"
+    if modality is None or len(protocol.modalities) == 1:
+        return f"Dataset{number}_{name}"
+    return f"Dataset{number + 1 + list(protocol.modalities).index(modality)}_{name}_{modality}"
+
+
+def write_raw(protocol: Protocol, task: Task, source: Path, folder: Path) -> None:
+    """The raw dataset of a task: labeled, unlabeled and held-out cases, whose labels are elsewhere."""
+    described = json.loads((source / "dataset.json").read_text())
+    ending = described["file_ending"]
+    training, held_out = cases_of(protocol, source, task.purpose, task.draw)
+    labeled = training[: task.labeled or len(training)]
+    shares = [(case, "Tr", "Tr" if case in labeled else "Un") for case in training]
+    for case, origin, share in [*shares, *((case, origin, "Ts") for case, origin in held_out.items())]:
+        label = source / f"labels{origin}" / f"{case}{ending}"
+        files = {
+            file: folder / f"images{share}" / file.name
+            for file in (source / f"images{origin}").glob(f"{case}_[0-9][0-9][0-9][0-9]{ending}")
+        }
+        if share != "Un":
+            files[label] = folder / f"labels{share}" / label.name
+        for file, target in files.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if protocol.only_slices:
+                write_slices(file, label, target)
+            else:
+                target.symlink_to(file)
+    (folder / "dataset.json").write_text(json.dumps(described | {"numTraining": len(labeled)}))
+
+
+def write_slices(file: Path, label: Path, target: Path) -> None:
+    """Of an image or a label the slices in which there is foreground, one upon the other."""
+    import SimpleITK as sitk
+
+    shown = sitk.GetArrayFromImage(sitk.ReadImage(str(label))).any((1, 2))
+    image = sitk.ReadImage(str(file))
+    slices = sitk.GetImageFromArray(sitk.GetArrayFromImage(image)[shown])
+    slices.SetSpacing(image.GetSpacing())
+    sitk.WriteImage(slices, str(target))
+
+
+def prepare(protocol: Protocol, task: Task, data: Path) -> None:
+    """Split the cases, plan and preprocess, once; more labels have the plans of the fewest."""
+    preprocessed, raw = (Path(os.environ[f"nnUNet_{name}"]) for name in ("preprocessed", "raw"))
+    name = dataset_of(protocol, task)
+    prepared = preprocessed / f"prepared_{name}"
+    with locked(prepared.with_suffix(".lock"), f"preparing {name}", wait=True):
+        if prepared.is_file():
+            return
+        number = int(name[7:10])
+        for folder in (raw, preprocessed):
+            for left in (left for i in range(10) for left in folder.glob(f"Dataset{number + i}_*")):
+                shutil.rmtree(left)  # of an interrupted run
+        write_raw(protocol, task, source_of(protocol, data), raw / name)
+        cases = sorted(file.name.split(".")[0] for file in (raw / name / "labelsTr").iterdir())
+        folds = [{"train": [c for c in cases if c != case], "val": [case]} for case in cases[:5]]
+        (raw / name / "splits_final.json").write_text(json.dumps(folds))  # for nnU-Net; fold "all" does not use them
+        plan = ["-d", number, "-c", protocol.configuration, "-np", 1, "-npfp", 1]
+        if len(protocol.modalities) == 1:
+            plan += ["--one_modality"]
         else:
-            with (data / "subjects.csv").open() as file:
-                site_of = {row["case"]: row["institution"] for row in csv.DictReader(file)}
-        test = draw_order(site_of, 0)[:NUM_TEST]
-        if purpose != "phantom":
-            present = {p: site for p, site in site_of.items() if purpose == "test" or p not in test}
-            for folder in ("imagesTr", "labelsTr"):
-                (source / folder).mkdir(parents=True)
-                for file in (data / folder).iterdir():
-                    if file.name.split(".")[0].removesuffix("_0000").removesuffix("_0001") in present:
-                        (source / folder / file.name).symlink_to(file)
-            described = json.loads((data / "dataset.json").read_text())
-            (source / "dataset.json").write_text(json.dumps(described | {"numTraining": len(present)}))
-            with sites.open("w") as file:
-                csv.writer(file).writerows([("case", "group"), *present.items()])
-        tests.write_text(json.dumps(test))
-    return options
-
-
-def prepare(data: Path, work: Path, split: Split) -> None:
-    """Split the patients, plan and preprocess, once."""
-    prepared = work / f"{split.name}.prepared"
-    with locked(prepared.with_suffix(".locked"), f"preparing {split.name}", wait=True):
-        if not prepared.is_file():
-            plan_split(data, work, split)
-            prepared.touch()
-
-
-def plan_split(data: Path, work: Path, split: Split) -> None:
-    """Make the datasets of a split."""
-    held_out = write_source(data, work, split.purpose)
-    for folder in ("nnUNet_raw", "nnUNet_preprocessed"):
-        for number in range(split.number, split.number + 3):
-            for left in (work / folder).glob(f"Dataset{number}_*"):  # of an interrupted run
-                shutil.rmtree(left)
-    labeled = ["--num_labeled", split.labeled] if split.labeled < NUM_TRAINING else ["--labeled_fraction", 1]
-    options = ["-d", SOURCE[split.purpose], "--output_id", split.number, "--output_name", split.name, *labeled]
-    call("nnUNetv2_semicml_withhold_labels", *options, *held_out, "--seed", split.draw)
-    raw = work / "nnUNet_raw" / split.dataset(None)
-    cases = sorted(file.name.removesuffix(".nii.gz") for file in (raw / "labelsTr").iterdir())
-    if len(cases) < 5:  # nnU-Net asks for folds, which fold "all" does not use
-        folds = [{"train": [c for c in cases if c != case], "val": [case]} for case in cases]
-        (raw / "splits_final.json").write_text(json.dumps(folds))
-    plan = ["-d", split.number, "-c", "2d", "--modality_ids", split.number + 1, split.number + 2, "-np", 1, "-npfp", 1]
-    if split.labeled == NUM_TRAINING:
-        few = split._replace(labeled=NUM_LABELED[0])
-        prepare(data, work, few)
-        call("nnUNetv2_semicml_plan_and_preprocess", *plan, "--plans_of", few.number)
-        return
-    spacing = [] if split.purpose == "phantom" else ["-overwrite_target_spacing", *SPACING]
-    call("nnUNetv2_semicml_plan_and_preprocess", *plan, *spacing)
-    for modality in (None, *split.modalities):
-        shrink(work / "nnUNet_preprocessed" / split.dataset(modality) / "nnUNetPlans.json")
+            texts = [f"{m}={channels}" for m, channels in protocol.modalities.items()]
+            plan += ["--modalities", *texts, "--modality_ids", *(number + 1 + i for i in range(len(texts)))]
+        few = task._replace(labeled=protocol.labeled[0])
+        if task.labeled != few.labeled:
+            prepare(protocol, few, data)
+            plan += ["--plans_of", dataset_of(protocol, few)[7:10]]
+        call("nnUNetv2_semicml_plan_and_preprocess", *plan, *([] if "--plans_of" in plan else protocol.plan))
+        if task.labeled == few.labeled:
+            for modality in (None, *protocol.modalities):
+                shrink(protocol, preprocessed / dataset_of(protocol, task, modality) / "nnUNetPlans.json")
+        prepared.touch()
 
 
 def call(program: str, *arguments: object) -> None:
     """Run a command line of this environment."""
     command = [str(Path(sys.executable).with_name(program)), *map(str, arguments)]
     environment = {name: value for name, value in os.environ.items() if name != "nnUNet_n_proc_DA"}
-    options = {"env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    options: dict[str, Any] = {"env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(command, check=False, **options)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
 
 
-def shrink(file: Path) -> None:
-    """Make the networks and batches of a plans file smaller, as users of nnU-Net edit plans."""
+def shrink(protocol: Protocol, file: Path) -> None:
+    """Make the networks, patches and batches of a plans file smaller, as users of nnU-Net edit plans."""
     plans = json.loads(file.read_text())
-    configuration = plans["configurations"]["2d"]
-    architecture = configuration["architecture"]["arch_kwargs"]
-    architecture["features_per_stage"] = [n // 4 for n in architecture["features_per_stage"]]
-    configuration["batch_size"] = 8
+    configuration = plans["configurations"][protocol.configuration]
+    configuration["batch_size"] = protocol.batch_size
+    configuration["patch_size"] = list(protocol.patch_size or configuration["patch_size"])
+    kwargs = configuration["architecture"]["arch_kwargs"]
+    stages = kwargs["n_stages"] = protocol.stages or kwargs["n_stages"]
+    for name in ("kernel_sizes", "strides"):
+        kwargs[name] = kwargs[name][:stages]
+    kwargs["features_per_stage"] = [protocol.features * 2**i for i in range(stages)]
+    kwargs["n_conv_per_stage"] = [1] * stages
+    kwargs["n_conv_per_stage_decoder"] = [1] * (stages - 1)
     file.write_text(json.dumps(plans, indent=4))
+
+
+# runs
+
+
+def result_file(work: Path, task: Task) -> Path:
+    """Where the metrics of a task are."""
+    share = f"draw{task.draw}_{task.labeled or 'all'}labeled"
+    return work / f"{task.protocol}_{task.purpose}" / share / f"{task.trainers[-1]}_{task.steps}.json"
+
+
+def model_of(protocol: Protocol, task: Task, modality: str, trainer: str = "") -> Path:
+    """Where the networks of a modality are, or are going to be; of the last trainer of a task unless one is named."""
+    trainer = trainer or f"Protocol_{task.trainers[-1]}"
+    dataset, results = dataset_of(protocol, task, modality), Path(os.environ["nnUNet_results"])
+    return model_folder(results, dataset, trainer, "nnUNetPlans", protocol.configuration)
 
 
 def run(data: Path, work: Path, task: Task) -> str:
     """Prepare, train, predict and evaluate what is not yet there; the result is a file. Returns what happened."""
+    begin = time.monotonic()
     try:
-        return run_task(data, work, task)
+        set_environment(work, task)
+        file = result_file(work, task)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with locked(file.with_suffix(".locked"), f"making {file.name}", wait=True):
+            if not file.is_file():
+                with file.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
+                    result = run_task(data, task)
+                temporary = file.with_suffix(".tmp")
+                temporary.write_text(json.dumps(result))
+                temporary.replace(file)
     except Exception:  # hours of other trainings go on
         return f"FAILED {task}\n{traceback.format_exc()}"
+    table = pd.DataFrame(json.loads(file.read_text())["rows"])
+    dice = table.fillna({"dice": 0.0}).groupby(["modality", "weights"], sort=False)["dice"].mean()
+    numbers = ", ".join(f"{' '.join(key)} {value:.3f}" for key, value in dice.items())
+    return f"{task.purpose} {task.draw}: {task.method}: {numbers} ({time.monotonic() - begin:.0f} s)"
 
 
-def run_task(data: Path, work: Path, task: Task) -> str:
-    """Of `run`, the part that may fail."""
-    import torch
-
-    torch.set_num_threads(1)
-    prepare(data, work, task.split)
-    result = task.result(work)
-    result.parent.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
-    with locked(result.with_suffix(".locked"), f"making {result.name}", wait=True):
-        if not result.is_file():
-            with (result.with_suffix(".log")).open("a") as log, contextlib.redirect_stdout(log):
-                for trainer in task.trainers:
-                    train(work, task.split, trainer)
-                modalities = (None,) if MULTI_CHANNEL in task.trainers else task.split.modalities
-                results = [predict_and_evaluate(work, task.split, task.trainers[-1], m) for m in modalities]
-            cases = {m or " + ".join(task.split.modalities): r for m, r in zip(modalities, results, strict=True)}
-            temporary = result.with_suffix(".tmp")
-            temporary.write_text(json.dumps(cases))
-            temporary.replace(result)
-    cases = json.loads(result.read_text())
-    dice = [sum(m["dice"] or 0 for m in of.values()) / len(of) for of in cases.values()]
-    numbers = ", ".join(f"{modality} {d:.3f}" for modality, d in zip(cases, dice, strict=True))
-    return f"{task.split.name}: {task.method}: {numbers} ({time.monotonic() - begin:.0f} s)"
-
-
-def train(work: Path, split: Split, trainer: str) -> None:
-    """Train on all labeled cases, unless that is done, or another process is about it."""
+def run_task(data: Path, task: Task) -> dict[str, Any]:
+    """Of `run`, the part that takes long: metrics of every held-out case, and what they cost."""
     import torch
     from nnunetv2.run.run_training import run_training
 
-    os.environ["nnUNet_semicml_seed"] = str(split.draw)
-    os.environ["nnUNet_n_proc_DA"] = "0"  # augment in the training process
-    for modality in split.modalities if trainer == SUPERVISED else (None,):
-        dataset = split.dataset(modality)
-        folder = fold_folder(model_folder(work / "nnUNet_results", dataset, trainer, "nnUNetPlans", "2d"), "all")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.parent, f"training {trainer}", wait=True):
-            if not (folder / "checkpoint_final.pth").is_file():
-                shutil.rmtree(folder, ignore_errors=True)
-                if trainer == MULTI_CHANNEL:  # the group's own preprocessing is of every modality alone
-                    call("nnUNetv2_preprocess", "-d", split.number, "-c", "2d", "-np", 1)
-                torch.manual_seed(split.draw)  # nnU-Net's own trainer has no seed
-                np.random.seed(split.draw)
-                run_training(dataset, "2d", "all", trainer, device=torch.device("cpu"))
+    torch.set_num_threads(1)
+    protocol = PROTOCOLS[task.protocol]
+    prepare(protocol, task, data)
+    begin = time.process_time()
+    dataset = dataset_of(protocol, task)
+    for trainer in (f"Protocol_{name}" for name in task.trainers):
+        model = model_of(protocol, task, list(protocol.modalities)[-1], trainer)
+        model.mkdir(parents=True, exist_ok=True)
+        with locked(model, f"training {trainer}", wait=True):
+            if not (fold_folder(model, "all") / WEIGHTS["EMA"]).is_file():  # the last file that a training writes
+                run_training(dataset, protocol.configuration, "all", trainer, device=torch.device("cpu"))
+    rows = [
+        {"modality": modality, "weights": weights, "case": case, **metrics}
+        for modality in protocol.modalities
+        for weights in WEIGHTS
+        for case, metrics in predict_and_evaluate(protocol, task, modality, weights).items()
+    ]
+    return {"rows": rows, "cpu_seconds": round(time.process_time() - begin)}
 
 
-def predict_and_evaluate(work: Path, split: Split, trainer: str, modality: str | None) -> dict[str, dict[str, float]]:
-    """Metrics of every held-out patient, predicted from a modality, or from all at once (None)."""
+def predict_and_evaluate(protocol: Protocol, task: Task, modality: str, weights: str) -> dict[str, dict[str, float]]:
+    """Metrics of every held-out case, predicted from a modality."""
     import torch
-    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     from nnunetv2_semicml.evaluation.metrics import evaluate_files
 
-    model = model_folder(work / "nnUNet_results", split.dataset(modality), trainer, "nnUNetPlans", "2d")
-    out = work / "predictions" / split.name / trainer / (modality or "all")
+    raw, work = (
+        Path(os.environ["nnUNet_raw"]) / dataset_of(protocol, task),
+        Path(os.environ["nnUNet_results"]).parents[1],
+    )
+    out = result_file(work, task).with_suffix("") / modality / weights
     out.mkdir(parents=True, exist_ok=True)
     options = {"use_mirroring": False, "perform_everything_on_device": False, "allow_tqdm": False}
     predictor = nnUNetPredictor(device=torch.device("cpu"), **options)
-    predictor.initialize_from_trained_model_folder(str(model), ("all",))
-    raw = work / "nnUNet_raw" / split.dataset(None)
-    channels = [i for i, name in enumerate(split.modalities) if modality in (None, name)]
-    cases = sorted(label.name.removesuffix(".nii.gz") for label in (raw / "labelsTs").iterdir())
-    scans = [[str(raw / "imagesTs" / f"{case}_{i:04d}.nii.gz") for i in channels] for case in cases]
+    predictor.initialize_from_trained_model_folder(str(model_of(protocol, task, modality)), ("all",), WEIGHTS[weights])
+    described = json.loads((raw / "dataset.json").read_text())
+    ending, names = described["file_ending"], list(described["channel_names"].values())
+    channels = [names.index(name) for name in protocol.modalities[modality].split(",")]
+    cases = sorted(label.name.removesuffix(ending) for label in (raw / "labelsTs").iterdir())
+    scans = [[str(raw / "imagesTs" / f"{case}_{i:04d}{ending}") for i in channels] for case in cases]
     predictor.predict_from_files_sequential(scans, [str(out / case) for case in cases])
-    metrics = {}
-    for case in cases:
-        files = raw / "labelsTs" / f"{case}.nii.gz", out / f"{case}.nii.gz"
-        (metrics[case],) = evaluate_files(*files, SimpleITKIO(), {"background": 0, CLASS[split.purpose]: 1}).values()
-    return metrics
-
-
-def collect(work: Path, purpose: str) -> pd.DataFrame:
-    """All results that there are, those of this machine and those of the committed table, in task order."""
-    table = HERE / f"{purpose}.csv"
-    known = pd.read_csv(table) if table.is_file() else pd.DataFrame(columns=COLUMNS)
-    parts = []
-    for task in tasks_of(purpose):
-        file = task.result(work)
-        if not file.is_file():
-            parts.append(known[is_of(known, task)])
-            continue
-        num_training = NUM_TRAINING - (NUM_VALIDATION if purpose == "validation" else 0)
-        about = {
-            "dataset": "phantom" if purpose == "phantom" else "LGG",
-            "method": task.method,
-            "seed": task.split.draw,
-            "class": CLASS[purpose],
-            "labeled": task.split.labeled,
-            "unlabeled": num_training - task.split.labeled,
-        }
-        rows = [
-            {**about, "modality": modality, "case": case, **metrics}
-            for modality, cases in json.loads(file.read_text()).items()
-            for case, metrics in cases.items()
-        ]
-        parts.append(pd.DataFrame(rows, columns=COLUMNS))
-    return pd.concat([part for part in parts if len(part)] or [known])
-
-
-def is_of(table: pd.DataFrame, task: Task) -> pd.Series:
-    """Which rows are results of a task."""
-    split = task.split
-    return (table["method"] == task.method) & (table["seed"] == split.draw) & (table["labeled"] == split.labeled)
-
-
-def write(work: Path, purpose: str) -> None:
-    """Write the table, and how it was made."""
-    table = collect(work, purpose)
-    file = HERE / f"{purpose}.csv"
-    table.to_csv(file, index=False, float_format="%.4g")
-    packages = ("nnunetv2-semicml", "nnunetv2", "torch")
-    done = sum(is_of(table, task).any() for task in tasks_of(purpose))
-    data = "" if purpose == "phantom" else " --data Dataset700_LGG"
-    facts = {
-        "command": f"python benchmarks/study/run.py {purpose}{data} --work SCRATCH",
-        "runs": f"{done} of {len(tasks_of(purpose))}",
-        "draws, which are the seeds": ", ".join(map(str, sorted(set(table["seed"])))),
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
-        "software": ", ".join(f"{name} {version(name)}" for name in packages),
-        "date": str(datetime.date.today()),
+    reader = determine_reader_writer_from_dataset_json(described, scans[0][0], verbose=False)()
+    return {
+        case: evaluate_files(
+            raw / "labelsTs" / f"{case}{ending}", out / f"{case}{ending}", reader, described["labels"]
+        )[protocol.foreground]
+        for case in cases
     }
-    file.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(file)
+
+
+# tables
+
+
+def read_runs() -> pd.DataFrame:
+    """What was run, and what it cost."""
+    file = HERE / "runs.csv"
+    return pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=[*KEYS, "cpu_seconds", "date", "commit"])
+
+
+def is_done(task: Task) -> bool:
+    """Whether the committed tables have it."""
+    runs = read_runs()
+    return bool((runs[KEYS] == [getattr(task, key) for key in KEYS]).all(axis=1).any())
+
+
+def add_to_tables(work: Path, task: Task) -> None:
+    """Add the result of a task, if it has one that is not there."""
+    file = result_file(work, task)
+    if not file.is_file() or is_done(task):
+        return
+    result = json.loads(file.read_text())
+    protocol = PROTOCOLS[task.protocol]
+    about = {"dataset": protocol.source or "phantom", "method": task.method, "seed": task.draw}
+    about |= {"labeled": task.labeled, "class": protocol.foreground, "steps": task.steps}
+    table = HERE / f"{task.protocol}_{task.purpose}.csv"
+    columns = ["weights", "steps", *(c for c in COLUMNS if c != "unlabeled")]
+    rows = pd.DataFrame([{**about, **row} for row in result["rows"]])[columns]
+    rows.to_csv(table, mode="a", header=not table.is_file(), index=False, float_format="%.4g")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout
+    facts = {"cpu_seconds": result["cpu_seconds"], "date": datetime.date.today(), "commit": commit.strip()}
+    row = pd.DataFrame([{**{key: getattr(task, key) for key in KEYS}, **facts}])
+    row.to_csv(HERE / "runs.csv", mode="a", header=not (HERE / "runs.csv").is_file(), index=False)
 
 
 def main() -> None:
-    """Run what is missing, two at a time."""
+    """Run what is missing, two at a time, each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(), help="the folder Dataset700_LGG")
+    parser.add_argument("protocol", choices=PROTOCOLS)
+    parser.add_argument("purpose", choices=PURPOSES)
+    parser.add_argument("--data", type=Path, default=Path(), help="the folder of the raw datasets")
     parser.add_argument("--work", type=Path, required=True, help="scratch folder")
     parser.add_argument("--processes", type=int, default=2, help="(default: %(default)s)")
-    parser.add_argument("--draws", type=int, nargs="+", default=DRAWS, help="(default: all)")
+    parser.add_argument("--draws", type=int, nargs="+", help="(default: all)")
     parser.add_argument("--only", nargs="+", help="methods (default: all)")
-    parser.add_argument("purpose", choices=SOURCE)
     args = parser.parse_args()
     work, data = args.work.resolve(), args.data.resolve()
-    set_environment(work)
-    tasks = [task for task in tasks_of(args.purpose) if task.split.draw in args.draws]
+    tasks = [task for task in tasks_of(args.protocol, args.purpose) if args.draws is None or task.draw in args.draws]
     tasks = [task for task in tasks if args.only is None or task.method in args.only]
-    known = collect(work, args.purpose)
-    tasks = [task for task in tasks if not is_of(known, task).any()]
-    with multiprocessing.get_context("spawn").Pool(args.processes, warnings.simplefilter, ("ignore",)) as pool:
+    tasks = [task for task in tasks if not is_done(task)]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(args.processes, maxtasksperchild=1) as pool:
         for line in pool.imap_unordered(partial(run, data, work), tasks):
             print(time.strftime("%H:%M:%S"), line, flush=True)
-            write(work, args.purpose)
+            for task in tasks:
+                add_to_tables(work, task)
 
 
 if __name__ == "__main__":

@@ -1,109 +1,283 @@
-"""Found through nnUNet_extTrainer: every method of the study and every variant of one, on a schedule for a CPU.
+"""Found through nnUNet_extTrainer: the methods and variants of ../protocols, as long as a protocol says.
 
-nnU-Net finds a trainer by the name of its class, so each row of TRAINERS becomes a class Study_<name>. Single-stage
-methods take 900 steps; where PReL follows, the first stage takes 600 and PReL 300. For the optimizer see quick.py.
+nnU-Net finds a trainer by the name of its class, so each row of TRAINERS becomes a class Protocol_<name>. The number of
+steps is `PROTOCOL_STEPS` in the environment; where PReL follows, the first stage takes two thirds of them and PReL the
+rest. Optimizers and learning rates are nnU-Net's.
 """
 
-from quick import QuickSupervisedTrainer, quick
+import os
+from collections.abc import Mapping, Sequence
+from os.path import join
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from nnunetv2_semicml.losses.consistency import prediction_consistency
+from nnunetv2_semicml.trainers.nnUNetTrainerBCP import nnUNetTrainerBCP
 from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
+from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalBCP import nnUNetTrainerCrossModalBCP
 from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalCPS import nnUNetTrainerCrossModalCPS
+from nnunetv2_semicml.trainers.nnUNetTrainerFilterMatch import nnUNetTrainerFilterMatch
+from nnunetv2_semicml.trainers.nnUNetTrainerFixMatch import nnUNetTrainerFixMatch
 from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLAnatomical import nnUNetTrainerSECLAnatomical
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLRegion import nnUNetTrainerSECLRegion
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPlus import nnUNetTrainerSemiCMLPlus
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
+from nnunetv2_semicml.trainers.nnUNetTrainerSupervisedEMA import nnUNetTrainerSupervisedEMA
 from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
+from nnunetv2_semicml.trainers.nnUNetTrainerUniMatch import nnUNetTrainerUniMatch
+from nnunetv2_semicml.training.area_contrast import WithAreaContrast
+from nnunetv2_semicml.training.conductor import LabeledPatches, UnlabeledDraw, View
+from nnunetv2_semicml.training.copy_paste import MixedLabels, WithBidirectionalCopyPaste
+from nnunetv2_semicml.training.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
+from nnunetv2_semicml.training.photometry import draw_photometry
+from nnunetv2_semicml.training.teacher import Teacher
 
-EPOCHS = {"single": 60, "first": 40, "second": 20}
-SCHEDULE = {"num_iterations_per_epoch": 15, "num_val_iterations_per_epoch": 3, "save_every": 1000}
-
-
-class StudyNetworkTrainer(QuickSupervisedTrainer):
-    """Supervised-only nnU-Net on the study's schedule."""
-
-    schedule = {**SCHEDULE, "num_epochs": EPOCHS["single"]}
-
-
-class StudyMultiChannelTrainer(StudyNetworkTrainer):
-    """The same with all modalities as channels of one network, which needs all of them for every prediction."""
+STEPS, STEPS_PER_EPOCH = int(os.environ.get("PROTOCOL_STEPS", "3000")), 50
+SHARES = {"single": 1.0, "first": 2 / 3, "second": 1 / 3}
+EMA_CHECKPOINT = "checkpoint_ema.pth"
 
 
-class TeachersDeployed(nnUNetTrainerSemiCML):
-    """Semi-CML whose teachers are predicted with, to see how good they are."""
+class WithAverages(nnUNetTrainerSemiSupervised):
+    """Of every method: the networks of the last step and, beside them, their exponential moving averages.
+
+    Attributes:
+        averages: of every deployed network, whatever teachers the method has.
+    """
+
+    deploy_average = False
+    num_iterations_per_epoch = STEPS_PER_EPOCH
+    num_val_iterations_per_epoch = 3
+    save_every = 1000
+
+    def initialize(self) -> None:
+        """Build the networks and their averages."""
+        super().initialize()
+        self.averages = {t.name: Teacher(t.unwrapped_network()) for t in self.trainers if t.deployed}
+
+    def on_train_start(self) -> None:
+        """Start, without progress.png: half a second per epoch and network."""
+        super().on_train_start()
+        for trainer in self.trainers:
+            trainer.logger.plot_progress_png = lambda folder: None
+        self.logger.plot_progress_png = lambda folder: None
+
+    def plot_unsupervised_terms(self) -> None:
+        """Do not: an eighth of the time that such short epochs take."""
+
+    def train_step(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """Make a step; the averages follow."""
+        losses = super().train_step(batch)
+        for trainer in (t for t in self.trainers if t.deployed):
+            self.averages[trainer.name].follow(trainer.unwrapped_network(), self.ema_decay)
+        return losses
 
     def on_train_end(self) -> None:
-        """Put the averaged weights into the networks before these are written."""
-        for trainer in self.trainers:
-            trainer.unwrapped_network().load_state_dict(self.averaged_network(trainer.name).state_dict())
+        """Save the networks, then the averages."""
         super().on_train_end()
+        for trainer in (t for t in self.trainers if t.deployed):
+            trainer.averaged_network = self.averages[trainer.name].network
+            trainer.save_checkpoint(join(trainer.output_folder, EMA_CHECKPOINT))
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Do not validate: with fold "all" the cases are those of the training."""
 
 
-class HardPReL(nnUNetTrainerSemiCMLPReL):
-    """PReL from the teacher's segmentation instead of its probabilities."""
-
-    def soft_pseudo_labels(self, image: Tensor) -> Tensor:
-        """Zeros and ones (B, heads, *patch)."""
-        soft = super().soft_pseudo_labels(image)
-        return self.hard_pseudo_labels(soft)
+def better_of(dice: Mapping[str, float]) -> str:
+    """The modality with the best validation Dice values; none as long as there are none."""
+    return max(dice, key=lambda name: dice[name]) if any(dice.values()) else ""
 
 
-TRAINERS = {
+class OneWay(nnUNetTrainerSemiCML):
+    """Semi-CML whose better modality teaches and is not taught."""
+
+    best_dice = nnUNetTrainerCrossModalBCP.best_dice
+
+    def unsupervised_terms(self, outputs: Sequence[View], targets: None) -> dict[str, Tensor]:
+        """Those of Semi-CML, without a gradient for the better modality."""
+        (logits,) = outputs
+        better = better_of(self.best_dice())
+        taught = {name: z.detach() if name == better else z for name, z in logits.items()}
+        return super().unsupervised_terms([taught], targets)
+
+
+class StrongMixtures(nnUNetTrainerCrossModalBCP):
+    """Mixtures have the photometry of strong views."""
+
+    def views_and_targets(
+        self, unlabeled: UnlabeledDraw, labeled: Mapping[str, LabeledPatches]
+    ) -> tuple[Sequence[View], Sequence[Mapping[str, MixedLabels]]]:
+        """Change brightness, contrast and blur of the mixtures."""
+        views, targets = super().views_and_targets(unlabeled, labeled)
+        return [
+            {name: draw_photometry(len(image), image.device).apply(image) for name, image in view.items()}
+            for view in views
+        ], targets
+
+
+class SureMixtures(nnUNetTrainerCrossModalBCP):
+    """Pseudo-labels count where the teacher is sure. For classes, not for regions.
+
+    Attributes:
+        sure_from: probability from which it is.
+    """
+
+    sure_from = 0.8
+
+    def segmented(self, name: str, probabilities: Tensor) -> Tensor:
+        """Zeros and ones; zero everywhere where the teacher is not sure."""
+        return super().segmented(name, probabilities) * (probabilities.amax(1, keepdim=True) >= self.sure_from)
+
+    def views_and_targets(
+        self, unlabeled: UnlabeledDraw, labeled: Mapping[str, LabeledPatches]
+    ) -> tuple[Sequence[View], Sequence[Mapping[str, MixedLabels]]]:
+        """Leave out what has no label."""
+        views, targets = super().views_and_targets(unlabeled, labeled)
+        return views, [
+            {name: t._replace(from_teacher=t.from_teacher * t.labels.sum(1, keepdim=True)) for name, t in of.items()}
+            for of in targets
+        ]
+
+
+class ContrastedMixtures(WithAreaContrast, nnUNetTrainerCrossModalBCP):
+    """The predictions of the mixtures are contrasted.
+
+    Attributes:
+        asc_weight: of the contrast.
+    """
+
+    term_weights = {**nnUNetTrainerCrossModalBCP.term_weights, "asc": "asc_weight"}
+    asc_weight = 0.1
+
+    def unsupervised_terms(
+        self, outputs: Sequence[View], targets: Sequence[Mapping[str, MixedLabels]]
+    ) -> dict[str, Tensor]:
+        """Those of copy-paste, and the contrast of all mixtures of a step."""
+        mixtures = [
+            torch.cat([self.foreground(self.probabilities(view[name])) for view in outputs]) for name in outputs[0]
+        ]
+        return {**super().unsupervised_terms(outputs, targets), "asc": self.area_contrast(mixtures)}
+
+
+class PlusBothWays(nnUNetTrainerSemiCMLPlus):
+    """On unmixed patches every network is taught by the others."""
+
+    unmixed_pseudo_label_weight = 0.25
+
+    def unmixed_labelers(self, modalities: Sequence[str]) -> dict[str, list[str]]:
+        """All others."""
+        return {name: [other for other in modalities if other != name] for name in modalities}
+
+
+class PlusByConsistency(nnUNetTrainerSemiCMLPlus):
+    """On unmixed patches networks have the terms of Semi-CML, after the warm-up and without a ramp.
+
+    Attributes:
+        mse_weight: of the mean squared difference.
+    """
+
+    term_weights = {**nnUNetTrainerCrossModalBCP.term_weights, "mse": "mse_weight", "asc": "asc_weight"}
+    mse_weight = 1.0
+
+    def unsupervised_terms(
+        self, outputs: Sequence[View], targets: Sequence[Mapping[str, MixedLabels]]
+    ) -> dict[str, Tensor]:
+        """Those of copy-paste, and those of Semi-CML."""
+        *mixtures, unmixed = outputs
+        predictions = [self.foreground(self.probabilities(z)) for z in unmixed.values()]
+        return {
+            **nnUNetTrainerCrossModalBCP.unsupervised_terms(self, mixtures, targets),
+            "mse": prediction_consistency([self.in_batch(p) for p in predictions]),
+            "asc": self.area_contrast(predictions),
+        }
+
+
+class HardSemiCML(WithAreaContrast, nnUNetTrainerCrossModalCPS):
+    """Semi-CML with hard pseudo-labels of the other modality in the place of the mean squared error.
+
+    Attributes:
+        asc_weight: of the contrast; as in Semi-CML.
+    """
+
+    term_weights = {**nnUNetTrainerCrossModalCPS.term_weights, "asc": "asc_weight"}
+    asc_weight = 0.35
+
+    def unsupervised_terms(self, outputs: Sequence[View], targets: None) -> dict[str, Tensor]:
+        """Cross pseudo-supervision in the batch, and the contrast."""
+        (logits,) = outputs
+        predictions = [self.foreground(self.probabilities(z)) for z in logits.values()]
+        batch = {name: self.in_batch(z) for name, z in logits.items()}
+        return {**super().unsupervised_terms([batch], targets), "asc": self.area_contrast(predictions)}
+
+
+class CopyPastePReL(WithBidirectionalCopyPaste, nnUNetTrainerSemiCMLPReL):
+    """PReL whose learners see mixtures of labeled and unlabeled patches instead of the unlabeled ones."""
+
+    pairs_labeled = True
+    warmup_fraction = 0.0
+
+    def pseudo_labels(self, unlabeled: UnlabeledDraw) -> dict[str, Tensor]:
+        """Of all networks those of the better modality's teacher."""
+        soft = self.soft_pseudo_labels(unlabeled.images[self.better_modality])
+        return {name: self.segmented(name, soft) for name in unlabeled.images}
+
+    def unsupervised_weights(self) -> dict[str, float]:
+        """Those of copy-paste."""
+        return nnUNetTrainerSemiSupervised.unsupervised_weights(self)
+
+
+# of copy-paste, what did well on the first draw of validation patients, and what Semi-CML Plus is made from
+ALL_OF_THESE: dict[str, object] = {"both_ways": True, "supervised_weight_after_warmup": 1.0, "largest_component": False}
+TRAINERS: dict[str, tuple[type[nnUNetTrainerSemiSupervised], str, str | None, dict[str, object]]] = {
     # name: (class, part of the schedule, first stage, what differs from its defaults)
+    "Supervised": (nnUNetTrainerSupervisedEMA, "single", None, {}),
     "MeanTeacher": (nnUNetTrainerMeanTeacher, "single", None, {}),
     "UAMT": (nnUNetTrainerUAMT, "single", None, {}),
     "CPS": (nnUNetTrainerCPS, "single", None, {}),
-    "CrossModalCPS": (nnUNetTrainerCrossModalCPS, "single", None, {}),
     "SECLRegion": (nnUNetTrainerSECLRegion, "single", None, {}),
     "SECLAnatomical": (nnUNetTrainerSECLAnatomical, "single", None, {}),
+    "BCP": (nnUNetTrainerBCP, "single", None, {}),
+    "FixMatch": (nnUNetTrainerFixMatch, "single", None, {}),
+    "UniMatch": (nnUNetTrainerUniMatch, "single", None, {}),
+    "FilterMatch": (nnUNetTrainerFilterMatch, "single", None, {}),
+    "CrossModalCPS": (nnUNetTrainerCrossModalCPS, "single", None, {}),
     "SemiCML": (nnUNetTrainerSemiCML, "single", None, {}),
-    "Plus": (nnUNetTrainerSemiCMLPlus, "single", None, {}),
-    # the first stage and what each of its parts is for, and SECL in as many steps
-    "First": (nnUNetTrainerSemiCML, "first", None, {}),
-    "First_neither": (nnUNetTrainerSemiCML, "first", None, {"mse_weight": 0.0, "asc_weight": 0.0}),
-    "First_mse": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 0.0}),
-    "First_asc": (nnUNetTrainerSemiCML, "first", None, {"mse_weight": 0.0}),
-    # cross-modal CPS with the published teachers
-    "First_hard": (nnUNetTrainerSemiCMLPlus, "first", None, {"asc_weight": 0.0, "teacher_averaging": "bma"}),
-    "First_plus": (nnUNetTrainerSemiCMLPlus, "first", None, {}),
-    "First_weight_01": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 0.1}),
-    "First_weight_1": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 1.0}),
-    "First_weight_35": (nnUNetTrainerSemiCML, "first", None, {"asc_weight": 3.5}),
-    "First_temperature_05": (nnUNetTrainerSemiCML, "first", None, {"asc_temperature": 0.5}),
-    "First_temperature_02": (nnUNetTrainerSemiCML, "first", None, {"asc_temperature": 0.2}),
-    "First_cases_4": (nnUNetTrainerSemiCML, "first", None, {"asc_cases": 4}),
-    "First_cases_16": (nnUNetTrainerSemiCML, "first", None, {"asc_cases": 16}),
-    "First_plus_bma": (nnUNetTrainerSemiCMLPlus, "first", None, {"teacher_averaging": "bma"}),
-    "First_bma_teacher": (TeachersDeployed, "first", None, {}),
-    "First_ema_teacher": (TeachersDeployed, "first", None, {"teacher_averaging": "ema"}),
-    "First_ema": (nnUNetTrainerSemiCML, "first", None, {"teacher_averaging": "ema"}),
-    "First_region": (nnUNetTrainerSECLRegion, "first", None, {}),
-    "First_region_weight_01": (nnUNetTrainerSECLRegion, "first", None, {"contrast_weight": 0.1}),
-    "First_region_last_stage": (nnUNetTrainerSECLRegion, "first", None, {"feature_stage": 99}),
-    "First_anatomical": (nnUNetTrainerSECLAnatomical, "first", None, {}),
-    "First_anatomical_weight_1": (nnUNetTrainerSECLAnatomical, "first", None, {"contrast_weight": 1.0}),
-    "First_anatomical_temperature_01": (nnUNetTrainerSECLAnatomical, "first", None, {"contrast_temperature": 0.1}),
-    "First_anatomical_last_stage": (nnUNetTrainerSECLAnatomical, "first", None, {"feature_stage": 99}),
-    # the second stage, from each of these
-    "PReL": (nnUNetTrainerSemiCMLPReL, "second", "First", {}),
-    "PReL_neither": (nnUNetTrainerSemiCMLPReL, "second", "First_neither", {}),
-    "PReL_mse": (nnUNetTrainerSemiCMLPReL, "second", "First_mse", {}),
-    "PReL_asc": (nnUNetTrainerSemiCMLPReL, "second", "First_asc", {}),
-    "PReL_hard": (nnUNetTrainerSemiCMLPReL, "second", "First_hard", {}),
-    "PReL_plus": (nnUNetTrainerSemiCMLPReL, "second", "First_plus", {}),
-    "PReL_plus_bma": (nnUNetTrainerSemiCMLPReL, "second", "First_plus_bma", {}),
-    "PReL_ema": (nnUNetTrainerSemiCMLPReL, "second", "First_ema", {}),
-    "PReL_hard_labels": (HardPReL, "second", "First", {}),
-    "PReL_given_back": (nnUNetTrainerSemiCMLPReL, "second", "First", {"may_give_back": True}),
-    "PReL_no_asc": (nnUNetTrainerSemiCMLPReL, "second", "First", {"asc_share": 0.0, "asc_share_better": 0.0}),
-    "PReL_unlabeled": (nnUNetTrainerSemiCMLPReL, "second", "First", {"supervised_weight": 0.0}),
-    "PReL_fast": (nnUNetTrainerSemiCMLPReL, "second", "First", {"initial_lr": 0.05}),
+    "SemiCMLPlus": (nnUNetTrainerSemiCMLPlus, "single", None, {}),
+    "CrossModalBCP": (nnUNetTrainerCrossModalBCP, "single", None, {}),
+    "First_SemiCML": (nnUNetTrainerSemiCML, "first", None, {}),
+    "First_SemiCMLPlus": (nnUNetTrainerSemiCMLPlus, "first", None, {}),
+    "PReL": (nnUNetTrainerSemiCMLPReL, "second", "First_SemiCML", {}),
+    "PReL_Plus": (nnUNetTrainerSemiCMLPReL, "second", "First_SemiCMLPlus", {}),
+    "First_SemiCML_ema": (nnUNetTrainerSemiCML, "first", None, {"teacher_averaging": "ema"}),
+    "PReL_ema": (nnUNetTrainerSemiCMLPReL, "second", "First_SemiCML_ema", {}),
+    "PReL_copy_paste": (CopyPastePReL, "second", "First_SemiCML_ema", {}),
+    "SemiCML_OneWay": (OneWay, "single", None, {}),
+    "XBCP_own": (nnUNetTrainerCrossModalBCP, "single", None, {"labeled_by": "own"}),
+    "XBCP_others": (nnUNetTrainerCrossModalBCP, "single", None, {"labeled_by": "others"}),
+    "XBCP_all": (nnUNetTrainerCrossModalBCP, "single", None, {"labeled_by": "all"}),
+    "XBCP_components": (nnUNetTrainerCrossModalBCP, "single", None, {"largest_component": False}),
+    "XBCP_weight_1": (nnUNetTrainerCrossModalBCP, "single", None, {"pseudo_label_weight": 1.0}),
+    "XBCP_warmup_0": (nnUNetTrainerCrossModalBCP, "single", None, {"warmup_fraction": 0.0}),
+    "XBCP_warmup_05": (nnUNetTrainerCrossModalBCP, "single", None, {"warmup_fraction": 0.5}),
+    "XBCP_both_ways": (nnUNetTrainerCrossModalBCP, "single", None, {"both_ways": True}),
+    "XBCP_unmixed_labels": (nnUNetTrainerCrossModalBCP, "single", None, {"supervised_weight_after_warmup": 1.0}),
+    "XBCP_combined": (nnUNetTrainerCrossModalBCP, "single", None, ALL_OF_THESE),
+    "HardSemiCML": (HardSemiCML, "single", None, {}),
+    "Plus_both_ways": (PlusBothWays, "single", None, {}),
+    "Plus_consistency": (PlusByConsistency, "single", None, {}),
+    "XBCP_strong": (StrongMixtures, "single", None, {}),
+    "XBCP_sure": (SureMixtures, "single", None, {}),
+    "XBCP_asc": (ContrastedMixtures, "single", None, {}),
 }
 
 
 for _name, (_base, _part, _first, _changes) in TRAINERS.items():
-    _members = {**_changes, "first_stage": globals()[f"Study_{_first}"]} if _first else _changes
-    _schedule = {**SCHEDULE, "num_epochs": EPOCHS[_part]}
-    globals()[f"Study_{_name}"] = quick(f"Study_{_name}", __name__, _base, _schedule, **_members)
+    for _attribute in _changes:
+        getattr(_base, _attribute)  # a misspelled one would change nothing
+    _members = {"num_epochs": round(SHARES[_part] * STEPS / STEPS_PER_EPOCH), **_changes}
+    _members |= {"first_stage": globals()[f"Protocol_{_first}"]} if _first else {}
+    _members |= {"__module__": __name__, "__doc__": f"{_base.__name__}, {_changes}"}
+    globals()[f"Protocol_{_name}"] = type(f"Protocol_{_name}", (WithAverages, _base), _members)

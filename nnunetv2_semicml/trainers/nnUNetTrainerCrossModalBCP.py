@@ -1,38 +1,36 @@
 """Bidirectional copy-paste between modalities: the same mixtures of the same patients in all of them.
 
 Sources: Bai et al., CVPR 2023 (copy-paste); Zhang et al., Med. Image Anal. 83:102656, 2023 (the better modality, which
-one is measured, teaches; contrast of predicted areas).
+one is measured, teaches).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nnunetv2_semicml.training.area_contrast import WithAreaContrast
-from nnunetv2_semicml.training.conductor import UnlabeledDraw, View
-from nnunetv2_semicml.training.copy_paste import MixedLabels, WithBidirectionalCopyPaste
+from nnunetv2_semicml.training.conductor import UnlabeledDraw
+from nnunetv2_semicml.training.copy_paste import WithBidirectionalCopyPaste
 from nnunetv2_semicml.training.schedules import with_schedules
 
 
 @with_schedules
-class nnUNetTrainerCrossModalBCP(WithAreaContrast, WithBidirectionalCopyPaste):
-    """A mixture is one patient for all modalities, so that they may learn from each other's teachers and be contrasted.
+class nnUNetTrainerCrossModalBCP(WithBidirectionalCopyPaste):
+    """A mixture is one patient for all modalities, so that they may learn from each other's teachers.
 
     Attributes:
         labeled_by: whose teachers segment the unlabeled patches of a modality: its "own", that of the "better" modality
             of the draw, those of the "others" or of "all" modalities, by their mean probabilities. Which one is better
             is measured as for PReL, by the mean of the best validation Dice values so far; before there are any, all
             label.
-        asc_weight: of the area-similarity contrast of the predictions of mixtures; 0 computes none.
     """
 
+    min_modalities = 2
+    compares_modalities = True
     pairs_labeled = True
-    term_weights = {**WithBidirectionalCopyPaste.term_weights, "asc": "asc_weight"}
     labeled_by: Literal["own", "better", "others", "all"] = "better"
-    asc_weight = 0.0
 
     def labelers(self, learner: str, modalities: Sequence[str]) -> list[str]:
         """Which modalities' teachers label for a network, of those that a draw shows."""
@@ -76,16 +74,3 @@ class nnUNetTrainerCrossModalBCP(WithAreaContrast, WithBidirectionalCopyPaste):
             name: self.segmented(name, torch.stack([predictions[labeler] for labeler in of_network]).mean(0))
             for name, of_network in labelers.items()
         }
-
-    def unsupervised_terms(
-        self, outputs: Sequence[View], targets: Sequence[Mapping[str, MixedLabels]]
-    ) -> dict[str, Tensor]:
-        """Those of copy-paste, and the contrast of the predictions of all mixtures."""
-        terms = super().unsupervised_terms(outputs, targets)
-        if self.asc_weight:
-            predictions = [
-                torch.cat([self.foreground(self.probabilities(logits[name])) for logits in outputs])
-                for name in outputs[0]
-            ]
-            terms["asc"] = self.area_contrast(predictions)
-        return terms

@@ -20,7 +20,7 @@ class nnUNetTrainerSECLAnatomical(WithSelfEnsemblingContrast):
 
     Attributes:
         contrast_temperature: see `ContrastiveLoss`. Chosen on one draw of validation patients; three draws and longer
-            training show no measurable difference to 0.1 (benchmarks/study/validation.md).
+            training show no measurable difference to 0.1 (benchmarks/study/validation.md at commit cb2e976).
     """
 
     contrast_temperature = 0.5

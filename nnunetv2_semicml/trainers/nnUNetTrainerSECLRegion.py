@@ -22,7 +22,7 @@ class nnUNetTrainerSECLRegion(WithSelfEnsemblingContrast):
     Attributes:
         regions_per_axis: cells of the grid along an axis of the case; not varied.
         contrast_weight: of the term. Chosen on one draw of validation patients; three draws and longer training show no
-            measurable difference to 0.1 (benchmarks/study/validation.md).
+            measurable difference to 0.1 (benchmarks/study/validation.md at commit cb2e976).
     """
 
     needs_positions = True

@@ -26,7 +26,7 @@ class nnUNetTrainerSemiCML(WithAreaContrast):
         asc_weight: of the contrast. Published: 3.5 beside 10 BCE + 7 Dice; nnU-Net's supervised loss, cross-entropy +
             Dice, is a tenth of that.
         teacher_averaging: of the teachers, one of which PReL goes on from; published. "ema" was the better teacher on
-            validation patients (benchmarks/study/validation.md).
+            validation patients (benchmarks/study/validation.md at commit cb2e976).
     """
 
     teacher_averaging = "bma"

@@ -18,7 +18,6 @@ from nnunetv2_semicml.data.checkpoint_file import content_digest
 from nnunetv2_semicml.data.environment import environment_folder
 from nnunetv2_semicml.data.result_folders import fold_folder, model_folder
 from nnunetv2_semicml.errors import UserError, some_of
-from nnunetv2_semicml.losses.soft_pseudo_label import soft_cross_entropy, soft_dice_loss
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
 from nnunetv2_semicml.training.area_contrast import WithAreaContrast
 from nnunetv2_semicml.training.checkpoint import load_checkpoint
@@ -33,8 +32,8 @@ from nnunetv2_semicml.training.teacher import Teacher
 class nnUNetTrainerSemiCMLPReL(WithAreaContrast):
     """The teacher of the better modality labels the unlabeled cases softly, and the networks learn from that.
 
-    The networks and the teachers are those of a finished run of `first_stage` with the same dataset, plans,
-    configuration and fold. The better modality is the one whose best validation Dice values in that run have the
+    Networks, as they were deployed, and teachers are those of a finished run of `first_stage` with the same dataset,
+    plans, configuration and fold. The better modality is the one whose best validation Dice values in that run have the
     highest mean. The other networks learn during the whole stage; that of the better modality rests, and joins for the
     end. If its validation Dice is then lower than at rest, the network of the first stage is deployed again; not so
     with fold "all", whose validation Dice is that of training cases.
@@ -45,7 +44,7 @@ class nnUNetTrainerSemiCMLPReL(WithAreaContrast):
         num_epochs: published: 31 after 50 of Semi-CML, here the same share of nnU-Net's 1000.
         initial_lr: a finished network is refined: a tenth of nnU-Net's rate, with nnU-Net's decay. On validation
             patients 0.005 lowered the better modality and did not measurably lift the other
-            (benchmarks/study/validation.md).
+            (benchmarks/study/validation.md at commit cb2e976).
         supervised_weight: of nnU-Net's loss on labeled cases. Published: 0, which on validation patients was neither
             better nor worse (ibid.).
         pseudo_label_weight: of the terms of a learner, together; published.
@@ -121,8 +120,12 @@ class nnUNetTrainerSemiCMLPReL(WithAreaContrast):
                 "teachers, of which the better modality's makes the pseudo-labels",
                 f'Set teacher_averaging = "ema" in {self.first_stage.__name__} and train it anew.',
             )
+        deployed = {
+            name: teachers[name]["weights"] if self.first_stage.deploy_average else of_modality["network_weights"]
+            for name, of_modality in checkpoint["modalities"].items()
+        }
         for trainer in self.trainers:
-            trainer.unwrapped_network().load_state_dict(checkpoint["modalities"][trainer.name]["network_weights"])
+            trainer.unwrapped_network().load_state_dict(deployed[trainer.name])
         self.start_teachers()
         self._require_foreground()
         pools = {trainer.name: teachers[trainer.name]["best_dice"] for trainer in self.trainers}
@@ -132,7 +135,7 @@ class nnUNetTrainerSemiCMLPReL(WithAreaContrast):
             self.print_to_log_file("WARNING: no modality found any foreground in validation; the first one teaches.")
         better = max(self.validation_dice, key=lambda name: self.validation_dice[name])
         self._set_labeler(better, teachers[better]["weights"])
-        self.better_weights = checkpoint["modalities"][better]["network_weights"]
+        self.better_weights = deployed[better]
 
     def _require_foreground(self) -> None:
         """Refuse to choose by the Dice of validation cases without foreground, the same ones for all modalities."""
@@ -203,18 +206,13 @@ class nnUNetTrainerSemiCMLPReL(WithAreaContrast):
 
     def unsupervised_terms(self, outputs: Sequence[View], targets: Tensor) -> dict[str, Tensor]:
         """Area-similarity contrast, cross-entropy and Dice of every learner with the pseudo-labels."""
-        regions, batch_dice = self.label_manager.has_regions, self.configuration_manager.batch_dice
         labels, foreground = self.in_batch(targets), self.foreground(targets)
         (logits,) = outputs
         terms = {}
         for name, z in logits.items():
             self.count_pseudo_labels(name, labels)
-            prediction = self.foreground(self.probabilities(z))
-            terms[f"{name} asc"] = self.area_contrast([foreground, prediction])
-            terms[f"{name} ce"] = soft_cross_entropy(self.in_batch(z), labels, regions)
-            terms[f"{name} dice"] = soft_dice_loss(
-                self.in_batch(prediction), self.in_batch(foreground), batch_dice, distributed=self.is_ddp
-            )
+            terms[f"{name} asc"] = self.area_contrast([foreground, self.foreground(self.probabilities(z))])
+            terms[f"{name} ce"], terms[f"{name} dice"] = self.ce_and_dice(self.in_batch(z), labels)
         return terms
 
     def unsupervised_weights(self) -> dict[str, float]:

@@ -1,37 +1,77 @@
-"""Semi-CML Plus: Semi-CML with two parts exchanged.
+"""Semi-CML Plus: what Semi-CML teaches the weaker modality, beside copy-paste, which teaches both.
 
-Sources: Zhang et al., Med. Image Anal. 83:102656, 2023 (contrast); Chen et al., CVPR 2021 (hard pseudo-labels);
-Tarvainen and Valpola, NeurIPS 2017 (teachers). What the exchanges gain: benchmarks/study/validation.md.
+Sources: Zhang et al., Med. Image Anal. 83:102656, 2023 (contrast; the better modality teaches); Bai et al., CVPR 2023
+(copy-paste); Chen et al., CVPR 2021 (hard pseudo-labels). What the parts gain: benchmarks/study/lgg.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalBCP import nnUNetTrainerCrossModalBCP
 from nnunetv2_semicml.training.area_contrast import WithAreaContrast
-from nnunetv2_semicml.training.conductor import View
-from nnunetv2_semicml.training.cross_pseudo_supervision import WithCrossPseudoSupervision
+from nnunetv2_semicml.training.conductor import LabeledPatches, UnlabeledDraw, View
+from nnunetv2_semicml.training.copy_paste import MixedLabels
+from nnunetv2_semicml.training.cross_pseudo_supervision import cross_pseudo_supervision
 from nnunetv2_semicml.training.schedules import with_schedules
 
 
 @with_schedules
-class nnUNetTrainerSemiCMLPlus(WithAreaContrast, WithCrossPseudoSupervision):
-    """The contrast of Semi-CML beside hard pseudo-labels in the place of the mean squared error, and EMA teachers.
+class nnUNetTrainerSemiCMLPlus(WithAreaContrast, nnUNetTrainerCrossModalBCP):
+    """All networks learn from mixtures, and those of weaker modalities from the better one on unlabeled patches, too.
+
+    The first is `nnUNetTrainerCrossModalBCP` with other settings. For the second, networks see the unlabeled patches
+    unmixed. Every network learns what the networks of its labelers segment there, and the predictions of a case are
+    contrasted with those of other cases, as in Semi-CML. The better modality is its own labeler, so no gradient
+    reaches it there: taught by a weaker one, it became worse (benchmarks/study/lgg.md).
 
     Attributes:
-        asc_weight: of the contrast; as in Semi-CML.
-        teacher_averaging: the best-model average hardly follows a network whose validation Dice has little left to
-            gain. On validation patients it was worse than its network, and the weaker modality gained less
-            (benchmarks/study/validation.md).
+        unmixed_pseudo_label_weight: of cross-entropy and of Dice on unmixed patches; not ramped, since networks have
+            warmed up.
+        asc_weight: of the contrast; as in Semi-CML, without its ramp.
+        both_ways: on validation patients this, unmixed labels beside the mixtures and all components were better than
+            what is published of copy-paste, each by itself in one draw, and together in all draws
+            (benchmarks/study/lgg.md).
+        supervised_weight_after_warmup: see `both_ways`.
+        largest_component: see `both_ways`.
+        deploy_average: never the worse one on validation patients (ibid.).
     """
 
-    teacher_averaging = "ema"
-    term_weights = {"ce": "pseudo_label_weight", "dice": "pseudo_label_weight", "asc": "asc_weight"}
+    term_weights = {
+        **nnUNetTrainerCrossModalBCP.term_weights,
+        "unmixed ce": "unmixed_pseudo_label_weight",
+        "unmixed dice": "unmixed_pseudo_label_weight",
+        "asc": "asc_weight",
+    }
+    unmixed_pseudo_label_weight = 0.5
     asc_weight = 0.35
+    both_ways = True
+    supervised_weight_after_warmup = 1.0
+    largest_component = False
+    deploy_average = True
 
-    def unsupervised_terms(self, outputs: Sequence[View], targets: None) -> dict[str, Tensor]:
-        """Cross-entropy and Dice with the segmentations of the other modalities, and the area-similarity contrast."""
-        (logits,) = outputs
-        predictions = [self.foreground(self.probabilities(z)) for z in logits.values()]
-        in_batch = {name: self.in_batch(z) for name, z in logits.items()}
-        return {**self.cross_pseudo_supervision(in_batch), "asc": self.area_contrast(predictions)}
+    def views_and_targets(
+        self, unlabeled: UnlabeledDraw, labeled: Mapping[str, LabeledPatches]
+    ) -> tuple[Sequence[View], Sequence[Mapping[str, MixedLabels]]]:
+        """The mixtures of the unlabeled batch and their labels; as a third view, the patches as they are."""
+        batch = {name: self.in_batch(image) for name, image in unlabeled.images.items()}
+        mixtures, targets = super().views_and_targets(UnlabeledDraw(batch), labeled)
+        return [*mixtures, unlabeled.images], targets
+
+    def unmixed_labelers(self, modalities: Sequence[str]) -> dict[str, list[str]]:
+        """Of every network of a draw those that it learns from on unmixed patches; none if it labels by itself."""
+        return {name: [other for other in self.labelers(name, modalities) if other != name] for name in modalities}
+
+    def unsupervised_terms(
+        self, outputs: Sequence[View], targets: Sequence[Mapping[str, MixedLabels]]
+    ) -> dict[str, Tensor]:
+        """Those of copy-paste; cross-entropy and Dice with the labelers' segmentations, and the contrast."""
+        *mixtures, unmixed = outputs
+        terms = super().unsupervised_terms(mixtures, targets)
+        labelers = self.unmixed_labelers(list(unmixed))
+        if any(labelers.values()):
+            taught = {name: logits if labelers[name] else logits.detach() for name, logits in unmixed.items()}
+            batch = {name: self.in_batch(logits) for name, logits in taught.items()}
+            terms["unmixed ce"], terms["unmixed dice"] = cross_pseudo_supervision(self, batch, labelers)
+            terms["asc"] = self.area_contrast([self.foreground(self.probabilities(z)) for z in taught.values()])
+        return terms

@@ -11,7 +11,6 @@ from acvl_utils.morphology.morphology_helper import remove_all_but_largest_compo
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from nnunetv2_semicml.losses.soft_pseudo_label import soft_cross_entropy, soft_dice_loss
 from nnunetv2_semicml.training.boxes import draw_box
 from nnunetv2_semicml.training.conductor import LabeledPatches, UnlabeledDraw, View
 from nnunetv2_semicml.training.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
@@ -153,15 +152,12 @@ class WithBidirectionalCopyPaste(nnUNetTrainerSemiSupervised):
         self, outputs: Sequence[View], targets: Sequence[Mapping[str, MixedLabels]]
     ) -> dict[str, Tensor]:
         """Cross-entropy and Dice in the region of labels and in the other one; the mean over the two directions."""
-        regions, batch_dice = self.label_manager.has_regions, self.configuration_manager.batch_dice
         terms: dict[str, list[Tensor]] = {name: [] for name in WithBidirectionalCopyPaste.term_weights}
         for logits, of_view in zip(outputs, targets, strict=True):
             for name, z in logits.items():
-                prediction = self.foreground(self.probabilities(z))
-                labels = of_view[name].labels
-                for kind, where in (("labeled", of_view[name].from_labels), ("pseudo", of_view[name].from_teacher)):
-                    terms[f"{kind} ce"].append(soft_cross_entropy(z, labels, regions, where, self.is_ddp))
-                    terms[f"{kind} dice"].append(
-                        soft_dice_loss(prediction, self.foreground(labels), batch_dice, where, distributed=self.is_ddp)
-                    )
+                labels, *regions = of_view[name]
+                for kind, where in zip(("labeled", "pseudo"), regions, strict=True):
+                    ce, dice = self.ce_and_dice(z, labels, where)
+                    terms[f"{kind} ce"].append(ce)
+                    terms[f"{kind} dice"].append(dice)
         return {term: self.over_networks(values) for term, values in terms.items()}

@@ -3,16 +3,40 @@
 Source: Chen et al., Semi-supervised semantic segmentation with cross pseudo supervision, CVPR 2021.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nnunetv2_semicml.losses.soft_pseudo_label import soft_cross_entropy, soft_dice_loss
 from nnunetv2_semicml.training.conductor import View
 from nnunetv2_semicml.training.modality_trainer import ModalityTrainer
 from nnunetv2_semicml.training.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
+
+
+def cross_pseudo_supervision(
+    trainer: nnUNetTrainerSemiSupervised, outputs: View, labelers: Mapping[str, Sequence[str]]
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and Dice with the segmentations of others.
+
+    Args:
+        trainer: of the networks.
+        outputs: network -> logits (B, heads, *patch).
+        labelers: network -> those that it learns from, or none.
+
+    Returns:
+        Means over the labelers of a network, sums over the networks.
+    """
+    labels = {name: trainer.hard_pseudo_labels(trainer.probabilities(z.detach())) for name, z in outputs.items()}
+    ce, dice = [], []
+    for name, logits in outputs.items():
+        none = logits.new_zeros(())
+        of_labelers = [trainer.ce_and_dice(logits, labels[labeler]) for labeler in labelers[name]] or [(none, none)]
+        ce.append(torch.stack([ce for ce, _ in of_labelers]).mean())
+        dice.append(torch.stack([dice for _, dice in of_labelers]).mean())
+        for labeler in labelers[name]:
+            trainer.count_pseudo_labels(name, labels[labeler])
+    return trainer.over_networks(ce), trainer.over_networks(dice)
 
 
 class WithCrossPseudoSupervision(nnUNetTrainerSemiSupervised):
@@ -36,31 +60,10 @@ class WithCrossPseudoSupervision(nnUNetTrainerSemiSupervised):
         """Whose segmentations a network learns from: those of the other modalities."""
         return [t for t in self.trainers if t.modality is not learner.modality]
 
-    def cross_pseudo_supervision(self, outputs: View) -> dict[str, Tensor]:
-        """Cross-entropy "ce" and "dice" with pseudo-labels; means over those of a network, sums over the networks.
-
-        Args:
-            outputs: network -> logits (B, heads, *patch).
-        """
-        regions, batch_dice = self.label_manager.has_regions, self.configuration_manager.batch_dice
-        probabilities = {name: self.probabilities(logits) for name, logits in outputs.items()}
-        labels = {name: self.hard_pseudo_labels(p.detach()) for name, p in probabilities.items()}
-        ce, dice = [], []
-        for trainer in (t for t in self.trainers if t.name in outputs):
-            prediction = self.foreground(probabilities[trainer.name])
-            others = [labels[t.name] for t in self.labelers(trainer) if t.name in labels]
-            for label in others:
-                self.count_pseudo_labels(trainer.name, label)
-            ce_of = [soft_cross_entropy(outputs[trainer.name], label, regions) for label in others]
-            dice_of = [
-                soft_dice_loss(prediction, self.foreground(label), batch_dice, distributed=self.is_ddp)
-                for label in others
-            ]
-            ce.append(torch.stack(ce_of).mean())
-            dice.append(torch.stack(dice_of).mean())
-        return {"ce": self.over_networks(ce), "dice": self.over_networks(dice)}
-
     def unsupervised_terms(self, outputs: Sequence[View], targets: Any) -> dict[str, Tensor]:
         """Cross-entropy and Dice with the segmentations of the labelers."""
         (logits,) = outputs
-        return self.cross_pseudo_supervision(logits)
+        shown = [t for t in self.trainers if t.name in logits]
+        labelers = {t.name: [other.name for other in self.labelers(t) if other in shown] for t in shown}
+        ce, dice = cross_pseudo_supervision(self, logits, labelers)
+        return {"ce": ce, "dice": dice}

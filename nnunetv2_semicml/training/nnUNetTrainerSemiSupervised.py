@@ -6,8 +6,9 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, one_hot
+from torch.nn.functional import interpolate
 
+from nnunetv2_semicml.losses.soft_pseudo_label import soft_cross_entropy, soft_dice_loss
 from nnunetv2_semicml.training.class_volumes import LABELED, PSEUDO, ClassVolumes
 from nnunetv2_semicml.training.conductor import Conductor, LabeledPatches
 from nnunetv2_semicml.training.modality_trainer import ModalityTrainer
@@ -322,4 +323,19 @@ class nnUNetTrainerSemiSupervised(Conductor):
         """The most probable class, or all regions above one half, as zeros and ones (B, heads, *patch)."""
         if self.label_manager.has_regions:
             return (probabilities > 0.5).float()
-        return one_hot(probabilities.argmax(1), probabilities.shape[1]).movedim(-1, 1).float()
+        return torch.zeros_like(probabilities).scatter_(1, probabilities.argmax(1, keepdim=True), 1.0)
+
+    def ce_and_dice(self, logits: Tensor, labels: Tensor, where: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy, and the Dice loss of the foreground, of predictions and pseudo-labels.
+
+        Args:
+            logits: (B, heads, *patch).
+            labels: of the same shape, probabilities or zeros and ones.
+            where: weight of every voxel, (B, 1, *patch); None weights all alike.
+        """
+        prediction, target = self.foreground(self.probabilities(logits)), self.foreground(labels)
+        batch_dice = self.configuration_manager.batch_dice
+        return (
+            soft_cross_entropy(logits, labels, self.label_manager.has_regions, where, self.is_ddp),
+            soft_dice_loss(prediction, target, batch_dice, where, distributed=self.is_ddp),
+        )

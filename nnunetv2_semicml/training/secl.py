@@ -1,7 +1,8 @@
 """A part of methods: self-ensembling contrastive learning (SECL), the contrast of features of unlabeled images.
 
 Source: Xiang et al., Self-ensembling contrastive learning for semi-supervised medical image segmentation, arXiv
-2105.12924, 2021. What the abstract leaves open was chosen here; benchmarks/study/validation.md has what was tried.
+2105.12924, 2021. What the abstract leaves open was chosen here; what was tried: benchmarks/study/validation.md at
+commit cb2e976.
 """
 
 from collections.abc import Callable, Mapping, Sequence
