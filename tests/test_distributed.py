@@ -34,10 +34,10 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunetv2_semicml.losses.asc import AreaSimilarityContrastiveLoss
 from nnunetv2_semicml.losses.consistency import masked_consistency
 from nnunetv2_semicml.losses.soft_pseudo_label import confidence, soft_cross_entropy, soft_dice_loss
-from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalBCP import nnUNetTrainerCrossModalBCP
 from nnunetv2_semicml.trainers.nnUNetTrainerFilterMatch import nnUNetTrainerFilterMatch
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLAnatomical import nnUNetTrainerSECLAnatomical
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPlus import nnUNetTrainerSemiCMLPlus
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
 from nnunetv2_semicml.trainers.nnUNetTrainerUniMatch import nnUNetTrainerUniMatch
 
@@ -70,7 +70,7 @@ class nnUNetTrainerSECLAnatomicalOnCPU(OnCPU, nnUNetTrainerSECLAnatomical):
     network_trainer = nnUNetTrainerOnCPU
 
 
-class nnUNetTrainerCrossModalBCPOnCPU(OnCPU, nnUNetTrainerCrossModalBCP):
+class nnUNetTrainerSemiCMLPlusOnCPU(OnCPU, nnUNetTrainerSemiCMLPlus):
     network_trainer = nnUNetTrainerOnCPU
 
 
@@ -83,7 +83,7 @@ class nnUNetTrainerFilterMatchOnCPU(OnCPU, nnUNetTrainerFilterMatch):
 
 
 OTHERS = {
-    "cross-modal BCP": (nnUNetTrainerCrossModalBCPOnCPU, {"asc_weight": 0.35}),
+    "Semi-CML Plus": (nnUNetTrainerSemiCMLPlusOnCPU, {}),
     "UniMatch": (nnUNetTrainerUniMatchOnCPU, {}),
     "nnFilterMatch": (nnUNetTrainerFilterMatchOnCPU, {"filtered_share": 0.5}),
 }
