@@ -64,12 +64,14 @@ def test_every_task_has_its_trainers_and_a_dataset_and_a_file_of_its_own(protoco
                 assert sum(t.num_epochs * t.num_iterations_per_epoch for t in (*first, last)) == 300
             assert {task.method for task in tasks} >= {protocols.LOWER, protocols.UPPER}
             assert set(protocols.BEST.get(name, ())) <= set(protocols.METHODS[name])
+            all_of, on_all_draws = protocols.METHODS[name], {*protocols.ON_ALL_DRAWS}
+            screened = purpose == "test" or name == "lgg"
             if purpose == "validation":
-                assert {*protocols.FINALISTS} <= {*protocols.VARIANTS}
-                everywhere = {protocols.LOWER, protocols.UPPER, *protocols.FINALISTS}
-                for draw in protocol.draws:
-                    methods = {task.method for task in tasks if task.draw == draw}
-                    assert methods == everywhere | ({*protocols.VARIANTS} if (name, draw) == ("lgg", 0) else set())
+                all_of, on_all_draws = protocols.VARIANTS, {*protocols.FINALISTS}
+                assert on_all_draws <= {*all_of}
+            for draw in protocol.draws:
+                methods = {task.method for task in tasks if task.draw == draw} - {protocols.LOWER, protocols.UPPER}
+                assert methods == ({*all_of} if screened and draw == 0 else on_all_draws & {*all_of})
 
 
 @pytest.mark.parametrize("own_tests", [False, True])

@@ -5,7 +5,8 @@ A protocol has a test set, which nothing is chosen by, and training cases. Its p
 - "validation": all labels for several lengths, which say what longer training would add, and variants of methods, whose
   defaults are to rest on these; on cases of the training set that no network of the draw has seen. All variants are
   tried on the first draw of one protocol, and those that did best there on other draws and protocols.
-- "test": the methods, and again with more labels the bounds and those that did best on validation cases.
+- "test": the methods, and again with more labels the bounds and those that did best on validation cases. Draws after
+  the first one have the methods of ON_ALL_DRAWS alone, since the whole is to fit 40 core-hours of a CPU.
 """
 
 from collections.abc import Mapping, Sequence
@@ -136,12 +137,13 @@ ONLY_ALONE = {  # where there is one modality
 PUBLISHED = {name: TOGETHER[name] for name in ("Semi-CML", "Semi-CML + PReL")}  # and what is compared with them
 METHODS = {
     "lgg": {**ALONE, **TOGETHER},
-    "lgg_slices": {**PUBLISHED, "BCP": ALONE["BCP"], "cross-modal BCP": TOGETHER["cross-modal BCP"]},
+    "lgg_slices": {**PUBLISHED, "BCP": ALONE["BCP"], "Semi-CML Plus": TOGETHER["Semi-CML Plus"]},
     "ombria": {**ALONE, **TOGETHER},
     "la": {**ONLY_ALONE, **ALONE},
     "phantom": {**ALONE, **TOGETHER},
 }
 BEST: Mapping[str, Sequence[str]] = {"lgg": (), "ombria": ()}  # on validation cases; also trained with more labels
+ON_ALL_DRAWS = (*PUBLISHED, "Semi-CML Plus", "Semi-CML Plus + PReL", "BCP", "Mean Teacher")
 VARIANTS = {
     "Semi-CML": ["SemiCML"],
     "Semi-CML, one way": ["SemiCML_OneWay"],
@@ -205,8 +207,9 @@ def tasks_of(name: str, purpose: str) -> list[Task]:
     if purpose == "test":
         rows += [(n, m, t) for n in more for m, t in [(LOWER, ["Supervised"]), *((m, methods[m]) for m in BEST[name])]]
     tasks = [Task(name, purpose, draw, n, m, tuple(t), protocol.steps) for draw in protocol.draws for n, m, t in rows]
+    everything_on = protocol.draws[0] if purpose == "test" or name == SCREENED_ON else None
+    everywhere = (UPPER, LOWER, *(ON_ALL_DRAWS if purpose == "test" else FINALISTS))
+    tasks = [task for task in tasks if task.draw == everything_on or task.method in everywhere]
     if purpose == "validation":
-        everywhere, screened = (UPPER, LOWER, *FINALISTS), protocol.draws[0] if name == SCREENED_ON else None
-        tasks = [task for task in tasks if task.draw == screened or task.method in everywhere]
-        tasks = [Task(name, purpose, 0, 0, UPPER, ("Supervised",), steps) for steps in protocol.lengths] + tasks
+        tasks += [Task(name, purpose, 0, 0, UPPER, ("Supervised",), steps) for steps in protocol.lengths]
     return tasks

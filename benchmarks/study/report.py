@@ -46,7 +46,7 @@ def table(cases: pd.DataFrame) -> list[str]:
     """Markdown: every method, in every modality."""
     modalities = list(dict.fromkeys(cases["modality"]))
     scores = {weights: score(of_weights) for weights, of_weights in cases.groupby("weights", sort=False)}
-    heads = ["method"]
+    heads = ["method", "draws"]
     for modality in modalities:
         heads += [f"{modality} Dice, last step", f"{modality} Dice, EMA", f"{modality} HD95, EMA"]
         heads += [f"{modality} share, last step", f"{modality} share, EMA"]
@@ -57,7 +57,7 @@ def table(cases: pd.DataFrame) -> list[str]:
     }
     shares = {weights: shares_of(of) for weights, of in scores.items()}
     for method in dict.fromkeys(cases["method"]):
-        cells = [method]
+        cells = [method, ", ".join(map(str, sorted(set(cases.loc[cases["method"] == method, "seed"]))))]
         for modality in modalities:
             of = {weights: found.get((method, modality)) for weights, found in rows.items()}
             cells += [mean_text(of[weights], "dice", 3) for weights in WEIGHTS]
