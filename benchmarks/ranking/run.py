@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parent / "study"))
 from protocols import PROTOCOLS, Task, tasks_of  # noqa: E402
 from run import cases_of, dataset_of, model_of, set_environment, source_of  # noqa: E402
 
-METHODS = ("few labels", "Semi-CML", "BCP", "cross-modal BCP", "all labels")
+METHODS = ("few labels", "Semi-CML", "Semi-CML Plus", "BCP", "cross-modal BCP", "all labels")
 TOGETHER = "mean of modalities"
 MEASURES = ("entropy", "disagreement", "volume", "mean")
 KEYS = ["protocol", "purpose", "method", "draw", "labeled"]
