@@ -172,7 +172,12 @@ VARIANTS = {
     "cross-modal BCP, no warm-up": ["XBCP_warmup_0"],
 }
 SCREENED_ON = "lgg"
-FINALISTS = ("Semi-CML", "Semi-CML Plus", "Semi-CML Plus, mixtures alone")  # of the variants, by the first draw
+FINALISTS = (
+    "Semi-CML",
+    "Semi-CML + PReL",
+    "Semi-CML Plus",
+    "Semi-CML Plus, mixtures alone",
+)  # of the variants, by the first draw
 
 
 class Task(NamedTuple):

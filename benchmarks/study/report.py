@@ -1,7 +1,7 @@
 """Tables and figures of run.py's results: python benchmarks/study/report.py
 
 Of every protocol that has any: <protocol>.md, and <protocol>.png of the shares of the gap. README.md puts the shares of
-all protocols together.
+all protocols together, and what was made of them, which is written by hand in findings.md.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from protocols import LOWER, PROTOCOLS, UPPER, Protocol, tasks_of
+from protocols import FINALISTS, LOWER, PROTOCOLS, UPPER, Protocol, tasks_of
 from run import WEIGHTS, read_runs
 
 from nnunetv2_semicml.evaluation.leaderboard_page import interval_text, p_text, signed
@@ -166,23 +166,34 @@ def plot_shares(name: str, cases: pd.DataFrame) -> None:
 
 def write_overview() -> None:
     """README.md: shares of the gap of all protocols, EMA weights, with the fewest labels."""
+    lines = ["# Study: what methods gain of what there is to gain", "", *EXPLAINED.split("\n"), ""]
+    for purpose in ("test", "validation"):
+        lines += [*overview(purpose), ""]
+    lines += [(HERE / "findings.md").read_text().rstrip(), ""]
+    lines += ["Details: " + ", ".join(f"[{n}]({n}.md)" for n in PROTOCOLS if (HERE / f"{n}.md").is_file()) + "."]
+    (HERE / "README.md").write_text("\n".join([*lines, ""]))
+
+
+def overview(purpose: str) -> list[str]:
+    """Markdown: the shares of all protocols, of methods and, on validation cases, of those variants that went on."""
     columns, methods = {}, []
     for name, protocol in PROTOCOLS.items():
-        cases = results_of(name, "test")
+        cases = results_of(name, purpose)
         part = with_bounds(cases[cases["steps"] == protocol.steps], protocol.labeled[0]) if len(cases) else cases
         if part.empty:
             continue
+        if purpose == "validation":
+            part = part[part["method"].isin([LOWER, UPPER, *FINALISTS])]
         shares = shares_of(score(part[part["weights"] == "EMA"]))
         for modality in dict.fromkeys(part["modality"]):
             title = f"{protocol.title}: {modality}"
             columns[title] = {method: text for (method, of), text in shares.items() if of == modality}
             methods += [method for method in columns[title] if method not in methods]
-    lines = ["# Protocols: what methods gain of what there is to gain", "", *EXPLAINED.split("\n"), ""]
-    if columns:
-        lines += [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        lines += [f"| {m} | {' | '.join(column.get(m, '') for column in columns.values())} |" for m in methods]
-    lines += ["", "Details: " + ", ".join(f"[{n}]({n}.md)" for n in PROTOCOLS if (HERE / f"{n}.md").is_file()) + "."]
-    (HERE / "README.md").write_text("\n".join([*lines, ""]))
+    lines = [f"## {purpose.capitalize()} cases", ""]
+    if not columns:
+        return [*lines, "Not run yet."]
+    lines += [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    return lines + [f"| {m} | {' | '.join(column.get(m, '') for column in columns.values())} |" for m in methods]
 
 
 def main() -> None:
