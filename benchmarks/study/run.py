@@ -220,8 +220,8 @@ def result_file(work: Path, task: Task) -> Path:
     return work / f"{task.protocol}_{task.purpose}" / share / f"{task.trainers[-1]}_{task.steps}.json"
 
 
-def model_of(protocol: Protocol, task: Task, modality: str, trainer: str = "") -> Path:
-    """Where the networks of a modality are, or are going to be; of the last trainer of a task unless one is named."""
+def model_of(protocol: Protocol, task: Task, modality: str | None, trainer: str = "") -> Path:
+    """Where a modality's networks are or will be, None: the joint state; of the last trainer unless one is named."""
     trainer = trainer or f"Protocol_{task.trainers[-1]}"
     dataset, results = dataset_of(protocol, task, modality), Path(os.environ["nnUNet_results"])
     return model_folder(results, dataset, trainer, "nnUNetPlans", protocol.configuration)
