@@ -20,16 +20,11 @@ from protocols import PROTOCOLS, PURPOSES, tasks_of
 from run import dataset_of, model_of, result_file, set_environment
 
 from nnunetv2_semicml.data.result_folders import fold_folder
+from nnunetv2_semicml.evaluation.metrics import evaluate_files, fill_undefined
 
 HERE = Path(__file__).parent
 COMMAND = "python benchmarks/study/agreement.py {} {} --work SCRATCH"
 MSE, THIRDS = "unsupervised/mse", "mean squared difference at the end of every third of the training"
-
-
-def dice(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two masks; 1 if both are empty."""
-    areas = a.sum() + b.sum()
-    return float(2 * (a & b).sum() / areas) if areas else 1.0
 
 
 def main() -> None:
@@ -57,10 +52,13 @@ def main() -> None:
         reader = determine_reader_writer_from_dataset_json(described, str(labels[0]), verbose=False)()
         agreement, voxels = [], []
         for label in labels:
-            files = [label, *(folder / modality / "EMA" / label.name for modality in protocol.modalities)]
-            reference, *found = (reader.read_seg(str(file))[0] > 0 for file in files)
-            agreement += [dice(a, b) for a, b in combinations(found, 2)]
-            voxels.append([mask.sum() for mask in (*found, reference)])
+            predictions = [folder / modality / "EMA" / label.name for modality in protocol.modalities]
+            own, mutual = (
+                [evaluate_files(*pair, reader, described["labels"])[protocol.foreground] for pair in pairs]
+                for pairs in ([(label, file) for file in predictions], combinations(predictions, 2))
+            )
+            agreement += [fill_undefined(metrics)["dice"] for metrics in mutual]
+            voxels.append([*(metrics["n_pred"] for metrics in own), own[0]["n_ref"]])
         state = fold_folder(model_of(protocol, task, None), "all")
         log = torch.load(state / "checkpoint_final.pth", weights_only=True, map_location="cpu")["logging"].get(MSE, [])
         thirds = ", ".join(f"{log[len(log) * third // 3 - 1]:.3f}" for third in (1, 2, 3)) if log else ""

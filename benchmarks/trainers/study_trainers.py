@@ -86,21 +86,16 @@ class WithAverages(nnUNetTrainerSemiSupervised):
         """Do not validate: with fold "all" the cases are those of the training."""
 
 
-def better_of(dice: Mapping[str, float]) -> str:
-    """The modality with the best validation Dice values; none as long as there are none."""
-    return max(dice, key=lambda name: dice[name]) if any(dice.values()) else ""
-
-
 class OneWay(nnUNetTrainerSemiCML):
     """Semi-CML whose better modality teaches and is not taught."""
 
-    best_dice = nnUNetTrainerCrossModalBCP.best_dice
+    labeled_by = "better"
+    labelers, best_dice = nnUNetTrainerCrossModalBCP.labelers, nnUNetTrainerCrossModalBCP.best_dice
 
     def unsupervised_terms(self, outputs: Sequence[View], targets: None) -> dict[str, Tensor]:
         """Those of Semi-CML, without a gradient for the better modality."""
         (logits,) = outputs
-        better = better_of(self.best_dice())
-        taught = {name: z.detach() if name == better else z for name, z in logits.items()}
+        taught = {name: z.detach() if self.labelers(name, list(logits)) == [name] else z for name, z in logits.items()}
         return super().unsupervised_terms([taught], targets)
 
 

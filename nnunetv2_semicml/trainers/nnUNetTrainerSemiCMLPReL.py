@@ -211,8 +211,10 @@ class nnUNetTrainerSemiCMLPReL(WithAreaContrast):
         terms = {}
         for name, z in logits.items():
             self.count_pseudo_labels(name, labels)
-            terms[f"{name} asc"] = self.area_contrast([foreground, self.foreground(self.probabilities(z))])
-            terms[f"{name} ce"], terms[f"{name} dice"] = self.ce_and_dice(self.in_batch(z), labels)
+            prediction = self.foreground(self.probabilities(z))
+            terms[f"{name} asc"] = self.area_contrast([foreground, prediction])
+            pair = self.ce_and_dice(self.in_batch(z), self.in_batch(prediction), labels)
+            terms[f"{name} ce"], terms[f"{name} dice"] = pair
         return terms
 
     def unsupervised_weights(self) -> dict[str, float]:

@@ -155,9 +155,10 @@ class WithBidirectionalCopyPaste(nnUNetTrainerSemiSupervised):
         terms: dict[str, list[Tensor]] = {name: [] for name in WithBidirectionalCopyPaste.term_weights}
         for logits, of_view in zip(outputs, targets, strict=True):
             for name, z in logits.items():
+                prediction = self.foreground(self.probabilities(z))
                 labels, *regions = of_view[name]
                 for kind, where in zip(("labeled", "pseudo"), regions, strict=True):
-                    ce, dice = self.ce_and_dice(z, labels, where)
+                    ce, dice = self.ce_and_dice(z, prediction, labels, where)
                     terms[f"{kind} ce"].append(ce)
                     terms[f"{kind} dice"].append(dice)
         return {term: self.over_networks(values) for term, values in terms.items()}

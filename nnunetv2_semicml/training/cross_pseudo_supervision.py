@@ -27,11 +27,13 @@ def cross_pseudo_supervision(
     Returns:
         Means over the labelers of a network, sums over the networks.
     """
-    labels = {name: trainer.hard_pseudo_labels(trainer.probabilities(z.detach())) for name, z in outputs.items()}
+    probabilities = {name: trainer.probabilities(logits) for name, logits in outputs.items()}
+    labels = {name: trainer.hard_pseudo_labels(p.detach()) for name, p in probabilities.items()}
     ce, dice = [], []
     for name, logits in outputs.items():
-        none = logits.new_zeros(())
-        of_labelers = [trainer.ce_and_dice(logits, labels[labeler]) for labeler in labelers[name]] or [(none, none)]
+        none, prediction = logits.new_zeros(()), trainer.foreground(probabilities[name])
+        pairs = [trainer.ce_and_dice(logits, prediction, labels[labeler]) for labeler in labelers[name]]
+        of_labelers = pairs or [(none, none)]
         ce.append(torch.stack([ce for ce, _ in of_labelers]).mean())
         dice.append(torch.stack([dice for _, dice in of_labelers]).mean())
         for labeler in labelers[name]:

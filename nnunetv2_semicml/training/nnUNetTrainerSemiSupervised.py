@@ -325,17 +325,19 @@ class nnUNetTrainerSemiSupervised(Conductor):
             return (probabilities > 0.5).float()
         return torch.zeros_like(probabilities).scatter_(1, probabilities.argmax(1, keepdim=True), 1.0)
 
-    def ce_and_dice(self, logits: Tensor, labels: Tensor, where: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def ce_and_dice(
+        self, logits: Tensor, prediction: Tensor, labels: Tensor, where: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Cross-entropy, and the Dice loss of the foreground, of predictions and pseudo-labels.
 
         Args:
             logits: (B, heads, *patch).
-            labels: of the same shape, probabilities or zeros and ones.
+            prediction: their foreground probabilities (B, C, *patch), which callers have.
+            labels: (B, heads, *patch), probabilities or zeros and ones.
             where: weight of every voxel, (B, 1, *patch); None weights all alike.
         """
-        prediction, target = self.foreground(self.probabilities(logits)), self.foreground(labels)
         batch_dice = self.configuration_manager.batch_dice
         return (
             soft_cross_entropy(logits, labels, self.label_manager.has_regions, where, self.is_ddp),
-            soft_dice_loss(prediction, target, batch_dice, where, distributed=self.is_ddp),
+            soft_dice_loss(prediction, self.foreground(labels), batch_dice, where, distributed=self.is_ddp),
         )
