@@ -329,6 +329,20 @@ def test_labelers_are_those_that_are_asked_for(labeled_by, dataset, configuratio
         assert trainer.labelers("FLAIR", ["FLAIR", "T2"]) == ["FLAIR"]  # of a draw without the best one
 
 
+def test_a_named_modality_labels_whatever_was_measured():
+    """From the first step on, in draws that show it."""
+    options = {"labeled_by": "better", "teaching_modality": "FLAIR"}
+    trainer = initialized(LABELS, "2d", nnUNetTrainerCrossModalBCP, **options)
+    assert trainer.labelers("T1", ["FLAIR", "T1"]) == ["FLAIR"]
+    assert trainer.labelers("T1", ["T1", "T2"]) == ["T1", "T2"]
+    for t, dice in zip(trainer.trainers, (0.1, 0.6), strict=True):
+        t.logger.get_value("mean_fg_dice", step=None).append(dice)
+    assert trainer.labelers("T1", ["FLAIR", "T1"]) == ["FLAIR"]
+    assert trainer.labelers("T1", ["T1", "T2"]) == ["T1"]
+    with pytest.raises(ValueError, match="teaching_modality must be one of FLAIR, T1; got 'T2'"):
+        initialized(LABELS, "2d", nnUNetTrainerCrossModalBCP, teaching_modality="T2")
+
+
 def test_unknown_labelers_are_refused():
     trainer = initialized(LABELS, "2d", nnUNetTrainerCrossModalBCP, labeled_by="best")
     with pytest.raises(ValueError, match='labeled_by must be "own", "better", "others" or "all", got \'best\''):

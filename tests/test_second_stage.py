@@ -49,6 +49,19 @@ def test_labeler_is_the_average_and_not_the_network(first_stage):
     assert_same_weights([trainer.better_weights], [networks["T1"]])  # what may be given back is the network
 
 
+def test_a_named_modality_labels_whatever_was_measured(first_stage):
+    """Nor does it matter then whether validation cases have foreground."""
+    networks, averages = networks_and_averages(first_stage)
+    options = {"num_epochs": 1, "teaching_modality": "FLAIR"}
+    trainer = make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL, **options)
+    trainer._require_foreground = None
+    trainer.on_train_start()
+    assert_same_weights([trainer.labeler.network.state_dict()], [averages["FLAIR"]])
+    assert_same_weights([trainer.better_weights], [networks["FLAIR"]])
+    assert [t.name for t in trainer.learners()] == ["T1"]
+    assert "The better modality is FLAIR (named by teaching_modality; mean of" in Path(trainer.log_file).read_text()
+
+
 def test_labeler_is_the_average_also_in_a_continued_training(first_stage):
     networks, averages = networks_and_averages(first_stage)
     trainer = make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL, num_epochs=1)

@@ -142,7 +142,10 @@ METHODS = {
     "la": {**ONLY_ALONE, **ALONE},
     "phantom": {**ALONE, **TOGETHER},
 }
-BEST: Mapping[str, Sequence[str]] = {"lgg": (), "ombria": ()}  # on validation cases; also trained with more labels
+BEST: Mapping[str, Sequence[str]] = {  # on validation cases; also trained with more labels
+    "lgg": ("Semi-CML Plus", "Semi-CML + PReL", "Semi-CML"),
+    "ombria": ("Semi-CML Plus",),
+}
 ON_ALL_DRAWS = (*PUBLISHED, "Semi-CML Plus", "Semi-CML Plus + PReL", "BCP", "Mean Teacher")
 VARIANTS = {
     "Semi-CML": ["SemiCML"],

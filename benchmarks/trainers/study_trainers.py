@@ -35,6 +35,7 @@ from nnunetv2_semicml.training.copy_paste import MixedLabels, WithBidirectionalC
 from nnunetv2_semicml.training.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
 from nnunetv2_semicml.training.photometry import draw_photometry
 from nnunetv2_semicml.training.teacher import Teacher
+from nnunetv2_semicml.training.teaching_modality import WithTeachingModality
 
 STEPS, STEPS_PER_EPOCH = int(os.environ.get("PROTOCOL_STEPS", "3000")), 50
 SHARES = {"single": 1.0, "first": 2 / 3, "second": 1 / 3}
@@ -86,16 +87,14 @@ class WithAverages(nnUNetTrainerSemiSupervised):
         """Do not validate: with fold "all" the cases are those of the training."""
 
 
-class OneWay(nnUNetTrainerSemiCML):
+class OneWay(WithTeachingModality, nnUNetTrainerSemiCML):
     """Semi-CML whose better modality teaches and is not taught."""
-
-    labeled_by = "better"
-    labelers, best_dice = nnUNetTrainerCrossModalBCP.labelers, nnUNetTrainerCrossModalBCP.best_dice
 
     def unsupervised_terms(self, outputs: Sequence[View], targets: None) -> dict[str, Tensor]:
         """Those of Semi-CML, without a gradient for the better modality."""
         (logits,) = outputs
-        taught = {name: z.detach() if self.labelers(name, list(logits)) == [name] else z for name, z in logits.items()}
+        better = self.teaching({name: dice for name, dice in self.best_dice().items() if name in logits})
+        taught = {name: z.detach() if name == better else z for name, z in logits.items()}
         return super().unsupervised_terms([taught], targets)
 
 

@@ -5,7 +5,6 @@ one is measured, teaches).
 """
 
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Literal
 
 import torch
@@ -14,21 +13,19 @@ from torch import Tensor
 from nnunetv2_semicml.training.conductor import UnlabeledDraw
 from nnunetv2_semicml.training.copy_paste import WithBidirectionalCopyPaste
 from nnunetv2_semicml.training.schedules import with_schedules
+from nnunetv2_semicml.training.teaching_modality import WithTeachingModality
 
 
 @with_schedules
-class nnUNetTrainerCrossModalBCP(WithBidirectionalCopyPaste):
+class nnUNetTrainerCrossModalBCP(WithTeachingModality, WithBidirectionalCopyPaste):
     """A mixture is one patient for all modalities, so that they may learn from each other's teachers.
 
     Attributes:
         labeled_by: whose teachers segment the unlabeled patches of a modality: its "own", that of the "better" modality
-            of the draw, those of the "others" or of "all" modalities, by their mean probabilities. Which one is better
-            is measured as for PReL, by the mean of the best validation Dice values so far; before there are any, all
-            label.
+            of the draw, those of the "others" or of "all" modalities, by their mean probabilities. The better one is
+            `teaching_modality`, or measured by the best validation Dice values so far; before there are any, all label.
     """
 
-    min_modalities = 2
-    compares_modalities = True
     pairs_labeled = True
     labeled_by: Literal["own", "better", "others", "all"] = "better"
 
@@ -43,15 +40,8 @@ class nnUNetTrainerCrossModalBCP(WithBidirectionalCopyPaste):
         if self.labeled_by != "better":
             raise ValueError(f'labeled_by must be "own", "better", "others" or "all", got {self.labeled_by!r}.')
         dice = {name: value for name, value in self.best_dice().items() if name in modalities}
-        return [max(dice, key=lambda name: dice[name])] if any(dice.values()) else list(modalities)
-
-    def best_dice(self) -> dict[str, float]:
-        """Of every network the mean of its `bma_pool_size` best validation Dice values so far; 0 if there is none."""
-        found = {}
-        for trainer in self.trainers:
-            values = [dice for dice in trainer.logger.get_value("mean_fg_dice", step=None) if dice == dice]
-            found[trainer.name] = fmean(sorted(values)[-self.bma_pool_size :]) if values else 0.0
-        return found
+        teacher = self.teaching(dice)
+        return list(modalities) if teacher is None else [teacher]
 
     def on_train_epoch_start(self) -> None:
         """Say who labels."""

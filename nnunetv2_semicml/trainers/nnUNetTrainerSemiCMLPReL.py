@@ -26,17 +26,18 @@ from nnunetv2_semicml.training.modality_trainer import ModalityTrainer
 from nnunetv2_semicml.training.nnUNetTrainerSemiSupervised import TeacherState, nnUNetTrainerSemiSupervised
 from nnunetv2_semicml.training.schedules import with_schedules
 from nnunetv2_semicml.training.teacher import Teacher
+from nnunetv2_semicml.training.teaching_modality import WithTeachingModality
 
 
 @with_schedules
-class nnUNetTrainerSemiCMLPReL(WithAreaContrast):
+class nnUNetTrainerSemiCMLPReL(WithTeachingModality, WithAreaContrast):
     """The teacher of the better modality labels the unlabeled cases softly, and the networks learn from that.
 
     Networks, as they were deployed, and teachers are those of a finished run of `first_stage` with the same dataset,
-    plans, configuration and fold. The better modality is the one whose best validation Dice values in that run have the
-    highest mean. The other networks learn during the whole stage; that of the better modality rests, and joins for the
-    end. If its validation Dice is then lower than at rest, the network of the first stage is deployed again; not so
-    with fold "all", whose validation Dice is that of training cases.
+    plans, configuration and fold. The better modality is `teaching_modality` or, if none is named, the one whose best
+    validation Dice values in that run have the highest mean. The other networks learn during the whole stage; that of
+    the better modality rests, and joins for the end. If its validation Dice is then lower than at rest, the network of
+    the first stage is deployed again; not so with fold "all", whose validation Dice is that of training cases.
 
     Attributes:
         first_stage: the trainer whose checkpoint_final is the beginning and whose kind of network is trained on; any
@@ -97,8 +98,9 @@ class nnUNetTrainerSemiCMLPReL(WithAreaContrast):
         if not self.better_modality:
             self._start_from_first_stage()
         dice = ", ".join(f"{name} {value:.4f}" for name, value in self.validation_dice.items())
+        named = "named by teaching_modality; " if self.teaching_modality else ""
         self.print_to_log_file(
-            f"The better modality is {self.better_modality} (mean of the best validation Dice values of "
+            f"The better modality is {self.better_modality} ({named}mean of the best validation Dice values of "
             f"{self.first_stage.__name__}: {dice}); its teacher makes the pseudo-labels."
         )
         super().on_train_start()
@@ -127,13 +129,15 @@ class nnUNetTrainerSemiCMLPReL(WithAreaContrast):
         for trainer in self.trainers:
             trainer.unwrapped_network().load_state_dict(deployed[trainer.name])
         self.start_teachers()
-        self._require_foreground()
+        if self.teaching_modality is None:
+            self._require_foreground()
         pools = {trainer.name: teachers[trainer.name]["best_dice"] for trainer in self.trainers}
         # no value at all: validation patches never showed foreground
         self.validation_dice = {name: fmean(dice) if dice else 0.0 for name, dice in pools.items()}
-        if not any(self.validation_dice.values()):
+        better = self.teaching(self.validation_dice)
+        if better is None:
             self.print_to_log_file("WARNING: no modality found any foreground in validation; the first one teaches.")
-        better = max(self.validation_dice, key=lambda name: self.validation_dice[name])
+            better = self.trainers[0].name
         self._set_labeler(better, teachers[better]["weights"])
         self.better_weights = deployed[better]
 
