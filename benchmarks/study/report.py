@@ -73,15 +73,22 @@ def mean_text(row: dict, metric: str, digits: int) -> str:
     return f"{row[metric]:.{digits}f}{spread}"
 
 
-def shares_of(scores: pd.DataFrame) -> dict[tuple[str, str], str]:
-    """Method and modality -> share of the gap, on the draws that the method has."""
-    found = {}
+def share_rows(scores: pd.DataFrame) -> pd.DataFrame:
+    """Share of the gap of every method in every modality, on the draws that the method has."""
+    parts = []
     for method in dict.fromkeys(scores["method"]):
         draws = set(scores.loc[scores["method"] == method, "seed"])
         part = scores[scores["seed"].isin(draws) & scores["method"].isin([method, LOWER, UPPER])]
-        for row in share_of_gap(part, LOWER, UPPER).to_dict("records"):
-            found[row["method"], row["modality"]] = f"{row['share']:.2f} ({row['low']:.2f} … {row['high']:.2f})"
-    return found
+        parts.append(share_of_gap(part, LOWER, UPPER))
+    return pd.concat(parts)
+
+
+def shares_of(scores: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """Method and modality -> share of the gap with its interval."""
+    return {
+        (row["method"], row["modality"]): f"{row['share']:.2f} ({row['low']:.2f} … {row['high']:.2f})"
+        for row in share_rows(scores).to_dict("records")
+    }
 
 
 def differences(cases: pd.DataFrame, reference: str) -> list[str]:
@@ -151,7 +158,7 @@ def write_protocol(name: str) -> None:
 
 def plot_shares(name: str, cases: pd.DataFrame) -> None:
     """<protocol>.png: share of the gap with its interval, EMA weights."""
-    rows = share_of_gap(score(cases[cases["weights"] == "EMA"]), LOWER, UPPER)
+    rows = share_rows(score(cases[cases["weights"] == "EMA"]))
     modalities = list(dict.fromkeys(rows["modality"]))
     with rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         figure = Figure(figsize=(4.5 * len(modalities), 1 + 0.3 * rows["method"].nunique()), layout="constrained")

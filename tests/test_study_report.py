@@ -1,0 +1,146 @@
+"""benchmarks/study: what its tables say, of numbers that can be checked by hand."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import load_script
+
+from nnunetv2_semicml.evaluation.leaderboard import COLUMNS
+
+STUDY = Path(__file__).parents[1] / "benchmarks" / "study"
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    """report.py, which reads and writes in a folder of its own."""
+    load_script(STUDY / "protocols.py", monkeypatch)
+    load_script(STUDY / "run.py", monkeypatch).HERE = tmp_path
+    report = load_script(STUDY / "report.py", monkeypatch)
+    report.HERE = tmp_path
+    (tmp_path / "findings.md").write_text("What was found.\n")
+    return report
+
+
+def rows(method, draw, labeled, dice, weights="EMA", steps=3000):
+    """Of a training: modality -> Dice of cases a, b …"""
+    about = {"dataset": "any", "method": method, "seed": draw, "labeled": labeled, "class": "tumour", "steps": steps}
+    about |= {name: 10 for name in COLUMNS if name not in (*about, "modality", "case", "dice", "unlabeled")}
+    return [
+        {**about, "weights": weights, "modality": modality, "case": case, "dice": value}
+        for modality, values in dice.items()
+        for case, value in zip("ab", values, strict=True)
+    ]
+
+
+def write_results(folder, results, purpose="test"):
+    table = pd.DataFrame(results)
+    table.to_csv(folder / f"lgg_{purpose}.csv", index=False)
+    keys = ["method", "seed", "labeled", "steps"]
+    runs = table[keys].drop_duplicates().rename(columns={"seed": "draw"})
+    runs = runs.assign(protocol="lgg", purpose=purpose, cpu_seconds=900, date="2026-11-27", commit="abc")
+    runs.to_csv(folder / "runs.csv", index=False)
+
+
+def cells(page, first, heading):
+    """Of the first row after a heading that begins with a cell: column -> text."""
+    lines = [line for line in page[page.index(heading) :].splitlines() if line.startswith("|")]
+    head, row = lines[0], next(line for line in lines if line.startswith(f"| {first} |"))
+    return dict(zip(*([cell.strip() for cell in re.split(r"(?<!\\)\|", of)[1:-1]] for of in (head, row)), strict=True))
+
+
+def test_shares_are_of_the_draws_that_a_method_and_both_bounds_have(tmp_path, report):
+    both = ("EMA", "last step")
+    results = []
+    for weights in both:
+        worse = 0.0 if weights == "EMA" else 0.1
+        for draw, gap in ((0, 0.4), (1, 0.2)):
+            results += rows("few labels", draw, 5, {"FLAIR": [0.3 - worse, 0.5 - worse]}, weights)
+            results += rows("all labels", draw, 0, {"FLAIR": [0.3 + gap, 0.5 + gap]}, weights)
+            results += rows("Semi-CML", draw, 5, {"FLAIR": [0.4, 0.6]}, weights)
+        results += rows("BCP", 0, 5, {"FLAIR": [0.5, 0.8]}, weights)
+        results += rows("Semi-CML", 2, 5, {"FLAIR": [0.99, 0.99]}, weights)  # a draw without bounds
+        results += rows("Semi-CML", 0, 15, {"FLAIR": [0.9, 0.9]}, weights)  # other labels
+        results += rows("all labels", 0, 0, {"FLAIR": [0.95, 0.95]}, weights, steps=2000)  # another length
+    write_results(tmp_path, results)
+    report.main()
+    page = (tmp_path / "lgg.md").read_text()
+    semicml, bcp = (cells(page, name, "### 5 labeled") for name in ("Semi-CML", "BCP"))
+    assert semicml["draws"] == "0, 1"
+    assert semicml["FLAIR Dice, EMA"] == "0.500 (0.500 … 0.500)"
+    assert semicml["FLAIR share, EMA"].startswith("0.33 (")  # 0.1 of a mean gap of 0.3
+    assert semicml["FLAIR share, last step"].startswith("0.50 (")  # 0.2 of 0.4
+    assert bcp["draws"] == "0"
+    assert bcp["FLAIR share, EMA"] == "0.62 (0.50 … 0.75)"  # 0.25 of 0.4; of a case 0.2 or 0.3 of 0.4
+    assert "### 15 labeled" not in page  # without bounds there is nothing to say
+    overview = (tmp_path / "README.md").read_text()
+    assert cells(overview, "BCP", "## Test cases")["Gliomas, whole volumes: FLAIR"] == "0.62 (0.50 … 0.75)"
+    assert "What was found." in overview
+    assert (tmp_path / "lgg.png").is_file()
+    differences = page[page.index("| − few labels |") :]
+    assert cells(differences, "all labels", "| −")["FLAIR"].startswith("+0.300 (")
+    assert cells(differences, "BCP", "| −")["FLAIR"].startswith("+0.250 (")
+    assert "\n10 of " in page  # trainings
+    assert ", 2.5 core-hours " in page
+
+
+def test_a_validation_case_of_another_draw_is_another_case(tmp_path, report):
+    results = []
+    for draw, dice in ((0, 0.3), (1, 0.5)):
+        for method, labeled, gain in (
+            ("few labels", 5, 0.0),
+            ("all labels", 0, 0.4),
+            ("Semi-CML", 5, (0.1, 0.22)[draw]),
+        ):
+            for weights in ("EMA", "last step"):
+                results += rows(method, draw, labeled, {"FLAIR": [dice + gain, dice + gain + 0.1]}, weights)
+    write_results(tmp_path, results, "validation")
+    report.main()
+    page = (tmp_path / "lgg.md").read_text()
+    # four cases that gain 0.1, 0.1, 0.22, 0.22 of 0.4, not two that gain 0.16
+    assert cells(page, "Semi-CML", "### 5 labeled")["FLAIR share, EMA"] == "0.40 (0.25 … 0.55)"
+    assert "Length: mean Dice of all labels, both weights, first draw: 3000 steps FLAIR 0.750." in page
+    assert "Not run yet." in (tmp_path / "README.md").read_text()
+
+
+def test_agreement_is_that_of_the_segmentations_with_each_other(tmp_path, report, monkeypatch):
+    run = load_script(STUDY / "run.py", monkeypatch)
+    protocols = load_script(STUDY / "protocols.py", monkeypatch)
+    agreement = load_script(STUDY / "agreement.py", monkeypatch)
+    agreement.HERE = tmp_path
+    task = next(task for task in protocols.tasks_of("lgg", "validation") if task.method == "Semi-CML")
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer", "PROTOCOL_STEPS"):
+        monkeypatch.setenv(name, "")
+    for name in ("nnUNet_def_n_proc", "nnUNet_n_proc_DA", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("nnUNet_semicml_seed", "0")
+    run.set_environment(tmp_path, task)
+    raw = tmp_path / "lgg_validation" / "raw" / "Dataset510_draw0_5labeled"
+    segmentations = {  # voxels 0 … n; the reference of the second case is empty
+        raw / "labelsTs": (6, 0),
+        run.result_file(tmp_path, task).with_suffix("") / "FLAIR" / "EMA": (4, 2),
+        run.result_file(tmp_path, task).with_suffix("") / "T1post" / "EMA": (2, 2),
+    }
+    for folder, sizes in segmentations.items():
+        folder.mkdir(parents=True)
+        for case, size in zip("ab", sizes, strict=True):
+            array = (np.arange(64).reshape(4, 4, 4) < size).astype(np.uint8)
+            sitk.WriteImage(sitk.GetImageFromArray(array), str(folder / f"{case}.nii.gz"))
+    (raw / "imagesTs").mkdir()
+    described = {"channel_names": {"0": "FLAIR"}, "labels": {"background": 0, "tumour": 1}, "file_ending": ".nii.gz"}
+    (raw / "dataset.json").write_text(json.dumps(described))
+    state = run.model_of(protocols.PROTOCOLS["lgg"], task, None) / "fold_all"
+    state.mkdir(parents=True)
+    logged = {"unsupervised/mse": [0.6, 0.5, 0.4, 0.3, 0.2, 0.1]}
+    torch.save({"logging": logged}, state / "checkpoint_final.pth")
+    monkeypatch.setattr("sys.argv", ["agreement.py", "lgg", "validation", "--work", str(tmp_path)])
+    agreement.main()
+    row = cells((tmp_path / "lgg_agreement.md").read_text(), "Semi-CML", "#")
+    assert row["agreement"] == "0.833"  # the mean of 2 · 2 / (4 + 2) and 1
+    assert [row["voxels by FLAIR"], row["voxels by T1post"], row["of the reference"]] == ["3", "2", "3"]
+    assert row[agreement.THIRDS] == "0.500, 0.300, 0.100"
