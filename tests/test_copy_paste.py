@@ -55,6 +55,13 @@ def test_boxes_of_shares_have_them(patch_size):
     assert not draw_boxes_of_shares(9, patch_size, torch.device("cpu"), 0.0, (0.02, 0.4)).any()
 
 
+def test_the_lowest_ratio_of_a_box_is_the_inverse_of_the_largest(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda size: torch.zeros(size))  # whatever is uniform has its lowest value
+    (box,) = draw_boxes_of_shares(1, (1000, 1000), torch.device("cpu"), 0.5, (0.02, 0.4))
+    # sides of a product of 0.02, of which one is 0.3 of the other: √(0.02 · 0.3) and √(0.02 / 0.3)
+    assert sorted(extent(box[None])[1]) == [77, 258]
+
+
 def with_no_two_voxels_alike(batch):
     """Phantoms have a background of zeros, in which no box shows."""
     for patches in (*batch["labeled"], *batch["unlabeled"]):
@@ -327,6 +334,21 @@ def test_labelers_are_those_that_are_asked_for(labeled_by, dataset, configuratio
         for name in names:
             assert torch.equal(found[name], labels_of([names[1]]))
         assert trainer.labelers("FLAIR", ["FLAIR", "T2"]) == ["FLAIR"]  # of a draw without the best one
+
+
+def test_the_log_says_who_labels(capsys):
+    trainer = initialized(LABELS, "2d", nnUNetTrainerCrossModalBCP, num_epochs=4)
+    for epoch, dice, said in (
+        (0, (), None),  # warming up
+        (1, (), "by the teacher of FLAIR and T1 (best validation Dice values: FLAIR 0.0000, T1 0.0000)"),
+        (2, (0.2, 0.35), "by the teacher of T1 (best validation Dice values: FLAIR 0.2000, T1 0.3500)"),
+    ):
+        trainer.current_epoch = epoch
+        for t, value in zip(trainer.trainers, dice, strict=False):
+            t.logger.get_value("mean_fg_dice", step=None).append(value)
+        trainer.on_train_epoch_start()
+        lines = [line for line in capsys.readouterr().out.splitlines() if "pseudo-labels" in line]
+        assert [line.split("pseudo-labels ", 1)[1].strip() for line in lines] == ([said] if said else [])
 
 
 def test_a_named_modality_labels_whatever_was_measured():

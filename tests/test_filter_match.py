@@ -125,6 +125,17 @@ def test_surest_cases_are_left_out_of_the_stream(monkeypatch, capsys):
     assert final_checkpoint(trainer)["method"]["kept"] == {"FLAIR": [names[0], names[2]], "T1": names[2:]}
 
 
+def test_one_case_may_be_left(monkeypatch):
+    trainer = initialized(LABELS, "2d", nnUNetTrainerFilterMatch)
+    names = list(trainer.kept["FLAIR"])
+    trainer.kept["FLAIR"] = names[:2]
+    monkeypatch.setattr(trainer, "entropies", lambda t, cases: [2.0, 1.0])
+    for _ in range(2):  # of one case the least sure one is this one
+        trainer._filter_cases(trainer.trainers[0])
+        assert trainer.kept == {"FLAIR": names[:1], "T1": names}
+        monkeypatch.setattr(trainer, "entropies", lambda t, cases: [2.0])
+
+
 def test_workers_of_the_old_stream_end(monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
     trainer = initialized(FLAIR, "2d", nnUNetTrainerFilterMatch)

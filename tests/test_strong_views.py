@@ -147,9 +147,12 @@ def test_channels_of_features_are_dropped_at_every_resolution(dataset, configura
 class Whole(nn.Module):
     """A network that is not made of encoder and decoder."""
 
+    part = "neither"
+
     def __init__(self, channels, heads):
         super().__init__()
         self.layer = nn.Conv2d(channels, heads, 1)
+        setattr(self, self.part, nn.Identity())
 
     def forward(self, x):
         return self.layer(x)
@@ -168,7 +171,9 @@ class nnUNetTrainerWhole(nnUNetTrainer):
         """There is none."""
 
 
-def test_networks_without_features_to_drop_are_refused():
+@pytest.mark.parametrize("part", ["neither", "encoder", "decoder"])
+def test_networks_without_features_to_drop_are_refused(part, monkeypatch):
+    monkeypatch.setattr(Whole, "part", part)
     named = type("nnUNetTrainerUniMatch", (nnUNetTrainerUniMatch,), {"network_trainer": nnUNetTrainerWhole})
     with pytest.raises(
         NotImplementedError, match=r"encoder and a decoder: Whole has none. Train nnUNetTrainerFixMatch"
