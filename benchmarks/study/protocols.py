@@ -152,6 +152,8 @@ VARIANTS = {
     "Semi-CML, one way": ["SemiCML_OneWay"],
     "Semi-CML, hard pseudo-labels": ["HardSemiCML"],
     "BCP": ["BCP"],
+    "FixMatch, warm-up 0.25": ["FixMatch_warmup"],
+    "UniMatch, warm-up 0.25": ["UniMatch_warmup"],
     "cross-modal BCP": ["CrossModalBCP"],
     "cross-modal BCP, all teachers": ["XBCP_all"],
     "cross-modal BCP, all components": ["XBCP_components"],

@@ -237,6 +237,8 @@ TRAINERS: dict[str, tuple[type[nnUNetTrainerSemiSupervised], str, str | None, di
     "FixMatch": (nnUNetTrainerFixMatch, "single", None, {}),
     "UniMatch": (nnUNetTrainerUniMatch, "single", None, {}),
     "FilterMatch": (nnUNetTrainerFilterMatch, "single", None, {}),
+    "FixMatch_warmup": (nnUNetTrainerFixMatch, "single", None, {"warmup_fraction": 0.25}),
+    "UniMatch_warmup": (nnUNetTrainerUniMatch, "single", None, {"warmup_fraction": 0.25}),
     "CrossModalCPS": (nnUNetTrainerCrossModalCPS, "single", None, {}),
     "SemiCML": (nnUNetTrainerSemiCML, "single", None, {}),
     "SemiCMLPlus": (nnUNetTrainerSemiCMLPlus, "single", None, {}),
