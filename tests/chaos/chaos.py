@@ -48,7 +48,7 @@ TRAINERS = {
     "SupervisedEMA": (502, [T1]),
     "FilterMatch": (502, [T1]),
     "UniMatch": (502, [T1]),
-    "CrossModalBCP": (500, [FLAIR, T1]),
+    "SemiCMLPlus": (500, [FLAIR, T1]),
 }
 REFUSAL = "nnunetv2_semicml.errors.UserError: "  # nnU-Net's own commands end with a traceback, ours with "Error: "
 LOCKED = "found another process at work there"

@@ -4,11 +4,11 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
-from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalBCP import nnUNetTrainerCrossModalBCP
 from nnunetv2_semicml.trainers.nnUNetTrainerFilterMatch import nnUNetTrainerFilterMatch
 from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunetv2_semicml.trainers.nnUNetTrainerSECLRegion import nnUNetTrainerSECLRegion
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCML import nnUNetTrainerSemiCML
+from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPlus import nnUNetTrainerSemiCMLPlus
 from nnunetv2_semicml.trainers.nnUNetTrainerSemiCMLPReL import nnUNetTrainerSemiCMLPReL
 from nnunetv2_semicml.trainers.nnUNetTrainerSupervisedEMA import nnUNetTrainerSupervisedEMA
 from nnunetv2_semicml.trainers.nnUNetTrainerUniMatch import nnUNetTrainerUniMatch
@@ -65,7 +65,7 @@ class nnUNetTrainerUniMatch_chaos(Short, nnUNetTrainerUniMatch):
     pass
 
 
-class nnUNetTrainerCrossModalBCP_chaos(Short, nnUNetTrainerCrossModalBCP):
+class nnUNetTrainerSemiCMLPlus_chaos(Short, nnUNetTrainerSemiCMLPlus):
     warmup_fraction = 1 / 3
 
 
