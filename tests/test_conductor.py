@@ -278,6 +278,13 @@ def test_training_goes_on_with_the_settings_that_it_began_with(groups, monkeypat
     monkeypatch.delattr(nnUNetTrainerSemiCMLKilled, "asc_weight")
     monkeypatch.setattr(nnUNetTrainerSemiCMLKilled, "kill_at", KilledMixin.kill_at)
     continue_it()
+    # a version of this package that has one more, or one less
+    checkpoint = torch.load(latest, weights_only=True)
+    settings = checkpoint["provenance"]["settings"]
+    for other in ({**settings, "of_another_version": 1}, {k: v for k, v in settings.items() if k != "ema_decay"}):
+        checkpoint["provenance"]["settings"] = other
+        torch.save(checkpoint, latest)
+        continue_it()
 
 
 def test_seed_is_that_of_every_generator(groups, monkeypatch):

@@ -5,6 +5,7 @@ PyTorch stores a checkpoint as a zip archive, with a CRC-32 of everything in it 
 
 import hashlib
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ def read_provenance(file: str | Path) -> dict[str, Any] | None:
     """
     provenance: dict[str, Any] | None = _read(file).get("provenance")
     return provenance
+
+
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Names of the hyper-parameters that differ. Another version of this package may have more or fewer of them."""
+    return [name for name in sorted({*old} & {*new}) if old[name] != new[name]]
 
 
 def read_log(file: str | Path) -> dict[str, list[Any]]:

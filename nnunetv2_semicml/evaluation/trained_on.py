@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_semicml.data.checkpoint_file import content_digest, read_provenance
+from nnunetv2_semicml.data.checkpoint_file import changed_settings, content_digest, read_provenance
 from nnunetv2_semicml.data.files import Json, json_digest, write_json
 from nnunetv2_semicml.data.folds import SPLITS_FILE, read_folds
 from nnunetv2_semicml.data.modality_group import MODALITIES_FILE, ModalityGroup, preprocessed_folder
@@ -112,8 +112,7 @@ def difference(made_of: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
         if old is None or new is None or old == new:
             continue
         if key == "settings":
-            # another version of the package may have more of them
-            changed = [name for name in sorted({*old} & {*new}) if old[name] != new[name]]
+            changed = changed_settings(old, new)
             if not changed:
                 continue
             in_words += f" ({', '.join(f'{name} {old[name]}, now {new[name]}' for name in changed)})"

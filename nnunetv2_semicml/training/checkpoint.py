@@ -2,7 +2,6 @@
 
 import random
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
-from nnunetv2_semicml.data.checkpoint_file import find_damage, numpy_numbers
+from nnunetv2_semicml.data.checkpoint_file import changed_settings, find_damage, numpy_numbers
 from nnunetv2_semicml.data.files import written_whole
 from nnunetv2_semicml.errors import UserError
 
@@ -94,24 +93,19 @@ def load_checkpoint(
         )
     found = checkpoint["provenance"]
     for key, expected in provenance.items():
-        if found.get(key) != expected:
-            of = f"{key} {found.get(key)}", f"{key} {expected}"
-            if key.startswith("digest of "):
-                of = f"other {key.removeprefix('digest of ')}", "the same, since a run goes on as it began"
-            elif key == "settings":
-                of = describe_difference(found[key], expected)
-            raise UserError(filename, f"a checkpoint of {of[0]}", of[1], remedy)
+        if found.get(key) == expected:
+            continue
+        of = f"{key} {found.get(key)}", f"{key} {expected}"
+        if key.startswith("digest of "):
+            of = f"other {key.removeprefix('digest of ')}", "the same, since a run goes on as it began"
+        elif key == "settings":
+            changed = changed_settings(found[key], expected)
+            if not changed:
+                continue
+            old, new = (", ".join(f"{n} = {settings[n]}" for n in changed) for settings in (found[key], expected))
+            of = old, f"{new}, as the trainer has it now"
+        raise UserError(filename, f"a checkpoint of {of[0]}", of[1], remedy)
     return checkpoint
-
-
-def describe_difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[str, str]:
-    """Settings that differ, in words, as they were found and as they are expected."""
-    names = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
-
-    def describe(settings: Mapping[str, Any]) -> str:
-        return ", ".join(f"{name} = {settings[name]}" if name in settings else f"no {name}" for name in names)
-
-    return describe(found), f"{describe(expected)}, as the trainer has it now"
 
 
 def use_builtin_numbers(logger: MetaLogger) -> None:
