@@ -107,7 +107,7 @@ def test_terms_are_dice_of_the_sure_voxels(method, dataset, configuration):
         of_classes = []
         for c in range(p.shape[1]):
             q, y = p[:, c][sure[:, c]], labels[:, c][sure[:, c]]
-            of_classes.append(1 - (2 * (q * y).sum() + 1) / ((q * q).sum() + (y * y).sum() + 1))
+            of_classes.append(1 - (2 * (q * y).sum() + 1e-5) / ((q * q).sum() + (y * y).sum() + 1e-5))
         losses.append(torch.stack(of_classes).mean())
     found, weights = trainer.unsupervised_terms(outputs, targets), trainer.unsupervised_weights()
     if method is nnUNetTrainerFixMatch:

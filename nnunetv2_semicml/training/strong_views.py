@@ -81,10 +81,19 @@ class WithStrongViews(nnUNetTrainerSemiSupervised):
         return view, of_view
 
     def dice_where_sure(self, outputs: Sequence[View], targets: Sequence[Mapping[str, SureLabels]]) -> Tensor:
-        """Dice loss over the sure voxels of the batch, of all classes, the background included; the mean over views."""
+        """Dice loss over the sure voxels of the batch, of all classes, the background included; the mean over views.
+
+        Where no voxel is surely foreground it hardly has a gradient, as published; more `smooth` would teach that there
+        is none.
+        """
         return self.over_networks(
             soft_dice_loss(
-                self.probabilities(z), of_view[name].labels, True, of_view[name].sure, distributed=self.is_ddp
+                self.probabilities(z),
+                of_view[name].labels,
+                True,
+                of_view[name].sure,
+                smooth=1e-5,
+                distributed=self.is_ddp,
             )
             for logits, of_view in zip(outputs, targets, strict=True)
             for name, z in logits.items()
