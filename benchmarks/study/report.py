@@ -16,6 +16,7 @@ from nnunetv2_semicml.evaluation.leaderboard_page import interval_text, p_text, 
 from nnunetv2_semicml.evaluation.statistics import compare, holm, score, share_of_gap, summarize
 
 HERE = Path(__file__).parent
+SHOWN = (-1.6, 1.6)  # of shares, in figures: where the gap is small, an interval can have any length
 EXPLAINED = """\
 Mean per case, in 3D, each modality predicted alone; in brackets the lowest and highest mean of a draw. *Share*: of
 what lies between the bounds, the part that a method gains, (method − few labels) / (all labels − few labels), of Dice,
@@ -165,6 +166,9 @@ def plot_shares(name: str, cases: pd.DataFrame) -> None:
         for axis, modality in zip(figure.subplots(1, len(modalities), squeeze=False)[0], modalities, strict=True):
             of = rows[rows["modality"] == modality].iloc[::-1]
             axis.errorbar(of["share"], of["method"], xerr=[of["share"] - of["low"], of["high"] - of["share"]], fmt="o")
+            axis.set_xlim(*SHOWN)
+            for row in of[of["share"] < SHOWN[0]].to_dict("records"):
+                axis.text(SHOWN[0], row["method"], f" ← {row['share']:.2f}", va="bottom")
             for bound in (0, 1):
                 axis.axvline(bound, color="gray", linewidth=1, linestyle=":")
             axis.set_title(f"{modality}: share of the gap")
