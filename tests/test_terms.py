@@ -411,3 +411,12 @@ def test_secl_works_with_residual_encoders_and_at_any_stage(method, configuratio
     with torch.no_grad():
         torch.testing.assert_close(student(image), student.head(t.network.encoder(image)[student.stage]))
     assert_step_equals_reference(trainer, batch)
+
+
+@pytest.mark.parametrize("smooth", [1.0, 1e-5])
+def test_pseudo_labels_without_foreground_teach_that_there_is_none_as_far_as_dice_is_smooth(smooth):
+    trainer = initialized(LABELS, "2d", nnUNetTrainerSemiCMLPlus, dice_smooth=smooth)
+    p = torch.full((2, 2, 4, 4), 0.25)
+    _, dice = trainer.ce_and_dice(torch.zeros(2, 3, 4, 4), p, torch.zeros(2, 3, 4, 4))
+    area = 2 * 16 * 0.25**2  # the plans say batch Dice
+    torch.testing.assert_close(dice, torch.tensor(1 - smooth / (area + smooth)))

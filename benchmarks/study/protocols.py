@@ -116,6 +116,11 @@ LOWER, UPPER = "few labels", "all labels"
 ALONE = {
     "Mean Teacher": ["MeanTeacher"],
     "BCP": ["BCP"],
+    "BCP, Dice smoothed by 1e-5": ["BCP_smooth"],
+    "cross-modal CPS": ["CrossModalCPS"],
+    "cross-modal CPS, Dice smoothed by 1e-5": ["CrossModalCPS_smooth"],
+    "Semi-CML Plus, Dice smoothed by 1e-5": ["SemiCMLPlus_smooth"],
+    "Semi-CML + PReL, Dice smoothed by 1e-5": ["First_SemiCML", "PReL_smooth"],
     "FixMatch": ["FixMatch"],
     "UniMatch": ["UniMatch"],
     "FilterMatch": ["FilterMatch"],

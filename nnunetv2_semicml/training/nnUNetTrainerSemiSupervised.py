@@ -49,6 +49,8 @@ class nnUNetTrainerSemiSupervised(Conductor):
         noise_bounds: likewise.
         makes_pseudo_labels: whether networks learn from pseudo-labels, of which `count_pseudo_labels` is told then, so
             that the log can say what they show.
+        dice_smooth: of the Dice loss of pseudo-labels, in voxels, see `soft_dice_loss`. nnU-Net's own loss has 1e-5,
+            BCP's 1e-10; with 1, pseudo-labels without any foreground teach that there is none.
         vanishing_share: of the labeled volume of a class, below which the log says that the class has all but vanished
             from the pseudo-labels.
         teachers: of every network, by name, from `initialize` on; empty if there are none.
@@ -63,6 +65,7 @@ class nnUNetTrainerSemiSupervised(Conductor):
     noise_std = 0.1
     noise_bounds = (-0.2, 0.2)
     makes_pseudo_labels = False
+    dice_smooth = 1.0
     vanishing_share = 0.1
 
     def initialize(self) -> None:
@@ -336,8 +339,8 @@ class nnUNetTrainerSemiSupervised(Conductor):
             labels: (B, heads, *patch), probabilities or zeros and ones.
             where: weight of every voxel, (B, 1, *patch); None weights all alike.
         """
-        batch_dice = self.configuration_manager.batch_dice
+        batch_dice, smooth = self.configuration_manager.batch_dice, self.dice_smooth
         return (
             soft_cross_entropy(logits, labels, self.label_manager.has_regions, where, self.is_ddp),
-            soft_dice_loss(prediction, self.foreground(labels), batch_dice, where, distributed=self.is_ddp),
+            soft_dice_loss(prediction, self.foreground(labels), batch_dice, where, smooth, distributed=self.is_ddp),
         )

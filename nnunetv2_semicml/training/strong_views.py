@@ -44,10 +44,12 @@ class WithStrongViews(nnUNetTrainerSemiSupervised):
         sure_from: probability of a class, or of a region or its absence, from which a network is sure; published.
         box_probability: of a box; published.
         box_shares: lowest and highest share of the patch that is in the box; published.
+        dice_smooth: published. With 1, networks that were not yet sure of any foreground learned that there is none.
         rampup_fraction: published: no ramp.
     """
 
     makes_pseudo_labels = True
+    dice_smooth = 1e-5
     rampup_fraction = 0.0
     sure_from = 0.95
     box_probability = 0.5
@@ -81,18 +83,14 @@ class WithStrongViews(nnUNetTrainerSemiSupervised):
         return view, of_view
 
     def dice_where_sure(self, outputs: Sequence[View], targets: Sequence[Mapping[str, SureLabels]]) -> Tensor:
-        """Dice loss over the sure voxels of the batch, of all classes, the background included; the mean over views.
-
-        Where no voxel is surely foreground it hardly has a gradient, as published; more `smooth` would teach that there
-        is none.
-        """
+        """Dice loss over the sure voxels of the batch, of all classes, the background included; the mean over views."""
         return self.over_networks(
             soft_dice_loss(
                 self.probabilities(z),
                 of_view[name].labels,
                 True,
                 of_view[name].sure,
-                smooth=1e-5,
+                smooth=self.dice_smooth,
                 distributed=self.is_ddp,
             )
             for logits, of_view in zip(outputs, targets, strict=True)
