@@ -44,7 +44,7 @@ class WithStrongViews(nnUNetTrainerSemiSupervised):
         sure_from: probability of a class, or of a region or its absence, from which a network is sure; published.
         box_probability: of a box; published.
         box_shares: lowest and highest share of the patch that is in the box; published.
-        dice_smooth: published. With 1, networks that were not yet sure of any foreground learned that there is none.
+        dice_smooth: published.
         rampup_fraction: published: no ramp.
     """
 
