@@ -41,7 +41,10 @@ PARTS = {
     "views": (
         [
             *(f"trainers/nnUNetTrainer{n}.py" for n in ("*BCP", "*Match")),
-            *(f"training/{name}.py" for name in ("boxes", "copy_paste", "strong_views", "class_volumes")),
+            *(
+                f"training/{name}.py"
+                for name in ("boxes", "copy_paste", "strong_views", "class_volumes", "teaching_modality")
+            ),
         ],
         ["copy_paste", "strong_views", "filter_match", "class_volumes"],
     ),

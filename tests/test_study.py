@@ -60,6 +60,9 @@ def test_every_task_has_its_trainers_and_a_dataset_and_a_file_of_its_own(protoco
             assert len(numbers) == len(set(names.values()))
             for task in tasks:
                 *first, last = (getattr(trainers, f"Protocol_{trainer}") for trainer in task.trainers)
+                assert last.min_modalities <= len(protocol.modalities) or purpose == "validation"
+                # test cases are for methods as they are, validation cases for variants of them
+                assert purpose == "validation" or not any(trainers.TRAINERS[trainer][3] for trainer in task.trainers)
                 assert [getattr(last, "first_stage", None)] == (first or [None])
                 assert sum(t.num_epochs * t.num_iterations_per_epoch for t in (*first, last)) == 300
             assert {task.method for task in tasks} >= {protocols.LOWER, protocols.UPPER}
