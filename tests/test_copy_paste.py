@@ -327,9 +327,12 @@ def test_labelers_are_those_that_are_asked_for(labeled_by, dataset, configuratio
     if labeled_by == "better":
         trainer.bma_pool_size = 2
         for t, dice in zip(
-            trainer.trainers, ([0.9, 0.1, 0.2], [0.5, float("nan"), 0.7], [0.0, 0.0, 0.3]), strict=False
+            trainer.trainers,
+            ([0.9, 0.1, 0.2], [0.5, float("nan"), 0.7, 0.05, 0.05], [0.0, 0.0, 0.3]),
+            strict=False,
         ):
-            t.logger.get_value("mean_fg_dice", step=None).extend(dice)  # means of the best two: 0.55, 0.6, 0.15
+            # means of the best two: 0.55, 0.6, 0.15; of the worst two and of all, the first one would be better
+            t.logger.get_value("mean_fg_dice", step=None).extend(dice)
         found = trainer.pseudo_labels(draw)
         for name in names:
             assert torch.equal(found[name], labels_of([names[1]]))
