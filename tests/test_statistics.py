@@ -99,6 +99,12 @@ def test_only_modalities_of_the_reference_are_compared():
     assert set(compared["modality"]) == {"FLAIR"}
 
 
+def test_a_modality_without_the_reference_may_come_first():
+    others = rows("C", [0.9, 0.9], modality="FLAIR + T1")
+    compared = compare(score(table(others, rows("A", [0.5, 0.6]), rows("B", [0.6, 0.8]))), "A")
+    assert set(zip(compared["modality"], compared["method"], strict=True)) == {("FLAIR", "B")}
+
+
 def test_a_reference_alone_has_no_comparison():
     assert compare(score(table(rows("A", [0.5, 0.6]))), "A").empty
 
@@ -171,3 +177,51 @@ def test_share_of_a_gap_of_one_patient_has_no_interval_and_of_no_gap_no_value():
 def test_share_of_the_gap_is_of_modalities_that_have_both_bounds():
     scores = score(table(rows("few", [0.2]), rows("all", [0.6]), rows("A", [0.3]), rows("A", [0.3], modality="T1")))
     assert share_of_gap(scores, "few", "all")["modality"].tolist() == ["FLAIR"]
+
+
+def test_share_of_the_gap_is_of_every_modality_and_class():
+    levels = {  # few labels, all labels, method, share
+        ("FLAIR", "tumor"): (0.2, 0.6, 0.3, 0.25),
+        ("FLAIR", "edema"): (0.1, 0.2, 0.15, 0.5),
+        ("T1", "tumor"): (0.0, 0.8, 0.6, 0.75),
+        ("T1", "edema"): (0.5, 0.4, 0.6, -1.0),
+    }
+    scores = table(
+        *(
+            rows(method, [value, value + 0.1], modality=modality, class_name=name)
+            for (modality, name), values in levels.items()
+            for method, value in zip(("few", "all", "A"), values, strict=False)
+        )
+    )
+    found = share_of_gap(score(scores), "few", "all")
+    assert list(found.columns) == ["modality", "class", "method", "gap", "share", "low", "high"]
+    found = found[found["class"] != ALL_CLASSES].set_index(["modality", "class"])
+    assert list(found.index) == list(levels)
+    for key, (lower, upper, _, share) in levels.items():
+        # what is the same in all patients is the same in all resamples of two of them
+        assert found.loc[key, ["gap", "share", "low", "high"]].tolist() == pytest.approx([upper - lower, *[share] * 3])
+
+
+def test_share_of_the_gap_of_no_other_method_is_an_empty_table():
+    found = share_of_gap(score(table(rows("few", [0.2, 0.3]), rows("all", [0.6, 0.7]))), "few", "all")
+    assert found.empty
+    assert list(found.columns) == ["modality", "class", "method", "gap", "share", "low", "high"]
+
+
+def test_interval_of_a_share_is_the_same_every_time():
+    rng = np.random.default_rng(2)
+    parts = [
+        rows("few", rng.uniform(0.3, 0.5, 9)),
+        rows("all", rng.uniform(0.6, 0.9, 9)),
+        rows("A", rng.uniform(size=9)),
+    ]
+    first, second = (share_of_gap(score(table(*parts)), "few", "all") for _ in range(2))
+    pd.testing.assert_frame_equal(first, second)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("gained", [0.0, 0.1])
+def test_resamples_without_a_gap_are_no_warning(gained):
+    # of 9999 resamples of two patients a quarter is twice the one whom more labels do not help
+    scores = table(rows("few", [0.4, 0.4]), rows("all", [0.6, 0.4]), rows("A", [0.4, 0.4 + gained]))
+    assert share_of_gap(score(scores), "few", "all").iloc[0]["share"] == pytest.approx(gained / 0.2)

@@ -4,11 +4,12 @@ The patients are the units: whatever was repeated for a patient (seeds) is avera
 does not look like having more patients. Every test case counts as a patient of its own.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap, wilcoxon
+from scipy.stats import DegenerateDataWarning, bootstrap, wilcoxon
 
 from nnunetv2_semicml.evaluation.metrics import METRICS, fill_undefined
 
@@ -127,7 +128,7 @@ def share_of_gap(scores: pd.DataFrame, lower: str, upper: str, metric: str = "di
     Returns:
         One row per modality, class and other method, for modalities that both bounds have: `gap`, the difference of the
         bounds, `share`, and its 95 % bootstrap interval `low` … `high` over patients (percentiles: where the gap is
-        small, a resampled one can be anything).
+        small, a resampled one can be anything; NaN or infinite, if too many have none).
     """
     patients = average_seeds(scores)
     table = patients.pivot(index=["modality", "class", "case"], columns="method", values=metric)
@@ -142,7 +143,9 @@ def share_of_gap(scores: pd.DataFrame, lower: str, upper: str, metric: str = "di
             low, high = np.nan, np.nan
             if gap and len(values) > 1:
                 options = {"paired": True, "method": "percentile", "rng": np.random.default_rng(0)}
-                low, high = bootstrap(samples, _share, **options).confidence_interval
+                with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+                    warnings.simplefilter("ignore", DegenerateDataWarning)  # where a resampled gap is none
+                    low, high = bootstrap(samples, _share, **options).confidence_interval
             rows.append(
                 {
                     "modality": modality,
@@ -158,8 +161,7 @@ def share_of_gap(scores: pd.DataFrame, lower: str, upper: str, metric: str = "di
 
 
 def _share(method: np.ndarray, lower: np.ndarray, upper: np.ndarray, axis: int = -1) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):  # a resampled gap may be none
-        share: np.ndarray = (method - lower).mean(axis) / (upper - lower).mean(axis)
+    share: np.ndarray = (method - lower).mean(axis) / (upper - lower).mean(axis)
     return share
 
 
