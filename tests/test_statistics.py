@@ -81,6 +81,34 @@ def test_classes_are_averaged_for_every_case():
     assert summarize(score(table(rows("A", [0.2]))))["class"].tolist() == ["tumor"]
 
 
+def test_a_voxel_is_enough_to_be_missed_or_invented():
+    missed, invented, found = rows("A", [0.0, 0.0, 1.0])
+    missed |= {"n_ref": 1, "n_pred": 0}
+    invented |= {"n_ref": 0, "n_pred": 1}
+    scored = score(table([missed, invented, found]))
+    assert scored["missed"].tolist() == [1, 0, 0]
+    assert scored["invented"].tolist() == [0, 1, 0]
+
+
+def test_no_cases_are_an_empty_table_with_its_columns():
+    assert [*score(table(rows("A", [0.5])).iloc[:0])] == [*rows("A", [0.5])[0], "missed", "invented"]
+
+
+def test_means_of_classes_keep_the_order_of_methods_and_cases():
+    parts = [rows(method, [0.5, 0.6], class_name=name) for method in "BA" for name in ("tumor", "edema")]
+    scored = score(table(*(part[::-1] for part in parts)))
+    means = scored[scored["class"] == ALL_CLASSES]
+    order = [("B", "case 1"), ("B", "case 0"), ("A", "case 1"), ("A", "case 0")]
+    assert list(zip(means["method"], means["case"], strict=True)) == order
+    summarized = summarize(scored)
+    assert summarized[summarized["class"] == ALL_CLASSES]["method"].tolist() == ["B", "A"]
+
+
+def test_a_tie_is_neither_better_nor_worse():
+    compared = compare(score(table(rows("A", [0.5, 0.6, 0.7]), rows("B", [0.5, 0.7, 0.6]))), "A").set_index("metric")
+    assert compared.loc["dice", ["better", "worse"]].tolist() == [1, 1]
+
+
 def test_difference_is_paired_and_says_which_way_is_better():
     # A and B have their cases in another order: pairing is by name
     first, second = rows("A", [0.5, 0.6, 0.7]), rows("B", [0.6, 0.8, 0.65])

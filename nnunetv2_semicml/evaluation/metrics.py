@@ -122,9 +122,9 @@ def evaluate_files(
     reference, expected = read_image(reference_file, reader, is_label=True)
     prediction, found = read_image(prediction_file, reader, is_label=True)
     require_grid(prediction_file, found, reference_file, expected)
-    known = {0, *np.hstack([value for name, value in labels.items() if name != "ignore"]).tolist()}
+    known = np.hstack([value for name, value in labels.items() if name != "ignore"])
     _require_values(prediction_file, prediction, known)
-    _require_values(reference_file, reference, {*np.hstack([0, *labels.values()]).tolist()})
+    _require_values(reference_file, reference, np.hstack([*labels.values()]))
     counted = reference[0] != labels["ignore"] if "ignore" in labels else True
     return {
         name: compute_metrics(
@@ -145,12 +145,12 @@ def classes_of(labels: Mapping[str, int | Sequence[int]]) -> dict[str, int | tup
     }
 
 
-def _require_values(file: Path, label: np.ndarray, known: Collection[int]) -> None:
-    if unknown := {*np.unique(label).tolist()} - {*known}:
+def _require_values(file: Path, label: np.ndarray, known: np.ndarray) -> None:
+    if unknown := np.setdiff1d(label, known).tolist():
         raise UserError(
             file,
-            f"the label values {', '.join(f'{value:g}' for value in sorted(unknown))}",
-            f"only {', '.join(map(str, sorted(known)))}, as in dataset.json",
+            f"the label values {', '.join(f'{value:g}' for value in unknown)}",
+            f"only {', '.join(map(str, np.unique(known).tolist()))}, as in dataset.json",
             "Convert the labels to those of the dataset.",
         )
 
