@@ -59,16 +59,20 @@ def test_mean_teacher_compares_with_probabilities_of_noisy_images(groups):
     torch.testing.assert_close(term, ((logits.softmax(1) - expected) ** 2).mean())
 
 
-@pytest.mark.parametrize(("dataset", "configuration"), [(FLAIR, "2d"), (REGIONS_T1, "3d_fullres")])
-def test_uamt_leaves_out_what_its_teacher_is_uncertain_about(dataset, configuration):
+@pytest.mark.parametrize(
+    ("dataset", "configuration", "warmup"), [(FLAIR, "2d", 0), (REGIONS_T1, "3d_fullres", 0), (FLAIR, "2d", 5)]
+)
+def test_uamt_leaves_out_what_its_teacher_is_uncertain_about(dataset, configuration, warmup):
     """By the formula: entropy of the mean of the passes below 3/4 … 1 of ln K, or of ln 2 for each region."""
-    trainer = with_something_seen(initialized(dataset, configuration, nnUNetTrainerUAMT, num_epochs=10))
+    settings = {"num_epochs": 10 + warmup, "warmup_fraction": warmup / (10 + warmup)}
+    trainer = with_something_seen(initialized(dataset, configuration, nnUNetTrainerUAMT, **settings))
     (batch,) = draw_batches(trainer, 1)
     (draw,) = trainer.unlabeled_draws(batch)
     ((name, teacher),) = trainer.teachers.items()
     change(teacher.network, 0.02)
     shares = []
-    for trainer.current_epoch in (0, 10):
+    for progress in (0.0, 0.5, 1.0):  # after the warm-up
+        trainer.current_epoch = warmup + round(10 * progress)
         torch.manual_seed(1)
         prediction, certain = trainer.views_and_targets(draw, {})[1][name]
         torch.manual_seed(1)
@@ -84,7 +88,7 @@ def test_uamt_leaves_out_what_its_teacher_is_uncertain_about(dataset, configurat
             share = -(p * p.log() + (1 - p) * (1 - p).log()) / np.log(2)
         else:
             share = -(p * p.log()).sum(1, keepdim=True) / np.log(p.shape[1])
-        threshold = 0.75 + 0.25 * np.exp(-5 * (1 - trainer.current_epoch / 10) ** 2)
+        threshold = 0.75 + 0.25 * np.exp(-5 * (1 - progress) ** 2)
         clear = (share - threshold).abs() > 1e-4
         torch.testing.assert_close(prediction, passes[0])
         assert torch.equal(certain[clear], (share < threshold)[clear])
@@ -95,8 +99,7 @@ def test_uamt_leaves_out_what_its_teacher_is_uncertain_about(dataset, configurat
         term = trainer.unsupervised_terms([{name: z}], {name: (prediction, certain)})["mse"]
         torch.testing.assert_close(term, squares.mean())
         shares.append(certain.float().mean())
-    assert shares[0] < shares[1]
-    assert shares[0] > 0
+    assert 0 < shares[0] < shares[1] < shares[2]
 
 
 @pytest.mark.parametrize(
@@ -334,6 +337,14 @@ def test_regions_are_those_of_the_case_and_not_of_the_patch(groups):
                 where = np.array([2 + z, y, 3 + x]) + 0.5
                 cell = np.floor(where / image.shape[1:] * 4).astype(int)
                 assert parts[0, cell @ [16, 4, 1], 1 + z, 1 + y, 1 + x] == 1
+
+
+def test_a_position_rounded_to_the_end_of_a_case_is_in_the_last_region(groups):
+    trainer = initialized(FLAIR, "2d", nnUNetTrainerSECLRegion, feature_stage=0)
+    image = torch.zeros(1, 1, 8, 8)
+    _, parts = trainer.features_and_parts(trainer.teachers["FLAIR"], image, torch.ones(1, 3, 8, 8))
+    assert (parts.argmax(1) == 4**3 - 1).all()
+    assert (parts.sum(1) == 1).all()
 
 
 def test_positions_are_augmented_with_the_image(groups):
