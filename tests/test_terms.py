@@ -419,8 +419,13 @@ def test_secl_works_with_residual_encoders_and_at_any_stage(method, configuratio
     assert student.stage == min(feature_stage, len(t.network.encoder.stages) - 1)
     (batch,) = draw_batches(trainer, 1)
     image = trainer.unlabeled_draws(batch)[0].images["FLAIR"]
+    first, last = (m for m in student.head if list(m.parameters()))
     with torch.no_grad():
-        torch.testing.assert_close(student(image), student.head(t.network.encoder(image)[student.stage]))
+        features = t.network.encoder(image)[student.stage].movedim(1, -1)  # two layers, voxel by voxel
+        hidden = features @ first.weight.flatten(1).T + first.bias
+        projected = torch.where(hidden > 0, hidden, 0.01 * hidden) @ last.weight.flatten(1).T + last.bias
+        torch.testing.assert_close(student(image), projected.movedim(-1, 1))
+        assert projected.shape[-1] == trainer.projection_dimension
     assert_step_equals_reference(trainer, batch)
 
 
