@@ -8,6 +8,7 @@ from conftest import LABELS, REGIONS, draw_batches, final_checkpoint, initialize
 from nnunetv2_semicml.trainers.nnUNetTrainerBCP import nnUNetTrainerBCP
 from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalCPS import nnUNetTrainerCrossModalCPS
+from nnunetv2_semicml.trainers.nnUNetTrainerFixMatch import nnUNetTrainerFixMatch
 from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunetv2_semicml.training.class_volumes import ClassVolumes
 from nnunetv2_semicml.training.plot_terms import plot_terms
@@ -60,6 +61,18 @@ def test_shares_of_an_epoch_are_those_of_its_patches(method, dataset, configurat
         assert found["labeled"] == pytest.approx(labeled[name], rel=1e-4)
         assert any(found["pseudo"])
         assert any(found["labeled"])
+
+
+def test_shares_of_sure_voxels_are_of_all_voxels():
+    trainer = with_something_seen(initialized(FLAIR, "2d", nnUNetTrainerFixMatch, sure_from=0.6))
+    (batch,) = draw_batches(trainer, 1)
+    (draw,) = trainer.unlabeled_draws(batch)
+    with torch.no_grad():
+        p = trainer.trainers[0].network(draw.images["FLAIR"])[0].softmax(1)
+    sure = [(p[:, c] >= 0.6).float().mean().item() for c in (1, 2)]
+    assert 0 < sum(sure) < (p.argmax(1) > 0).float().mean()
+    trainer.views_and_targets(draw, {})
+    assert trainer.volumes.take("pseudo_volume/FLAIR", 2) == pytest.approx(sure)
 
 
 def test_vanishing_class_is_named_once(monkeypatch, capsys):

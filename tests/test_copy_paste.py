@@ -212,6 +212,19 @@ def test_labeled_patches_are_mixed_among_themselves_in_the_warm_up(dataset, conf
 
 
 @each_setting
+def test_labeled_patches_are_mixed_without_deep_supervision_too(dataset, configuration):
+    trainer = initialized(dataset, configuration, nnUNetTrainerBCP, num_epochs=8, enable_deep_supervision=False)
+    (t,) = trainer.trainers
+    batch = with_no_two_voxels_alike(draw_batches(trainer, 1)[0])
+    image, target = labeled_of(batch)[t.name]
+    mixed = trainer.labeled_views(trainer.labeled_patches(batch), [])[t.name]
+    box = (mixed.image != image).any(1).any(0)
+    assert 0 < box.float().mean() < 1
+    partner = [i - 1 for i in range(len(image))]
+    assert torch.equal(mixed.target, torch.where(box, target[partner], target))
+
+
+@each_setting
 def test_largest_component_of_every_class_is_kept(dataset, configuration):
     trainer = initialized(dataset, configuration, nnUNetTrainerBCP)
     (name,) = (t.name for t in trainer.trainers)

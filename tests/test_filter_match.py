@@ -66,7 +66,9 @@ def test_turns_are_those_that_were_published():
         assert {k for k, _ in drawn} == {1, 2, 3}
         axes = {tuple(a) for _, a in drawn}
         assert axes == ({(), (-1,), (-2,), (-1, -2)} if mirrored else {()})
-        assert {k for k, _ in (trainer.draw_turn((8, 9)) for _ in range(20))} == {2}  # the batch has one size
+        for patch in ((8, 9), (9, 9, 8)):  # the batch has one size
+            assert {k for k, _ in (trainer.draw_turn(patch) for _ in range(20))} == {2}
+        assert {k for k, _ in (trainer.draw_turn((9, 8, 8)) for _ in range(200))} == {1, 2, 3}
     (batch,) = draw_batches(trainer, 1)
     labeled = trainer.labeled_patches(batch)
     trainer.current_epoch = 1
@@ -123,6 +125,14 @@ def test_surest_cases_are_left_out_of_the_stream(monkeypatch, capsys):
     assert drawn[2] == {"FLAIR": {names[0], names[2]}, "T1": set(names[2:])}
     assert "FLAIR: patches of 3 of 4 unlabeled cases are drawn from now on" in capsys.readouterr().out
     assert final_checkpoint(trainer)["method"]["kept"] == {"FLAIR": [names[0], names[2]], "T1": names[2:]}
+
+
+def test_a_case_at_the_percentile_is_kept(monkeypatch):
+    trainer = initialized(LABELS, "2d", nnUNetTrainerFilterMatch, filtered_share=1 / 3)
+    names = list(trainer.kept["FLAIR"])
+    monkeypatch.setattr(trainer, "entropies", lambda t, cases: [3.0, 1.0, 4.0, 2.0])
+    trainer._filter_cases(trainer.trainers[0])  # a third of the way from the lowest to the highest is the second one
+    assert trainer.kept["FLAIR"] == [names[0], names[2], names[3]]
 
 
 def test_one_case_may_be_left(monkeypatch):

@@ -128,7 +128,7 @@ def test_channels_of_features_are_dropped_at_every_resolution(dataset, configura
     views, _ = trainer.views_and_targets(draw, {})
     seen = []
     t.network.decoder.register_forward_pre_hook(lambda _, inputs: seen.append([skip.clone() for skip in inputs[0]]))
-    shares = []
+    shares, of_cases = [], []
     for _ in range(10):
         seen.clear()
         unlabeled_outputs(trainer, views)
@@ -141,6 +141,8 @@ def test_channels_of_features_are_dropped_at_every_resolution(dataset, configura
             kept = (skip == 2 * whole).flatten(2).all(2)  # dropout keeps the mean
             assert (gone | kept).all()
             shares.append(gone.float().mean())
+            of_cases.append(gone.float().mean(1))
+    assert ((torch.cat(of_cases) > 0) & (torch.cat(of_cases) < 1)).float().mean() > 0.5  # not cases as a whole
     assert 0.4 < torch.stack(shares).mean() < 0.6
 
 
