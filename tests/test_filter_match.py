@@ -127,6 +127,16 @@ def test_surest_cases_are_left_out_of_the_stream(monkeypatch, capsys):
     assert final_checkpoint(trainer)["method"]["kept"] == {"FLAIR": [names[0], names[2]], "T1": names[2:]}
 
 
+def test_cases_are_left_out_after_every_third_of_the_schedule(monkeypatch):
+    trainer = initialized(FLAIR, "2d", nnUNetTrainerFilterMatch, num_epochs=12)
+    done = []
+    monkeypatch.setattr(trainer, "_filter_cases", lambda t: done.append((trainer.current_epoch, t.name)))
+    monkeypatch.setattr(trainer, "restart_training_stream", lambda: None)
+    for trainer.current_epoch in range(12):
+        trainer.on_epoch_start()
+    assert done == [(4, "FLAIR"), (8, "FLAIR")]
+
+
 def test_a_case_at_the_percentile_is_kept(monkeypatch):
     trainer = initialized(LABELS, "2d", nnUNetTrainerFilterMatch, filtered_share=1 / 3)
     names = list(trainer.kept["FLAIR"])
