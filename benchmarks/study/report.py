@@ -125,7 +125,7 @@ def about(name: str, protocol: Protocol, purpose: str) -> list[str]:
         "",
         f"{len(runs)} of {len(tasks_of(name, purpose))} trainings, {hours:.1f} core-hours of x86_64 CPUs without GPU; "
         f"draws, which are the seeds: {', '.join(map(str, sorted(set(runs['draw']))))}; "
-        f"{runs['date'].min()} to {runs['date'].max()}; "
+        f"{' to '.join(sorted({runs['date'].min(), runs['date'].max()}))}; "
         f"commits {', '.join(dict.fromkeys(runs['commit'].astype(str)))}.",
     ]
 
