@@ -218,7 +218,8 @@ def tasks_of(name: str, purpose: str) -> list[Task]:
     """What to run, draw by draw, the bounds first."""
     protocol = PROTOCOLS[name]
     few, *more = protocol.labeled
-    methods = METHODS[name] if purpose == "test" else VARIANTS
+    variants = VARIANTS if len(protocol.modalities) > 1 else {}  # they are of methods for several
+    methods = METHODS[name] if purpose == "test" else variants
     rows = [(0, UPPER, ["Supervised"]), (few, LOWER, ["Supervised"])]
     rows += [(few, method, trainers) for method, trainers in methods.items()]
     if purpose == "test":
