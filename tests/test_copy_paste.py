@@ -52,6 +52,7 @@ def test_boxes_of_shares_have_them(patch_size):
         sides = np.array(extent(box[None])[1]) / patch_size
         ratios.append(sides.max() / sides.min())
     assert 3 < max(ratios) < 6  # 1 / 0.3, and rounding
+    assert min(ratios) < 1.2
     assert not draw_boxes_of_shares(9, patch_size, torch.device("cpu"), 0.0, (0.02, 0.4)).any()
 
 
