@@ -51,7 +51,7 @@ class nnUNetTrainerSemiSupervised(Conductor):
             that the log can say what they show.
         dice_smooth: of the Dice loss of pseudo-labels, in voxels, see `soft_dice_loss`. nnU-Net's own loss has 1e-5,
             BCP's 1e-10; with 1, pseudo-labels without any foreground teach that there is none, and BCP was better by
-            0.05 and 0.10, others alike (one draw of validation patients, benchmarks/study/lgg.md).
+            0.05 and 0.10, others by 0.02 at most (one draw of validation patients, benchmarks/study/lgg.md).
         vanishing_share: of the labeled volume of a class, below which the log says that the class has all but vanished
             from the pseudo-labels.
         teachers: of every network, by name, from `initialize` on; empty if there are none.
