@@ -53,6 +53,9 @@ def hold_lock(folder: Path, task: str, shared: bool = False, wait: bool = False)
             continue  # its last holder has just removed it
         except (OSError, ThreadError):
             return
+        finally:
+            if file not in _held and lock.lockfile is not None:
+                lock.lockfile.close()  # now: whenever it is closed, a lock that the process has got meanwhile is lost
         if not acquired:
             raise UserError(
                 folder,
