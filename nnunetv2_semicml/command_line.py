@@ -337,7 +337,7 @@ def _add_networks(parser: argparse.ArgumentParser, folds: str) -> None:
     add = parser.add_argument
     add("-d", type=number_or_name, required=True, metavar="ID", help="id or name of the dataset that was trained on")
     add("-c", required=True, metavar="CONFIGURATION", help="e.g. 2d, 3d_fullres")
-    add("-tr", required=True, metavar="TRAINER", help="whose networks predict, e.g. nnUNetTrainerSemiCML")
+    add("-tr", required=True, metavar="TRAINER", help="whose networks predict, e.g. nnUNetTrainerSemiCMLPlus")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="plans identifier (default: %(default)s)")
     add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help=folds)
     add("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="(default: %(default)s)")
@@ -360,7 +360,7 @@ def rank_parser() -> argparse.ArgumentParser:
         + """
 
 example:
-  nnUNetv2_semicml_rank -d 500 -c 3d_fullres -tr nnUNetTrainerSemiCML --number 5
+  nnUNetv2_semicml_rank -d 500 -c 3d_fullres -tr nnUNetTrainerSemiCMLPlus --number 5
 """,
     )
     add = parser.add_argument
@@ -408,7 +408,7 @@ def expected_dice_parser() -> argparse.ArgumentParser:
         + """
 
 example:
-  nnUNetv2_semicml_expected_dice -d 500 -c 3d_fullres -tr nnUNetTrainerSemiCML -i tonight -o tonight_checked
+  nnUNetv2_semicml_expected_dice -d 500 -c 3d_fullres -tr nnUNetTrainerSemiCMLPlus -i tonight -o tonight_checked
 """,
     )
     add = parser.add_argument

@@ -156,7 +156,7 @@ def test_planning_is_that_of_the_function(channels_group, tmp_path):
     rows = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert "MR Dataset551_Channels_MR _0000 FLAIR, _0001 T2 6 4" in rows
     assert "2d 24 × 24 3.6 × 3.6 5" in rows
-    assert rows[-1] == "Next, e.g.: nnUNetv2_train 550 2d 0 -tr nnUNetTrainerSemiCML"
+    assert rows[-1] == "Next, e.g.: nnUNetv2_train 550 2d 0 -tr nnUNetTrainerSemiCMLPlus"
     assert sorted((raw / channels_group.dataset_name).rglob("*")) == before
     assert not list(raw.glob("Dataset55[12]*"))
     for modality in channels_group.modalities:
