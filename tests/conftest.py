@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.noise import gaussian_blur
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -35,6 +36,12 @@ LACKING_PATTERNS = {
     "tr_001": [0, 1],
     **{"un_000": [2], "un_001": [2], "un_002": [1], "un_003": [0], "un_004": [0, 2]},
 }
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_chosen_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock nnU-Net blurs by convolution, as if Fourier transforms, which round differently, were never faster."""
+    monkeypatch.setattr(gaussian_blur, "time", lambda: 0.0)
 
 
 # without fixtures of their own that take long: they need not stay on one process of pytest-xdist

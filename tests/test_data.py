@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import blosc2
@@ -10,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.noise import gaussian_blur
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from conftest import (
     CHANNELS,
@@ -299,26 +301,61 @@ def test_batch_shapes(groups, dataset, configuration, channels, targets):
         assert image.shape == (batch_size, channels[modality], *patch)
         assert target[0].shape == (batch_size, targets, *patch)
         assert unlabeled_of(batch, modality).shape == (3, channels[modality], *patch)
+    assert all(patches["positions"] is None for draws in batch.values() for patches in draws)
 
 
-def test_labeled_patches_are_those_of_the_stock_trainer(groups):
-    """Under one seed the loader of a modality draws what nnU-Net's own does, image and targets, for two channels."""
-    trainer = make_trainer(CHANNELS, "3d_fullres")
-    trainer.initialize()
-    for loader, modality in zip(loaders(trainer)["labeled"], trainer.group.modalities, strict=True):
-        plans, dataset_json = load_plans(modality.dataset_name)
+@pytest.mark.parametrize("patch_size", [None, [6, 32, 32]])  # the latter is augmented slice by slice
+@pytest.mark.parametrize("dataset", [CHANNELS, REGIONS])
+def test_labeled_patches_are_those_of_the_stock_trainer(groups, dataset, patch_size):
+    """Under one seed a modality's loaders draw what nnU-Net's own do, image and targets, to train and to validate."""
+    trainer = initialized(dataset, "3d_fullres")
+    for t in trainer.trainers if patch_size else ():
+        t.configuration_manager.configuration["patch_size"] = patch_size
+    for loader, t in zip(loaders(trainer)["labeled"], trainer.trainers, strict=True):
+        plans, dataset_json = load_plans(t.modality.dataset_name)
         stock = nnUNetTrainer(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
         stock.initialize()
-        stock_loader = stock.get_dataloaders()[0].data_loader
-        drawn = []
-        for own in (loader, stock_loader):
-            np.random.seed(5)
-            torch.manual_seed(5)
-            drawn.append(own.generate_train_batch())
-        ours, expected = drawn
-        assert ours["cases"] == list(expected["keys"])
-        assert torch.equal(ours["images"][modality.name], expected["data"])
-        assert all(map(torch.equal, ours["targets"][modality.name], expected["target"]))
+        if patch_size:
+            stock.configuration_manager.configuration["patch_size"] = patch_size
+        validation = make_loader([t], stock.do_split()[1], stock.batch_size, labeled=True, augment=False)
+        for ours, theirs in zip((loader, validation), stock.get_dataloaders(), strict=True):
+            drawn = []
+            for own in (ours, theirs.data_loader):
+                np.random.seed(5)
+                torch.manual_seed(5)
+                drawn.append(own.generate_train_batch())
+            found, expected = drawn
+            assert found["cases"] == list(expected["keys"])
+            assert torch.equal(found["images"][t.name], expected["data"])
+            assert len(found["targets"][t.name]) == len(expected["target"])
+            assert all(map(torch.equal, found["targets"][t.name], expected["target"]))
+
+
+def clock(slow):
+    """Times at which one of two algorithms (0 or 1) has taken a second, both of which are tried nine times in turn."""
+    now = 0
+    for call in count():
+        yield now
+        now += call % 2 == 0 and call // 2 % 18 // 9 == slow
+
+
+def test_patches_do_not_depend_on_the_clock(groups, monkeypatch):
+    """nnU-Net blurs by the faster one of two algorithms, which round differently."""
+    drawn = []
+    for slow in (0, 1):
+        monkeypatch.setattr(gaussian_blur, "time", clock(slow).__next__)
+        plans, dataset_json = load_plans("Dataset501_Labels_FLAIR")
+        stock = nnUNetTrainer(plans, "2d", 0, dataset_json, torch.device("cpu"))
+        stock.initialize()
+        patches = []
+        for loader in (loaders(initialized(LABELS, "2d"))["unlabeled"][0], stock.get_dataloaders()[0].data_loader):
+            np.random.seed(0)
+            torch.manual_seed(0)
+            patches.append([loader.generate_train_batch() for _ in range(4)])
+        drawn.append(patches)
+    (ours, theirs), (ours_again, theirs_again) = drawn
+    assert_identical(ours, ours_again)
+    assert any(not torch.equal(a["data"], b["data"]) for a, b in zip(theirs, theirs_again, strict=True))
 
 
 def test_unlabeled_patches_of_modalities_show_the_same_places(groups):

@@ -105,3 +105,12 @@ def test_case_without_any_contrast_is_drawn_all_the_same(groups, monkeypatch):
     monkeypatch.setattr(PairedDataLoader, "_is_empty", lambda self, patch: True)
     (batch,) = draw_batches(trainer, 1)
     assert len(unlabeled_of(batch, "T1")) == 4
+
+
+def test_labeled_patches_are_drawn_once_as_by_nnunet(groups, monkeypatch):
+    trainer = initialized(LABELS, "2d")
+    monkeypatch.setattr(PairedDataLoader, "_is_empty", lambda self, patch: True)
+    loader = make_loader(trainer.trainers, trainer.group.labeled, 4, labeled=True, augment=False)
+    drawn, original = [], loader._cut_out
+    loader._cut_out = lambda *place: drawn.append(place) or original(*place)
+    assert loader.generate_train_batch()["cases"] == [case for case, _ in drawn]

@@ -148,7 +148,7 @@ class PairedDataset:
         transpose_forward: Sequence[int],
         target_spacing: Sequence[float],
         labeled: bool,
-        positions: bool = False,
+        positions: bool,
     ):
         self.datasets = datasets
         self.identifiers = sorted(identifiers)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform, SegOnlyTransform
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
@@ -53,7 +54,9 @@ class PairedTransform(BasicTransform):
 
     Each modality has its own stock pipeline. Geometric transforms are drawn once and move all modalities together;
     intensities, masks and targets are handled by each modality's own pipeline on its own channels, so that the
-    assumptions of those transforms hold (the mask and the regions are read from segmentation channel 0).
+    assumptions of those transforms hold (the mask and the regions are read from segmentation channel 0). Blur is by
+    convolution, as nnU-Net has it unless a measurement of time says that Fourier transforms are faster, which round
+    differently: patches would depend on what else a machine is doing, and a training could not be repeated.
 
     Args:
         pipelines: one pipeline per modality; they differ in nothing but their masking.
@@ -65,6 +68,9 @@ class PairedTransform(BasicTransform):
 
     def __init__(self, pipelines: Sequence[ComposeTransforms], channels: Sequence[int]):
         super().__init__()
+        for transform in (_inner(t) for p in pipelines for t in p.transforms):
+            if isinstance(transform, GaussianBlurTransform):
+                transform.benchmark = False
         runs = [[(key, list(run)) for key, run in groupby(p.transforms, _is_geometric)] for p in pipelines]
         # stages: (geometric?, the transforms of each modality)
         self.stages = [(same[0][0], [transforms for _, transforms in same]) for same in zip(*runs, strict=True)]
@@ -213,8 +219,12 @@ def _thread_pools() -> ThreadpoolController:
     return ThreadpoolController()
 
 
+def _inner(transform: BasicTransform) -> BasicTransform:
+    return transform.transform if isinstance(transform, RandomTransform) else transform
+
+
 def _is_geometric(transform: BasicTransform) -> bool:
-    inner = transform.transform if isinstance(transform, RandomTransform) else transform
+    inner = _inner(transform)
     if not isinstance(inner, _GEOMETRIC + _VOXELWISE):
         raise NotImplementedError(
             f"{type(inner).__name__} cannot be used with paired modalities, since nobody said whether it moves voxels."
