@@ -140,7 +140,7 @@ def test_agreement_is_that_of_the_segmentations_with_each_other(tmp_path, report
     torch.save({"logging": logged}, state / "checkpoint_final.pth")
     monkeypatch.setattr("sys.argv", ["agreement.py", "lgg", "validation", "--work", str(tmp_path)])
     agreement.main()
-    row = cells((tmp_path / "lgg_agreement.md").read_text(), "Semi-CML", "#")
+    row = cells((tmp_path / "lgg_validation_agreement.md").read_text(), "Semi-CML", "#")
     assert row["agreement"] == "0.833"  # the mean of 2 · 2 / (4 + 2) and 1
     assert [row["voxels by FLAIR"], row["voxels by T1post"], row["of the reference"]] == ["3", "2", "3"]
     assert row[agreement.THIRDS] == "0.500, 0.300, 0.100"

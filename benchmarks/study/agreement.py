@@ -2,9 +2,9 @@
 
     python benchmarks/study/agreement.py ombria validation --work SCRATCH
 
-Writes <protocol>_agreement.md: of every method on the first draw with the fewest labels, EMA weights, the mean Dice of
-the modalities' segmentations with each other, their mean numbers of voxels and those of the references, and the mean
-squared difference of the modalities' predictions of unlabeled patches, where the method logs it.
+Writes <protocol>_<purpose>_agreement.md: of every method on the first draw with the fewest labels, EMA weights, the mean
+Dice of the modalities' segmentations with each other, their mean numbers of voxels and those of the references, and the
+mean squared difference of the modalities' predictions of unlabeled patches, where the method logs it.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main() -> None:
         thirds = ", ".join(f"{log[len(log) * third // 3 - 1]:.3f}" for third in (1, 2, 3)) if log else ""
         cells = [task.method, f"{np.mean(agreement):.3f}", *(f"{n:.0f}" for n in np.mean(voxels, 0)), thirds]
         lines.append(f"| {' | '.join(cells)} |")
-    (HERE / f"{args.protocol}_agreement.md").write_text("\n".join([*lines, ""]))
+    (HERE / f"{args.protocol}_{args.purpose}_agreement.md").write_text("\n".join([*lines, ""]))
 
 
 if __name__ == "__main__":
