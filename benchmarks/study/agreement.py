@@ -2,9 +2,9 @@
 
     python benchmarks/study/agreement.py ombria validation --work SCRATCH
 
-Writes <protocol>_<purpose>_agreement.md: of every method on the first draw with the fewest labels, EMA weights, the mean
-Dice of the modalities' segmentations with each other, their mean numbers of voxels and those of the references, and the
-mean squared difference of the modalities' predictions of unlabeled patches, where the method logs it.
+Writes <protocol>_<purpose>_agreement.md: of every method on the first draw with the fewest labels, EMA weights, the
+mean Dice of the modalities' segmentations with each other, their mean numbers of voxels and those of the references,
+and the mean squared difference of the modalities' predictions of unlabeled patches, where the method logs it.
 """
 
 import argparse
