@@ -36,7 +36,7 @@ from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.evaluation import jobs, leaderboard
 from nnunetv2_semicml.evaluation.figures import Volumes, draw_case
 from nnunetv2_semicml.evaluation.jobs import Job, Train, run_jobs, run_program
-from nnunetv2_semicml.evaluation.leaderboard_page import Training, plot_trainings
+from nnunetv2_semicml.evaluation.leaderboard_page import Training, plot_distributions, plot_trainings
 
 TEST_CASES = [f"P{i}" for i in range(4)]
 CHANNELS = ["FLAIR", "T1"]
@@ -1397,3 +1397,25 @@ def test_a_killed_program_whose_workers_live_on_is_not_waited_for(tmp_path):
     assert error.value.returncode == -9
     assert time.monotonic() - start < 30
     assert error.value.output == "".join(shown) == "begun\n"
+
+
+@pytest.mark.parametrize(
+    ("distances", "ticks"),
+    [
+        ([55, 60, 69], [0, 2, 5, 10, 20, 50]),
+        ([3, 12, 150], [0, 2, 5, 10, 20, 50, 100]),
+        ([2.1, 3, 4.4], [0, 1, 2, 3, 4]),
+        ([0, 0, 0], [0, 0.2, 0.4, 0.6, 0.8, 1]),
+    ],
+)
+def test_distances_can_be_read_off_their_axis(distances, ticks):
+    """Those of both modalities, which share it, and no patient is at its end."""
+    table = pd.DataFrame({"method": "A", "modality": ["T1", "T1", "T2"], "dice": 0.5, "hd95": distances})
+    figure = Figure()
+    plot_distributions(figure, table, ["A"])
+    figure.canvas.draw()
+    axis = figure.axes[2]
+    low, high = axis.get_ylim()
+    assert low == 0
+    assert high > max(distances)
+    assert [float(t.get_text()) for t in axis.get_yticklabels() if t.get_position()[1] <= high] == ticks

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from nnunetv2_semicml.evaluation.figures import (
     COLORS,
@@ -38,6 +38,8 @@ from nnunetv2_semicml.evaluation.statistics import (
 )
 
 PLOTTED = ("dice", "hd95")  # overlap and distance; the tables have all metrics
+# the axis of a distance: linear up to here, and what is written at it beyond
+MM_LINEAR, MM_TICKS = 10, (0, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 LOGGED = {"mean_fg_dice": "pseudo Dice of validation patches", "train_losses": "training loss on labels"}
 DEFINITIONS = (
     "Every number is per patient, in 3D. Dice, PPV and sensitivity count voxels. ASD is the average symmetric surface "
@@ -307,10 +309,13 @@ def _scale_axis(axis: Axes, metric: str) -> None:
     if METRICS[metric].higher_is_better:
         axis.set_ylim(-0.02, 1.02)
     else:
-        # missed patients are at the diagonal of the image, far from all others
-        axis.set_yscale("symlog", linthresh=10)
-        axis.set_ylim(bottom=0)
-        axis.yaxis.set_major_formatter("{x:g}")
+        alike: list[Axes] = axis.get_shared_y_axes().get_siblings(axis)
+        top = 1.1 * max(0.0, *(a.dataLim.y1 for a in alike))
+        if top > MM_LINEAR:  # missed patients are at the diagonal of the image, far from all others
+            axis.set_yscale("symlog", linthresh=MM_LINEAR)
+            axis.yaxis.set_major_locator(FixedLocator(MM_TICKS))
+            axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_ylim(0, top or 1)
 
 
 def plot_differences(figure: Figure, differences: pd.DataFrame, methods: Sequence[str]) -> None:
