@@ -137,10 +137,15 @@ def test_agreement_is_that_of_the_segmentations_with_each_other(tmp_path, report
     state = run.model_of(protocols.PROTOCOLS["lgg"], task, None) / "fold_all"
     state.mkdir(parents=True)
     logged = {"unsupervised/mse": [0.6, 0.5, 0.4, 0.3, 0.2, 0.1]}
-    torch.save({"logging": logged}, state / "checkpoint_final.pth")
     monkeypatch.setattr("sys.argv", ["agreement.py", "lgg", "validation", "--work", str(tmp_path)])
-    agreement.main()
-    row = cells((tmp_path / "lgg_validation_agreement.md").read_text(), "Semi-CML", "#")
+    rows = []
+    for compares in (True, False):  # the latter has another mean squared difference, to its teacher
+        made_of = {"settings": {"compares_modalities": compares}}
+        torch.save({"logging": logged, "provenance": made_of}, state / "checkpoint_final.pth")
+        agreement.main()
+        rows.append(cells((tmp_path / "lgg_validation_agreement.md").read_text(), "Semi-CML", "#"))
+    row, other = rows
+    assert other == {**row, agreement.THIRDS: ""}
     assert row["agreement"] == "0.833"  # the mean of 2 · 2 / (4 + 2) and 1
     assert [row["voxels by FLAIR"], row["voxels by T1post"], row["of the reference"]] == ["3", "2", "3"]
     assert row[agreement.THIRDS] == "0.500, 0.300, 0.100"

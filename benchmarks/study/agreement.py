@@ -60,7 +60,9 @@ def main() -> None:
             agreement += [fill_undefined(metrics)["dice"] for metrics in mutual]
             voxels.append([*(metrics["n_pred"] for metrics in own), own[0]["n_ref"]])
         state = fold_folder(model_of(protocol, task, None), "all")
-        log = torch.load(state / "checkpoint_final.pth", weights_only=True, map_location="cpu")["logging"].get(MSE, [])
+        joint = torch.load(state / "checkpoint_final.pth", weights_only=True, map_location="cpu")
+        # Mean Teacher's is the difference to its teacher
+        log = joint["logging"].get(MSE, []) if joint["provenance"]["settings"]["compares_modalities"] else []
         thirds = ", ".join(f"{log[len(log) * third // 3 - 1]:.3f}" for third in (1, 2, 3)) if log else ""
         cells = [task.method, f"{np.mean(agreement):.3f}", *(f"{n:.0f}" for n in np.mean(voxels, 0)), thirds]
         lines.append(f"| {' | '.join(cells)} |")
