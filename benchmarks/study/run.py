@@ -14,8 +14,8 @@ better one, is therefore that of training cases). Networks are small, so that a 
 modality is predicted alone by nnU-Net's predictor without mirroring, once with the weights of the last step and once
 with their exponential moving average.
 
-A training takes 8 (bounds) to 27 minutes (Semi-CML Plus on floods) of a core, see runs.csv: the test cases of gliomas
-about 9 core-hours, of their slices 4, of floods 12, of left atria 3 and of the phantom 1, the last two as estimated;
+A training takes 8 (bounds) to 29 minutes (UniMatch on floods) of a core, see runs.csv: the test cases of gliomas about
+9 core-hours, of their slices 4, of floods 10, of left atria 3 and of the phantom 1, the last three as estimated;
 and what was tried on validation cases 11.
 
 Results are collected beside this script, in <protocol>_<purpose>.csv, and what the runs cost in runs.csv. What stands
