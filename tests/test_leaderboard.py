@@ -22,6 +22,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 import submitit
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from skimage.io import imsave
@@ -34,7 +35,7 @@ from nnunetv2_semicml.data.files import read_json
 from nnunetv2_semicml.data.modality_group import Modality, ModalityGroup
 from nnunetv2_semicml.errors import UserError
 from nnunetv2_semicml.evaluation import jobs, leaderboard
-from nnunetv2_semicml.evaluation.figures import Volumes, draw_case
+from nnunetv2_semicml.evaluation.figures import Volumes, draw_case, themed
 from nnunetv2_semicml.evaluation.jobs import Job, Train, run_jobs, run_program
 from nnunetv2_semicml.evaluation.leaderboard_page import Training, plot_distributions, plot_trainings
 
@@ -1411,11 +1412,19 @@ def test_a_killed_program_whose_workers_live_on_is_not_waited_for(tmp_path):
 def test_distances_can_be_read_off_their_axis(distances, ticks):
     """Those of both modalities, which share it, and no patient is at its end."""
     table = pd.DataFrame({"method": "A", "modality": ["T1", "T1", "T2"], "dice": 0.5, "hd95": distances})
-    figure = Figure()
-    plot_distributions(figure, table, ["A"])
-    figure.canvas.draw()
-    axis = figure.axes[2]
-    low, high = axis.get_ylim()
-    assert low == 0
-    assert high > max(distances)
-    assert [float(t.get_text()) for t in axis.get_yticklabels() if t.get_position()[1] <= high] == ticks
+    sizes: list[float] = []
+
+    def plot(figure: Figure) -> None:
+        plot_distributions(figure, table, ["A"])
+        figure.canvas.draw()
+        axis = figure.axes[2]
+        low, high = axis.get_ylim()
+        assert low == 0
+        assert high > max(distances)
+        assert [float(t.get_text()) for t in axis.get_yticklabels() if t.get_position()[1] <= high] == ticks
+        sizes.append(axis.yaxis.label.get_size())
+
+    with rc_context({"font.size": 25, "axes.labelsize": 30, "ytick.labelsize": 27.5}):  # as where nnU-Net has plotted
+        themed(plot, (9, 6))
+    assert len(sizes) == 2
+    assert max(sizes) < 10

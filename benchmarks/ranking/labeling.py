@@ -158,11 +158,11 @@ def gained(rows: pd.DataFrame, strategy: str, labeled: int) -> str:
 
 def plot(table: pd.DataFrame) -> None:
     """labeling.png: mean Dice after each round."""
-    from matplotlib import rc_context
+    from matplotlib import style
     from matplotlib.figure import Figure
 
     panels = table.groupby(["protocol", "modality"], sort=False)
-    with rc_context({"font.size": 9}):
+    with style.context(["default", {"font.size": 9}]):
         figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, (panel, rows) in zip(axes, panels, strict=True):

@@ -7,7 +7,7 @@ all protocols together, and what was made of them, which is written by hand in f
 from pathlib import Path
 
 import pandas as pd
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.figure import Figure
 from protocols import FINALISTS, LOWER, PROTOCOLS, UPPER, Protocol, tasks_of
 from run import WEIGHTS, read_runs
@@ -161,7 +161,7 @@ def plot_shares(name: str, cases: pd.DataFrame) -> None:
     """<protocol>.png: share of the gap with its interval, EMA weights."""
     rows = share_rows(score(cases[cases["weights"] == "EMA"]))
     modalities = list(dict.fromkeys(rows["modality"]))
-    with rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+    with style.context(["default", {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}]):
         figure = Figure(figsize=(4.5 * len(modalities), 1 + 0.3 * rows["method"].nunique()), layout="constrained")
         for axis, modality in zip(figure.subplots(1, len(modalities), squeeze=False)[0], modalities, strict=True):
             of = rows[rows["modality"] == modality].iloc[::-1]
