@@ -73,9 +73,12 @@ def test_every_task_has_its_trainers_and_a_dataset_and_a_file_of_its_own(protoco
                 all_of, on_all_draws = protocols.VARIANTS, {*protocols.FINALISTS}
                 assert on_all_draws <= {*all_of}
                 all_of = all_of if len(protocol.modalities) > 1 else {}
+            own = {*protocols.OF_ITS_OWN.get(name, ())} if purpose == "validation" else set()
             for draw in protocol.draws:
                 methods = {task.method for task in tasks if task.draw == draw} - {protocols.LOWER, protocols.UPPER}
-                assert methods == ({*all_of} if screened and draw == 0 else on_all_draws & {*all_of})
+                expected = {*all_of} if screened and draw == 0 else on_all_draws & {*all_of}
+                assert methods == (expected | own if draw == 0 else expected)
+    assert any(task.method == "Semi-CML Plus, radar teaches" for task in protocols.tasks_of("ombria", "validation"))
 
 
 @pytest.mark.parametrize("own_tests", [False, True])

@@ -4,7 +4,8 @@ A protocol has a test set, which nothing is chosen by, and training cases. Its p
 
 - "validation": all labels for several lengths, which say what longer training would add, and variants of methods, whose
   defaults are to rest on these; on cases of the training set that no network of the draw has seen. All variants are
-  tried on the first draw of one protocol, and those that did best there on other draws and protocols.
+  tried on the first draw of one protocol, and those that did best there on other draws and protocols. A protocol may
+  have variants of its own, for its first draw.
 - "test": the methods, and again with more labels the bounds and those that did best on validation cases. Draws after
   the first one have the methods of ON_ALL_DRAWS alone, since the whole is to fit 40 core-hours of a CPU.
 """
@@ -190,6 +191,12 @@ FINALISTS = (
     "Semi-CML Plus",
     "Semi-CML Plus, mixtures alone",
 )  # of the variants, by the first draw
+OF_ITS_OWN: Mapping[str, Mapping[str, Sequence[str]]] = {  # protocol -> variants
+    "ombria": {
+        "Semi-CML Plus, radar teaches": ["Plus_radar_teaches"],
+        "Semi-CML Plus, taught both ways": VARIANTS["Semi-CML Plus, taught both ways"],
+    }
+}
 
 
 class Task(NamedTuple):
@@ -219,7 +226,8 @@ def tasks_of(name: str, purpose: str) -> list[Task]:
     protocol = PROTOCOLS[name]
     few, *more = protocol.labeled
     variants = VARIANTS if len(protocol.modalities) > 1 else {}  # they are of methods for several
-    methods = METHODS[name] if purpose == "test" else variants
+    own = OF_ITS_OWN.get(name, {}) if purpose == "validation" else {}
+    methods = METHODS[name] if purpose == "test" else variants | own
     rows = [(0, UPPER, ["Supervised"]), (few, LOWER, ["Supervised"])]
     rows += [(few, method, trainers) for method, trainers in methods.items()]
     if purpose == "test":
@@ -227,7 +235,8 @@ def tasks_of(name: str, purpose: str) -> list[Task]:
     tasks = [Task(name, purpose, draw, n, m, tuple(t), protocol.steps) for draw in protocol.draws for n, m, t in rows]
     everything_on = protocol.draws[0] if purpose == "test" or name == SCREENED_ON else None
     everywhere = (UPPER, LOWER, *(ON_ALL_DRAWS if purpose == "test" else FINALISTS))
-    tasks = [task for task in tasks if task.draw == everything_on or task.method in everywhere]
+    on_first = {task for task in tasks if task.draw == protocol.draws[0] and task.method in own}
+    tasks = [task for task in tasks if task.draw == everything_on or task.method in everywhere or task in on_first]
     if purpose == "validation":
         tasks += [Task(name, purpose, 0, 0, UPPER, ("Supervised",), steps) for steps in protocol.lengths]
     return tasks

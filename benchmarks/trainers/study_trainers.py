@@ -266,6 +266,7 @@ TRAINERS: dict[str, tuple[type[nnUNetTrainerSemiSupervised], str, str | None, di
     "XBCP_unmixed_labels": (nnUNetTrainerCrossModalBCP, "single", None, {"supervised_weight_after_warmup": 1.0}),
     "XBCP_combined": (nnUNetTrainerCrossModalBCP, "single", None, ALL_OF_THESE),
     "HardSemiCML": (HardSemiCML, "single", None, {}),
+    "Plus_radar_teaches": (nnUNetTrainerSemiCMLPlus, "single", None, {"teaching_modality": "S1"}),
     "Plus_both_ways": (PlusBothWays, "single", None, {}),
     "Plus_consistency": (PlusByConsistency, "single", None, {}),
     "XBCP_strong": (StrongMixtures, "single", None, {}),
