@@ -62,6 +62,24 @@ def test_a_named_modality_labels_whatever_was_measured(first_stage):
     assert "The better modality is FLAIR (named by teaching_modality; mean of" in Path(trainer.log_file).read_text()
 
 
+@pytest.mark.parametrize(
+    ("flair", "t1", "better"),
+    [([], [], "FLAIR"), ([0.0], [0.0], "FLAIR"), ([], [0.1], "T1"), ([0.0, 0.3], [0.2], "T1")],
+)
+def test_first_modality_labels_where_none_has_found_anything(results, first_stage, flair, t1, better):
+    """A network that never had a validation Dice counts as 0."""
+    _, averages = networks_and_averages(first_stage)
+    file = results / LABELS / "nnUNetTrainerSemiCML__nnUNetPlans__2d" / "fold_0" / "checkpoint_final.pth"
+    for name, pool in (("FLAIR", flair), ("T1", t1)):
+        first_stage["method"]["teachers"][name]["best_dice"] = pool
+    torch.save(first_stage, file)
+    trainer = make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL, num_epochs=1)
+    trainer.on_train_start()
+    assert trainer.better_modality == better
+    assert_same_weights([trainer.labeler.network.state_dict()], [averages[better]])
+    assert ("first one teaches" in Path(trainer.log_file).read_text()) is not any([*flair, *t1])
+
+
 def test_labeler_is_the_average_also_in_a_continued_training(first_stage):
     networks, averages = networks_and_averages(first_stage)
     trainer = make_trainer(LABELS, "2d", nnUNetTrainerSemiCMLPReL, num_epochs=1)
