@@ -1,5 +1,7 @@
 """Proof 7 of docs/design.md for the terms of every method: what is compared with what. Losses alone: test_losses."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -231,11 +233,53 @@ def test_plus_teaches_weaker_modalities_on_unmixed_patches(dataset, configuratio
     regions = trainer.label_manager.has_regions
     p = [(z.sigmoid() if regions else z.softmax(1)[:, 1:]).detach() for z in outputs[-1].values()]
     expected = copy_paste.unsupervised_terms(outputs[:-1], targets)
-    expected |= {"unmixed ce": ce, "unmixed dice": dice, "asc": area_contrast(p, 0.5)}
+    num_taught = len(names) - bool(better)
+    expected |= {"unmixed ce": ce / num_taught, "unmixed dice": dice / num_taught, "asc": area_contrast(p, 0.5)}
     torch.testing.assert_close(found, expected)
     sum(found[term] for term in ("unmixed ce", "unmixed dice", "asc")).backward()
     assert {name for name, z in outputs[-1].items() if z.grad is None} == ({better} if better else set())
     assert all(z.grad is None for view in outputs[:-1] for z in view.values())
+
+
+ONE_WAY, BOTH_WAYS = {"FLAIR": [], "T1": ["FLAIR"]}, {"FLAIR": ["T1"], "T1": ["FLAIR"]}
+
+
+@pytest.mark.parametrize(
+    ("fold", "options", "dice", "expected"),
+    [
+        (0, {}, {"FLAIR": 0.5, "T1": 0.44}, ONE_WAY),
+        (0, {}, {"FLAIR": 0.5, "T1": 0.46}, BOTH_WAYS),
+        (0, {}, {"FLAIR": 0.46, "T1": 0.5}, BOTH_WAYS),
+        (0, {}, {"FLAIR": 0.0, "T1": 0.0}, BOTH_WAYS),
+        (0, {"teaches_from": 0.8}, {"FLAIR": 0.5, "T1": 0.44}, BOTH_WAYS),
+        (0, {"teaching_modality": "FLAIR"}, {"FLAIR": 0.46, "T1": 0.5}, ONE_WAY),
+        (0, {"teaching_modality": "FLAIR", "taught_both_ways": True}, {"FLAIR": 0.5, "T1": 0.1}, BOTH_WAYS),
+        (0, {"taught_both_ways": False}, {"FLAIR": 0.5, "T1": 0.5}, ONE_WAY),
+        (0, {"taught_both_ways": True}, {"FLAIR": 0.5, "T1": 0.1}, BOTH_WAYS),
+        ("all", {}, {"FLAIR": 0.5, "T1": 0.49}, ONE_WAY),
+        ("all", {"taught_both_ways": True}, {"FLAIR": 0.5, "T1": 0.1}, BOTH_WAYS),
+    ],
+)
+def test_modalities_that_are_about_equally_good_teach_each_other(fold, options, dice, expected):
+    """Measured on validation cases; the log says who learns from whom."""
+    trainer = initialized(LABELS, "2d", nnUNetTrainerSemiCMLPlus, warmup_fraction=0.0, **options)
+    trainer.fold = fold
+    for t in trainer.trainers:
+        t.logger.log("mean_fg_dice", dice[t.name], 0)
+    assert trainer.unmixed_labelers(["FLAIR", "T1"]) == expected
+    assert trainer.unmixed_labelers(["T1"]) == {"T1": []}
+    trainer.on_train_epoch_start()
+    who = {str(ONE_WAY): "T1 from FLAIR", str(BOTH_WAYS): "FLAIR from T1, T1 from FLAIR"}[str(expected)]
+    lines = Path(trainer.log_file).read_text().splitlines()
+    assert lines[-1].rstrip().endswith(f" on unmixed patches learns {who}")
+
+
+def test_of_three_modalities_those_near_the_best_teach_the_others():
+    trainer = initialized(REGIONS, "3d_fullres", nnUNetTrainerSemiCMLPlus)
+    a, b, c = (t.name for t in trainer.trainers)
+    for t, dice in zip(trainer.trainers, (0.3, 0.5, 0.47), strict=True):
+        t.logger.log("mean_fg_dice", dice, 0)
+    assert trainer.unmixed_labelers([a, b, c]) == {a: [b, c], b: [c], c: [b]}
 
 
 def test_plus_whose_networks_label_for_themselves_is_copy_paste():

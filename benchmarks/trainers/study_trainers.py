@@ -156,16 +156,6 @@ class ContrastedMixtures(WithAreaContrast, nnUNetTrainerCrossModalBCP):
         return {**super().unsupervised_terms(outputs, targets), "asc": self.area_contrast(mixtures)}
 
 
-class PlusBothWays(nnUNetTrainerSemiCMLPlus):
-    """On unmixed patches every network is taught by the others."""
-
-    unmixed_pseudo_label_weight = 0.25
-
-    def unmixed_labelers(self, modalities: Sequence[str]) -> dict[str, list[str]]:
-        """All others."""
-        return {name: [other for other in modalities if other != name] for name in modalities}
-
-
 class PlusByConsistency(nnUNetTrainerSemiCMLPlus):
     """On unmixed patches networks have the terms of Semi-CML, after the warm-up and without a ramp.
 
@@ -267,7 +257,7 @@ TRAINERS: dict[str, tuple[type[nnUNetTrainerSemiSupervised], str, str | None, di
     "XBCP_combined": (nnUNetTrainerCrossModalBCP, "single", None, ALL_OF_THESE),
     "HardSemiCML": (HardSemiCML, "single", None, {}),
     "Plus_radar_teaches": (nnUNetTrainerSemiCMLPlus, "single", None, {"teaching_modality": "S1"}),
-    "Plus_both_ways": (PlusBothWays, "single", None, {}),
+    "Plus_both_ways": (nnUNetTrainerSemiCMLPlus, "single", None, {"taught_both_ways": True}),
     "Plus_consistency": (PlusByConsistency, "single", None, {}),
     "XBCP_strong": (StrongMixtures, "single", None, {}),
     "XBCP_sure": (SureMixtures, "single", None, {}),
