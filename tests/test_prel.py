@@ -110,6 +110,18 @@ def test_networks_and_teacher_are_those_of_semicml(first_stage):
     assert not any(t.optimizer.state for t in trainer.trainers)
 
 
+def test_networks_are_of_the_kind_of_the_first_stage_unless_another_one_is_named(first_stage):
+    for trainer_class, kind, named in (
+        (nnUNetTrainerSemiCMLPReLWithDropout, nnUNetTrainerWithDropout, {}),
+        (nnUNetTrainerSemiCMLPReL, nnUNetTrainerWithDropout, {"network_trainer": nnUNetTrainerWithDropout}),
+        (nnUNetTrainerSemiCMLPReL, nnUNetTrainer, {}),
+    ):
+        trainer = initialized(LABELS, "2d", trainer_class, **named)
+        assert trainer.network_trainer is kind
+        has_dropout = [any(isinstance(m, torch.nn.Dropout2d) for m in t.network.modules()) for t in trainer.trainers]
+        assert has_dropout == 2 * [kind is nnUNetTrainerWithDropout]
+
+
 def test_checkpoints_tell_which_first_stage_it_was(first_stage):
     """By a digest that changes when the first stage is trained again; that of the continued run stays as it began."""
     file = first_stage / LABELS / FIRST_STAGE.format("2d")
