@@ -563,6 +563,10 @@ def test_missing_first_stage_is_named_with_the_command_to_run(labels_group, resu
     )
     assert refusal(make_trainer, LABELS, "2d", nnUNetTrainerSemiCMLPReL) == sentence.format(file, "no such file", "")
     assert not list(results.iterdir())
+    own = Path(str(file.parent).replace("nnUNetTrainerSemiCML__", "nnUNetTrainerSemiCMLPReL__"))
+    own.mkdir(parents=True)
+    (own / "training_log.txt").touch()  # of a training that has no checkpoint to continue from
+    assert refusal(make_trainer, LABELS, "2d", nnUNetTrainerSemiCMLPReL) == sentence.format(file, "no such file", "")
     file.parent.mkdir(parents=True)
     (file.parent / "checkpoint_latest.pth").touch()
     expected = sentence.format(file, "an unfinished training", " --c")
