@@ -14,9 +14,9 @@ better one, is therefore that of training cases). Networks are small, so that a 
 modality is predicted alone by nnU-Net's predictor without mirroring, once with the weights of the last step and once
 with their exponential moving average.
 
-A training takes 8 (bounds) to 29 minutes (UniMatch on floods) of a core, see runs.csv: the test cases of gliomas about
-9 core-hours, of their slices 4, of floods 10, of left atria 3 and of the phantom 1, the last three as estimated;
-and what was tried on validation cases 11.
+A training takes 8 (bounds) to 29 minutes (UniMatch on floods) of a core, on left atria from 21, see runs.csv: the test
+cases of gliomas about 9 core-hours, of their slices 4, of floods 10, of left atria 7 and of the phantom 2, most of it
+estimated from the first draw; what was tried on validation cases 13.
 
 Results are collected beside this script, in <protocol>_<purpose>.csv, and what the runs cost in runs.csv. What stands
 there is done, so that a study goes on where it was interrupted, also on another machine; to do something again, delete
