@@ -236,10 +236,9 @@ def tasks_of(name: str, purpose: str) -> list[Task]:
     if purpose == "test":
         rows += [(n, m, t) for n in more for m, t in [(LOWER, ["Supervised"]), *((m, methods[m]) for m in BEST[name])]]
     tasks = [Task(name, purpose, draw, n, m, tuple(t), protocol.steps) for draw in protocol.draws for n, m, t in rows]
-    everything_on = protocol.draws[0] if purpose == "test" or name == SCREENED_ON else None
     everywhere = (UPPER, LOWER, *(ON_ALL_DRAWS if purpose == "test" else FINALISTS))
-    on_first = {task for task in tasks if task.draw == protocol.draws[0] and task.method in own}
-    tasks = [task for task in tasks if task.draw == everything_on or task.method in everywhere or task in on_first]
+    on_first = methods if purpose == "test" or name == SCREENED_ON else own
+    tasks = [t for t in tasks if t.method in everywhere or (t.draw == protocol.draws[0] and t.method in on_first)]
     if purpose == "validation":
         tasks += [Task(name, purpose, 0, 0, UPPER, ("Supervised",), steps) for steps in protocol.lengths]
     return tasks
