@@ -79,6 +79,8 @@ def test_every_task_has_its_trainers_and_a_dataset_and_a_file_of_its_own(protoco
                 methods = {task.method for task in tasks if task.draw == draw} - {protocols.LOWER, protocols.UPPER}
                 expected = {*all_of} if screened and draw == 0 else on_all_draws & {*all_of}
                 assert methods == (expected | own if draw == 0 else expected)
+                with_more = {task.labeled for task in tasks if task.draw == draw} - {0, protocol.labeled[0]}
+                assert with_more == ({*protocol.labeled[1:]} if purpose == "test" and draw == 0 else set())
     assert any(task.method == "Semi-CML Plus, radar teaches" for task in protocols.tasks_of("ombria", "validation"))
 
 
