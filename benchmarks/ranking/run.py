@@ -3,8 +3,8 @@
     python benchmarks/ranking/run.py lgg validation --data FOLDER_OF_RAW_DATASETS --work SCRATCH
 
 SCRATCH is that of ../study/run.py: networks that it has trained there are measured on the held-out cases of their
-draw and on the unlabeled cases, whose labels were withheld from them. Rows are added to cases.csv beside this script;
-networks that stand there are not measured again. ranking.md is made of it.
+draw and on the unlabeled cases, whose labels were withheld from them; of many, on 100 drawn ones. Rows are added to
+cases.csv beside this script; networks that stand there are not measured again. ranking.md is made of it.
 
 There is one network for each modality (fold "all"), hence no disagreement between folds.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap, spearmanr
+from scipy.stats import bootstrap, pearsonr, rankdata
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "study"))
@@ -29,6 +29,7 @@ TOGETHER = "mean of modalities"
 MEASURES = ("entropy", "disagreement", "volume", "mean")
 KEYS = ["protocol", "purpose", "method", "draw", "labeled"]
 TABLE = HERE / "cases.csv"
+MAX_UNLABELED = 100
 CONFIDENCE, POOR = 0.9, 0.5
 
 
@@ -42,6 +43,7 @@ def measure_networks(data: Path, work: Path, task: Task) -> pd.DataFrame | None:
     from nnunetv2_semicml.evaluation.metrics import evaluate_files, fill_undefined
     from nnunetv2_semicml.evaluation.ranking import score_cases
     from nnunetv2_semicml.evaluation.uncertainty import CHECKPOINT, Networks, measure_cases
+    from nnunetv2_semicml.planning.withhold_labels import draw_order
 
     protocol = PROTOCOLS[task.protocol]
     models = {modality: model_of(protocol, task, modality) for modality in protocol.modalities}
@@ -53,8 +55,9 @@ def measure_networks(data: Path, work: Path, task: Task) -> pd.DataFrame | None:
     source = source_of(protocol, data)
     _, held_out = cases_of(protocol, source, task.purpose, task.draw)
     networks = Networks(models, ["all"], torch.device("cpu"), mirroring=False)
+    unlabeled = {case: raw.unlabeled[case] for case in draw_order(dict.fromkeys(raw.unlabeled, ""), 0)[:MAX_UNLABELED]}
     rows, reader = [], raw.find_reader()()
-    for share, cases in (("held out", raw.test), ("unlabeled", raw.unlabeled)):
+    for share, cases in (("held out", raw.test), ("unlabeled", unlabeled)):
         out = work / "ranking" / f"{task.protocol}_{task.purpose}" / f"{raw.name}_{task.trainers[-1]}_{task.draw}"
         measured = measure_cases(cases, group.modalities, networks, out, raw.file_ending)
         scores = {name: score_cases(measured, name) for name in ("mean", "entropy") if measured}
@@ -75,9 +78,19 @@ def measure_networks(data: Path, work: Path, task: Task) -> pd.DataFrame | None:
     return pd.DataFrame(rows)
 
 
-def correlation(measure: np.ndarray, dice: np.ndarray) -> float:
+def correlation(measure: np.ndarray, dice: np.ndarray, axis: int = -1) -> np.ndarray:
     """Spearman's, with the sign by which a good measure of doubt has 1."""
-    return float(-spearmanr(measure, dice).statistic)
+    ranks = (rankdata(values, axis=axis) for values in (measure, dice))
+    return -pearsonr(*ranks, axis=axis).statistic
+
+
+def correlation_cell(rows: pd.DataFrame, measure: str) -> str:
+    """Mean over the draws, and the interval over the cases of all draws together."""
+    draws = [correlation(of[measure], of["dice"]) for _, of in rows.groupby("draw")]
+    samples = (rows[measure].to_numpy(), rows["dice"].to_numpy())
+    options = {"paired": True, "method": "percentile", "n_resamples": 999, "rng": np.random.default_rng(0)}
+    found = bootstrap(samples, correlation, vectorized=True, **options).confidence_interval
+    return f"{np.mean(draws):.2f} ({found.low:.2f} … {found.high:.2f})"
 
 
 def report(table: pd.DataFrame) -> None:
@@ -110,11 +123,7 @@ def report(table: pd.DataFrame) -> None:
             if rows[measure].isna().any():
                 cells.append("")
                 continue
-            draws = [correlation(of[measure], of["dice"]) for _, of in rows.groupby("draw")]
-            samples = (rows[measure].to_numpy(), rows["dice"].to_numpy())
-            options = {"paired": True, "method": "percentile", "n_resamples": 999, "rng": np.random.default_rng(0)}
-            found = bootstrap(samples, correlation, vectorized=False, **options).confidence_interval
-            cells.append(f"{np.mean(draws):.2f} ({found.low:.2f} … {found.high:.2f})")
+            cells.append(correlation_cell(rows, measure))
         lines.append(f"| {' | '.join(cells)} |")
     (HERE / "ranking.md").write_text("\n".join([*lines, "", *expected_lines(table), ""]))
 
@@ -134,11 +143,12 @@ def expected_lines(table: pd.DataFrame) -> list[str]:
         f"absolute error; share of Dice values in the {CONFIDENCE:.0%} interval; of cases with a Dice below {POOR}, how"
     ]
     lines += [
-        "many are flagged (expected below that), and of the others. For comparison, the error of the mean Dice.",
+        "many are flagged (expected below that), and of the others. For comparison, the error of the mean Dice. Rank",
+        "correlation of 1 − the expected Dice, which combines the measures, with 1 − Dice, as above.",
         "",
     ]
-    heads = ["protocol", "method", "labeled", "modality", "n", "error", "error of the mean", "in the interval"]
-    heads += ["poor ones flagged", "others flagged"]
+    heads = ["protocol", "purpose", "method", "labeled", "modality", "n", "error", "error of the mean"]
+    heads += ["in the interval", "poor ones flagged", "others flagged", "rank correlation"]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for key, rows in table[table["modality"] != TOGETHER].groupby(
         ["protocol", "purpose", "method", "labeled", "modality"], sort=False
@@ -152,15 +162,17 @@ def expected_lines(table: pd.DataFrame) -> list[str]:
             x = {share: of[columns].assign(volume=np.log(of["volume"].abs() + 1e-3)) for share, of in shares.items()}
             known = shares["unlabeled"]["dice"]
             found = expect(x["unlabeled"], known, x["held out"], CONFIDENCE)
-            parts.append(found.assign(dice=shares["held out"]["dice"], mean=known.mean()))
+            dice = shares["held out"]["dice"]
+            parts.append(found.assign(draw=of_draw["draw"].iloc[0], dice=dice, mean=known.mean()))
         if not parts:
             continue
         found = pd.concat(parts)
         poor, flagged = found["dice"] < POOR, found["expected"] < POOR
-        cells = [key[0], key[2], str(key[3] or "all"), key[4], str(len(found))]
+        cells = [*key[:3], str(key[3] or "all"), key[4], str(len(found))]
         cells += [f"{(found[column] - found['dice']).abs().mean():.3f}" for column in ("expected", "mean")]
         cells.append(f"{found['dice'].between(found['low'], found['high']).mean():.2f}")
         cells += [f"{(flagged & of).sum()} of {of.sum()}" for of in (poor, ~poor)]
+        cells.append(correlation_cell(found.assign(doubt=1 - found["expected"]), "doubt"))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -190,7 +202,7 @@ def main() -> None:
         "date": str(datetime.date.today()),
     }
     (HERE / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
-    report(table)
+    report(pd.read_csv(TABLE))
 
 
 if __name__ == "__main__":

@@ -199,7 +199,9 @@ OF_ITS_OWN: Mapping[str, Mapping[str, Sequence[str]]] = {  # protocol -> variant
     "ombria": {
         "Semi-CML Plus, radar teaches": ["Plus_radar_teaches"],
         "Semi-CML Plus, taught both ways": VARIANTS["Semi-CML Plus, taught both ways"],
-    }
+    },
+    # of the latter what Semi-CML Plus adds to copy-paste, and the better one of two modalities gains by
+    "la": {"BCP": ["BCP"], "BCP, every pair both ways, unmixed labels too": ["BCP_more"]},
 }
 
 
