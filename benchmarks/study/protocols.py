@@ -158,6 +158,7 @@ VARIANTS = {
     "Semi-CML, hard pseudo-labels": ["HardSemiCML"],
     "BCP": ["BCP"],
     "BCP, Dice smoothed by 1e-5": ["BCP_smooth"],
+    "BCP, every pair both ways, unmixed labels too, all components": ["BCP_combined"],
     "cross-modal CPS": ["CrossModalCPS"],
     "cross-modal CPS, Dice smoothed by 1e-5": ["CrossModalCPS_smooth"],
     "Semi-CML Plus, Dice smoothed by 1e-5": ["SemiCMLPlus_smooth"],
@@ -194,6 +195,7 @@ FINALISTS = (
     "Semi-CML + PReL",
     "Semi-CML Plus",
     "Semi-CML Plus, mixtures alone",
+    "BCP, every pair both ways, unmixed labels too, all components",
 )  # of the variants, by the first draw
 OF_ITS_OWN: Mapping[str, Mapping[str, Sequence[str]]] = {  # protocol -> variants
     "ombria": {

@@ -229,6 +229,7 @@ TRAINERS: dict[str, tuple[type[nnUNetTrainerSemiSupervised], str, str | None, di
     "FilterMatch": (nnUNetTrainerFilterMatch, "single", None, {}),
     "BCP_smooth": (nnUNetTrainerBCP, "single", None, {"dice_smooth": 1e-5}),
     "BCP_more": (nnUNetTrainerBCP, "single", None, {"both_ways": True, "supervised_weight_after_warmup": 1.0}),
+    "BCP_combined": (nnUNetTrainerBCP, "single", None, ALL_OF_THESE),
     "CrossModalCPS_smooth": (nnUNetTrainerCrossModalCPS, "single", None, {"dice_smooth": 1e-5}),
     "SemiCMLPlus_smooth": (nnUNetTrainerSemiCMLPlus, "single", None, {"dice_smooth": 1e-5}),
     "FixMatch_warmup": (nnUNetTrainerFixMatch, "single", None, {"warmup_fraction": 0.25}),
