@@ -45,6 +45,7 @@ from torch._dynamo import OptimizedModule
 
 from nnunetv2_semicml.ext_trainers import semicml_trainers
 from nnunetv2_semicml.trainers.nnUNetTrainerBCP import nnUNetTrainerBCP
+from nnunetv2_semicml.trainers.nnUNetTrainerBCPPlus import nnUNetTrainerBCPPlus
 from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalBCP import nnUNetTrainerCrossModalBCP
 from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalCPS import nnUNetTrainerCrossModalCPS
@@ -104,6 +105,7 @@ METHODS = [
     Row(nnUNetTrainerSECLRegion, encoder_seen),
     Row(nnUNetTrainerSECLAnatomical, encoder_seen),
     Row(nnUNetTrainerBCP, stock=UNMIXED),
+    Row(nnUNetTrainerBCPPlus, stock=UNMIXED),
     Row(nnUNetTrainerCrossModalBCP, stock=UNMIXED),
     Row(nnUNetTrainerFixMatch),
     Row(nnUNetTrainerUniMatch),

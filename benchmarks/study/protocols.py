@@ -120,6 +120,7 @@ LOWER, UPPER = "few labels", "all labels"
 ALONE = {
     "Mean Teacher": ["MeanTeacher"],
     "BCP": ["BCP"],
+    "BCP Plus": ["BCPPlus"],
     "FixMatch": ["FixMatch"],
     "UniMatch": ["UniMatch"],
     "FilterMatch": ["FilterMatch"],
@@ -158,7 +159,7 @@ VARIANTS = {
     "Semi-CML, hard pseudo-labels": ["HardSemiCML"],
     "BCP": ["BCP"],
     "BCP, Dice smoothed by 1e-5": ["BCP_smooth"],
-    "BCP, every pair both ways, unmixed labels too, all components": ["BCP_combined"],
+    "BCP Plus": ["BCPPlus"],
     "cross-modal CPS": ["CrossModalCPS"],
     "cross-modal CPS, Dice smoothed by 1e-5": ["CrossModalCPS_smooth"],
     "Semi-CML Plus, Dice smoothed by 1e-5": ["SemiCMLPlus_smooth"],
@@ -195,15 +196,14 @@ FINALISTS = (
     "Semi-CML + PReL",
     "Semi-CML Plus",
     "Semi-CML Plus, mixtures alone",
-    "BCP, every pair both ways, unmixed labels too, all components",
+    "BCP Plus",
 )  # of the variants, by the first draw
 OF_ITS_OWN: Mapping[str, Mapping[str, Sequence[str]]] = {  # protocol -> variants
     "ombria": {
         "Semi-CML Plus, radar teaches": ["Plus_radar_teaches"],
         "Semi-CML Plus, taught both ways": VARIANTS["Semi-CML Plus, taught both ways"],
     },
-    # of the latter what Semi-CML Plus adds to copy-paste, and the better one of two modalities gains by
-    "la": {"BCP": ["BCP"], "BCP, every pair both ways, unmixed labels too": ["BCP_more"]},
+    "la": {"BCP": ["BCP"], "BCP Plus, largest components": ["BCPPlus_components"]},
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nnunetv2_semicml.losses.consistency import prediction_consistency
 from nnunetv2_semicml.trainers.nnUNetTrainerBCP import nnUNetTrainerBCP
+from nnunetv2_semicml.trainers.nnUNetTrainerBCPPlus import nnUNetTrainerBCPPlus
 from nnunetv2_semicml.trainers.nnUNetTrainerCPS import nnUNetTrainerCPS
 from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalBCP import nnUNetTrainerCrossModalBCP
 from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalCPS import nnUNetTrainerCrossModalCPS
@@ -224,12 +225,12 @@ TRAINERS: dict[str, tuple[type[nnUNetTrainerSemiSupervised], str, str | None, di
     "SECLRegion": (nnUNetTrainerSECLRegion, "single", None, {}),
     "SECLAnatomical": (nnUNetTrainerSECLAnatomical, "single", None, {}),
     "BCP": (nnUNetTrainerBCP, "single", None, {}),
+    "BCPPlus": (nnUNetTrainerBCPPlus, "single", None, {}),
     "FixMatch": (nnUNetTrainerFixMatch, "single", None, {}),
     "UniMatch": (nnUNetTrainerUniMatch, "single", None, {}),
     "FilterMatch": (nnUNetTrainerFilterMatch, "single", None, {}),
     "BCP_smooth": (nnUNetTrainerBCP, "single", None, {"dice_smooth": 1e-5}),
-    "BCP_more": (nnUNetTrainerBCP, "single", None, {"both_ways": True, "supervised_weight_after_warmup": 1.0}),
-    "BCP_combined": (nnUNetTrainerBCP, "single", None, ALL_OF_THESE),
+    "BCPPlus_components": (nnUNetTrainerBCPPlus, "single", None, {"largest_component": True}),
     "CrossModalCPS_smooth": (nnUNetTrainerCrossModalCPS, "single", None, {"dice_smooth": 1e-5}),
     "SemiCMLPlus_smooth": (nnUNetTrainerSemiCMLPlus, "single", None, {"dice_smooth": 1e-5}),
     "FixMatch_warmup": (nnUNetTrainerFixMatch, "single", None, {"warmup_fraction": 0.25}),

@@ -11,16 +11,16 @@ from torch import Tensor
 from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalBCP import nnUNetTrainerCrossModalBCP
 from nnunetv2_semicml.training.area_contrast import WithAreaContrast
 from nnunetv2_semicml.training.conductor import LabeledPatches, UnlabeledDraw, View
-from nnunetv2_semicml.training.copy_paste import MixedLabels
+from nnunetv2_semicml.training.copy_paste import MixedLabels, WithCopyPasteBesideLabels
 from nnunetv2_semicml.training.cross_pseudo_supervision import cross_pseudo_supervision
 from nnunetv2_semicml.training.schedules import with_schedules
 
 
 @with_schedules
-class nnUNetTrainerSemiCMLPlus(WithAreaContrast, nnUNetTrainerCrossModalBCP):
+class nnUNetTrainerSemiCMLPlus(WithAreaContrast, WithCopyPasteBesideLabels, nnUNetTrainerCrossModalBCP):
     """All networks learn from mixtures, and those of weaker modalities from the better one on unlabeled patches, too.
 
-    The first is `nnUNetTrainerCrossModalBCP` with other settings. For the second, networks see the unlabeled patches
+    The first is `nnUNetTrainerCrossModalBCP` beside labels. For the second, networks see the unlabeled patches
     unmixed. Every network learns what the networks of its labelers segment there, and the predictions of a case are
     contrasted with those of other cases, as in Semi-CML. The better modality is its own labeler, so no gradient
     reaches it there, unless another one is nearly as good.
@@ -36,11 +36,6 @@ class nnUNetTrainerSemiCMLPlus(WithAreaContrast, nnUNetTrainerCrossModalBCP):
         unmixed_pseudo_label_weight: of cross-entropy and of Dice on unmixed patches, shared by the networks that are
             taught; not ramped, since networks have warmed up.
         asc_weight: of the contrast; as in Semi-CML, without its ramp.
-        both_ways: on the first draw of validation patients this and unmixed labels beside the mixtures each gained over
-            what is published of copy-paste, and with `largest_component` more (ibid.).
-        supervised_weight_after_warmup: see `both_ways`.
-        largest_component: a lesion may have several; by itself it made no difference (ibid.).
-        deploy_average: better by 0.005 and 0.002 in the mean of three draws of validation patients (ibid.).
     """
 
     term_weights = {
@@ -53,10 +48,6 @@ class nnUNetTrainerSemiCMLPlus(WithAreaContrast, nnUNetTrainerCrossModalBCP):
     teaches_from = 0.9
     unmixed_pseudo_label_weight = 0.5
     asc_weight = 0.35
-    both_ways = True
-    supervised_weight_after_warmup = 1.0
-    largest_component = False
-    deploy_average = True
 
     def views_and_targets(
         self, unlabeled: UnlabeledDraw, labeled: Mapping[str, LabeledPatches]
