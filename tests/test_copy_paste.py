@@ -10,6 +10,7 @@ from test_terms import change
 
 from nnunetv2_semicml.data.modality_group import preprocessed_folder
 from nnunetv2_semicml.trainers.nnUNetTrainerBCP import nnUNetTrainerBCP
+from nnunetv2_semicml.trainers.nnUNetTrainerBCPPlus import nnUNetTrainerBCPPlus
 from nnunetv2_semicml.trainers.nnUNetTrainerCrossModalBCP import nnUNetTrainerCrossModalBCP
 from nnunetv2_semicml.training.boxes import draw_box, draw_boxes_of_shares
 
@@ -210,6 +211,24 @@ def test_labeled_patches_are_mixed_among_themselves_in_the_warm_up(dataset, conf
     trainer.current_epoch = 2
     assert trainer.labeled_views(labeled, []) is labeled
     assert trainer.labeled_weight == 0
+
+
+@pytest.mark.parametrize(("method", "patches_of_a_step"), [(nnUNetTrainerBCP, 4), (nnUNetTrainerBCPPlus, 12)])
+def test_plus_sees_unmixed_labels_beside_all_mixtures_and_deploys_the_average(method, patches_of_a_step):
+    """BCP, instead of these, as many mixtures as there are labeled patches."""
+    trainer = initialized(FLAIR, "2d", method, warmup_fraction=0.0, recompute=False)
+    (t,) = trainer.trainers
+    batch = with_no_two_voxels_alike(draw_batches(trainer, 1)[0])
+    image, unlabeled = labeled_of(batch)[t.name][0], unlabeled_of(batch, t.name)
+    assert len(image) == len(unlabeled) == 4
+    seen = []
+    t.network.register_forward_pre_hook(lambda _, images: seen.append(images[0].detach()))
+    trainer.train_step(batch)
+    patches = torch.cat(seen)
+    assert len(patches) == patches_of_a_step
+    assert [any(torch.equal(patch, own) for patch in patches) for own in image] == [method is nnUNetTrainerBCPPlus] * 4
+    assert not any(torch.equal(patch, own) for patch in patches for own in unlabeled)
+    assert trainer.deploy_average == (method is nnUNetTrainerBCPPlus)
 
 
 @each_setting

@@ -183,7 +183,7 @@ def describe_plans(raw: RawDataset, group: ModalityGroup, plans: Json, configura
 
 def next_command(group: ModalityGroup, plans_name: str, configuration: str) -> str:
     """How to train what has been preprocessed; without unlabeled cases there is but the supervised reference."""
-    trainer = "nnUNetTrainerBCP" if len(group.modalities) == 1 else "nnUNetTrainerSemiCMLPlus"
+    trainer = "nnUNetTrainerBCPPlus" if len(group.modalities) == 1 else "nnUNetTrainerSemiCMLPlus"
     trainer = trainer if group.unlabeled else "nnUNetTrainerSupervisedEMA"
     number = dataset_number(group.dataset_name)
     dataset = group.dataset_name if confusable_with_id(number) else f"{number}"
