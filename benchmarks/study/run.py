@@ -16,7 +16,7 @@ with their exponential moving average.
 
 A training takes 8 (bounds) to 29 minutes (UniMatch on floods) of a core, on left atria from 21, see runs.csv: the test
 cases of gliomas about 7 core-hours, of their slices 4, of floods 8, of left atria 7 and of the phantom 1, some of it
-estimated from the first draw; what was tried on validation cases 13.
+estimated from the first draw; what was tried on validation cases 15.
 
 Results are collected beside this script, in <protocol>_<purpose>.csv, and what the runs cost in runs.csv. What stands
 there is done, so that a study goes on where it was interrupted, also on another machine; to do something again, delete

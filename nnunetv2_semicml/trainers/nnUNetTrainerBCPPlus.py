@@ -1,6 +1,6 @@
 """Bidirectional copy-paste (BCP) of one modality, beside nnU-Net's own learning from labels.
 
-Source: Bai et al., CVPR 2023; what differs: benchmarks/study/README.md.
+Source: Bai et al., CVPR 2023. What differs is what `nnUNetTrainerSemiCMLPlus` does of copy-paste (docs/methods/bcp.md).
 """
 
 from nnunetv2_semicml.training.copy_paste import WithCopyPasteBesideLabels
