@@ -199,11 +199,11 @@ def shrink_networks(group: ModalityGroup) -> None:
         file.write_text(json.dumps(plans))
 
 
-def load_script(file: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Import a file that belongs to no package, for one test."""
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+def load_script(file: Path, monkeypatch: pytest.MonkeyPatch, name: str = "") -> ModuleType:
+    """Import a file that belongs to no package, for one test, by its own name or another one."""
+    spec = importlib.util.spec_from_file_location(name or file.stem, file)
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, file.stem, module)
+    monkeypatch.setitem(sys.modules, name or file.stem, module)
     spec.loader.exec_module(module)
     return module
 

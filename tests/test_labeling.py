@@ -1,10 +1,13 @@
-"""benchmarks/ranking/labeling.py: who is labeled after each round, and what the table says of it."""
+"""benchmarks/ranking: who is labeled after each round, and what the tables say of it and of doubt."""
 
 import json
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import load_script
+from scipy.stats import spearmanr
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -81,3 +84,21 @@ def test_table_pairs_the_cases(labeling, monkeypatch, tmp_path):
         "0.800 (+0.100, +0.100 … +0.100) |",
     ]
     assert (tmp_path / "labeling.png").is_file()
+
+
+def test_correlation_is_spearmans_within_draws(labeling, monkeypatch):
+    """A draw that is easier as a whole, or whose measure is higher, changes nothing; doubt and Dice are opposite."""
+    ranking = load_script(BENCHMARKS / "ranking" / "run.py", monkeypatch, "ranking_run")
+    rng = np.random.default_rng(1)
+    draws = []
+    for draw, shift in enumerate((0.0, 5.0)):
+        dice = rng.permutation(np.linspace(0, 1, 20)).round(1)  # with ties
+        draws.append(pd.DataFrame({"draw": draw, "dice": dice + shift, "doubt": rng.normal(-dice, 0.2) + shift}))
+    mean, low, high = (
+        float(number)
+        for number in ranking.correlation_cell(pd.concat(draws), "doubt").translate(str.maketrans("(…)", "   ")).split()
+    )
+    assert mean == pytest.approx(-np.mean([spearmanr(of["doubt"], of["dice"]).statistic for of in draws]), abs=0.005)
+    assert low < mean < high < 1
+    sure = pd.concat(of.assign(doubt=1 - of["dice"]) for of in draws)
+    assert ranking.correlation_cell(sure, "doubt") == "1.00 (1.00 … 1.00)"

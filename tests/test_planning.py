@@ -43,8 +43,10 @@ from toy import write_json as change_json
 from nnunetv2_semicml.command_line import run_plan_and_preprocess
 from nnunetv2_semicml.data.modality_group import ModalityGroup
 from nnunetv2_semicml.data.phantom import write_phantom_dataset
+from nnunetv2_semicml.ext_trainers import semicml_trainers
 from nnunetv2_semicml.planning import plan_and_preprocess as planning
 from nnunetv2_semicml.planning import preprocess
+from nnunetv2_semicml.planning.shared_plans import next_command
 from nnunetv2_semicml.trainers.nnUNetTrainerMeanTeacher import nnUNetTrainerMeanTeacher
 from nnunetv2_semicml.trainers.nnUNetTrainerSupervisedEMA import nnUNetTrainerSupervisedEMA
 
@@ -293,6 +295,16 @@ def test_one_modality_of_several_can_be_chosen(copy_of_labels):
     assert (modality.name, modality.channels, modality.dataset_name) == ("T1", [1], "Dataset502_Labels_T1")
     assert ModalityGroup.load("Dataset502_Labels_T1").is_single
     assert not group.is_single
+
+
+@pytest.mark.parametrize(
+    ("dataset", "trainer"), [(LABELS, "nnUNetTrainerSemiCMLPlus"), (FLAIR, "nnUNetTrainerBCPPlus")]
+)
+def test_next_command_names_what_is_recommended(groups, dataset, trainer):
+    """And what is there."""
+    command = next_command(ModalityGroup.load(dataset), "nnUNetPlans", "2d")
+    assert command == f"nnUNetv2_train {dataset[7:10]} 2d 0 -tr {trainer}"
+    assert trainer in semicml_trainers.__all__
 
 
 # plans of another dataset

@@ -32,7 +32,7 @@ from nnunetv2_semicml.trainers.nnUNetTrainerUAMT import nnUNetTrainerUAMT
 from nnunetv2_semicml.trainers.nnUNetTrainerUniMatch import nnUNetTrainerUniMatch
 from nnunetv2_semicml.training.area_contrast import WithAreaContrast
 from nnunetv2_semicml.training.conductor import LabeledPatches, UnlabeledDraw, View
-from nnunetv2_semicml.training.copy_paste import MixedLabels, WithBidirectionalCopyPaste
+from nnunetv2_semicml.training.copy_paste import MixedLabels, WithBidirectionalCopyPaste, WithCopyPasteBesideLabels
 from nnunetv2_semicml.training.nnUNetTrainerSemiSupervised import nnUNetTrainerSemiSupervised
 from nnunetv2_semicml.training.photometry import draw_photometry
 from nnunetv2_semicml.training.teacher import Teacher
@@ -214,8 +214,10 @@ class CopyPastePReL(WithBidirectionalCopyPaste, nnUNetTrainerSemiCMLPReL):
         return nnUNetTrainerSemiSupervised.unsupervised_weights(self)
 
 
-# of copy-paste, what did well on the first draw of validation patients, and what Semi-CML Plus is made from
-ALL_OF_THESE: dict[str, object] = {"both_ways": True, "supervised_weight_after_warmup": 1.0, "largest_component": False}
+class MixturesAlone(WithCopyPasteBesideLabels, nnUNetTrainerCrossModalBCP):
+    """What Semi-CML Plus is without its unmixed patches."""
+
+
 TRAINERS: dict[str, tuple[type[nnUNetTrainerSemiSupervised], str, str | None, dict[str, object]]] = {
     # name: (class, part of the schedule, first stage, what differs from its defaults)
     "Supervised": (nnUNetTrainerSupervisedEMA, "single", None, {}),
@@ -257,7 +259,7 @@ TRAINERS: dict[str, tuple[type[nnUNetTrainerSemiSupervised], str, str | None, di
     "XBCP_warmup_05": (nnUNetTrainerCrossModalBCP, "single", None, {"warmup_fraction": 0.5}),
     "XBCP_both_ways": (nnUNetTrainerCrossModalBCP, "single", None, {"both_ways": True}),
     "XBCP_unmixed_labels": (nnUNetTrainerCrossModalBCP, "single", None, {"supervised_weight_after_warmup": 1.0}),
-    "XBCP_combined": (nnUNetTrainerCrossModalBCP, "single", None, ALL_OF_THESE),
+    "XBCP_combined": (MixturesAlone, "single", None, {}),
     "HardSemiCML": (HardSemiCML, "single", None, {}),
     "Plus_radar_teaches": (nnUNetTrainerSemiCMLPlus, "single", None, {"teaching_modality": "S1"}),
     "Plus_both_ways": (nnUNetTrainerSemiCMLPlus, "single", None, {"taught_both_ways": True}),
