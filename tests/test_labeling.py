@@ -13,13 +13,17 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def labeling(monkeypatch):
-    for name in ("protocols", "run"):
-        load_script(BENCHMARKS / "study" / f"{name}.py", monkeypatch)
+def protocols(monkeypatch):
+    return load_script(BENCHMARKS / "study" / "protocols.py", monkeypatch)
+
+
+@pytest.fixture
+def labeling(monkeypatch, protocols):
+    load_script(BENCHMARKS / "study" / "run.py", monkeypatch)
     return load_script(BENCHMARKS / "ranking" / "labeling.py", monkeypatch)
 
 
-def test_a_year_begins_alike_and_labels_what_was_chosen(labeling, monkeypatch, tmp_path):
+def test_a_year_begins_alike_and_labels_what_was_chosen(labeling, protocols, monkeypatch, tmp_path):
     seen, asked = [], []
 
     def choose(data, work, task, strategy):
@@ -34,12 +38,19 @@ def test_a_year_begins_alike_and_labels_what_was_chosen(labeling, monkeypatch, t
     for strategy, tasks in zip(("random", "rank", "entropy"), by_strategy, strict=True):
         assert [task.labeled for task in tasks] == [5, 5, 10, 10, 15, 15, 20, 20]
         assert {task.draw for task in tasks} == {1}
-        assert {task.protocol for task in tasks[:2]} == {"lgg_labeled_by_random"}
-        assert {task.protocol for task in tasks[2:]} == {f"lgg_labeled_by_{strategy}"}
+        names = [task.protocol for task in tasks[::2]]
+        assert names == [task.protocol for task in tasks[1::2]]
+        if strategy == "random":  # 5 and 15 drawn cases are labeled in the study, too
+            assert names == ["lgg", "lgg_labeled_by_random", "lgg", "lgg_labeled_by_random"]
+        else:
+            assert names == ["lgg", *[f"lgg_labeled_by_{strategy}"] * 3]
+    first_draw = labeling.tasks_of_round("lgg", 0, "random", 15, []) + labeling.tasks_of_round("lgg", 0, "rank", 5, [])
+    of_study = [task._replace(method="") for task in protocols.tasks_of("lgg", "test")]
+    assert all(task._replace(method="") in of_study for task in first_draw)
     assert asked[:3] == [
-        ("lgg_labeled_by_random", 5, "rank", "Semi-CML"),
-        ("lgg_labeled_by_rank", 10, "rank", "Semi-CML"),
-        ("lgg_labeled_by_rank", 15, "rank", "Semi-CML"),
+        ("lgg", 5, "rank", "Semi-CML Plus"),
+        ("lgg_labeled_by_rank", 10, "rank", "Semi-CML Plus"),
+        ("lgg_labeled_by_rank", 15, "rank", "Semi-CML Plus"),
     ]
     assert len(asked) == 6  # random labeling asks nobody
     assert not labeling.PROTOCOLS["lgg_labeled_by_random"].first
@@ -48,16 +59,15 @@ def test_a_year_begins_alike_and_labels_what_was_chosen(labeling, monkeypatch, t
 
 def test_a_failure_ends_a_year(labeling, monkeypatch, tmp_path):
     monkeypatch.setattr(labeling, "run", lambda data, work, task: f"FAILED {task}")
-    assert labeling.year(tmp_path, tmp_path, "lgg", (0, "rank")).startswith(
-        "FAILED Task(protocol='lgg_labeled_by_random'"
-    )
+    assert labeling.year(tmp_path, tmp_path, "lgg", (0, "rank")).startswith("FAILED Task(protocol='lgg'")
 
 
 def test_table_pairs_the_cases(labeling, monkeypatch, tmp_path):
     dice = {"random": 0.5, "rank": 0.6, "entropy of one modality": 0.4}
     for strategy in labeling.STRATEGIES:
         for labeled in labeling.ROUNDS:
-            for task in labeling.tasks_of_round("lgg", 0, strategy, labeled, [] if labeled == 5 else ["any"]):
+            chosen = [] if labeled == 5 or strategy == "random" else ["any"]
+            for task in labeling.tasks_of_round("lgg", 0, strategy, labeled, chosen):
                 file = labeling.result_file(tmp_path, task)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 rows = [
@@ -75,7 +85,7 @@ def test_table_pairs_the_cases(labeling, monkeypatch, tmp_path):
     monkeypatch.setattr(labeling, "HERE", tmp_path)
     labeling.report(table)
     lines = (tmp_path / "labeling.md").read_text().splitlines()
-    (row,) = (line for line in lines if line.startswith("| rank | Semi-CML |"))
+    (row,) = (line for line in lines if line.startswith("| rank | Semi-CML Plus |"))
     # the first round is that of random labeling, written last: 0.4 + 0.01 · 1 · 5
     assert row.split(" | ")[2:] == [
         "0.450",

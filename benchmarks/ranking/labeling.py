@@ -4,9 +4,9 @@
 
 Begins with 5 labeled cases, and adds 5 three times: those that `nnUNetv2_semicml_rank` chooses with its defaults, at
 random, or those of whose prediction the network of the first modality is least sure. After each round two kinds of
-networks are trained anew: on labels alone, and by Semi-CML; the latter tell what to label next. Data, networks, length
-and test cases are those of the protocol (../study/protocols.py, which see); a draw is that of the first cases, and
-a seed.
+networks are trained anew: on labels alone, and by Semi-CML Plus; the latter tell what to label next. Data, networks,
+length and test cases are those of the protocol (../study/protocols.py, which see); a draw is that of the first cases,
+and a seed. What the study has on the same cases is taken from there, if SCRATCH is its, too.
 
 Results are added to labeling.csv beside this script, and labeling.md and labeling.png are made of it. What is in
 SCRATCH is done, and a study goes on where it was interrupted.
@@ -35,16 +35,20 @@ from nnunetv2_semicml.data.locks import locked  # noqa: E402
 ROUNDS, ADDED = (5, 10, 15, 20), 5
 SCORE, POOL = (rank_parser().get_default(option) for option in ("score", "pool"))
 STRATEGIES = ("random", "rank", "entropy of one modality")
-NETWORKS = {"labels alone": "Supervised", "Semi-CML": "SemiCML"}  # the last one tells what to label
+NETWORKS = {"labels alone": "Supervised", "Semi-CML Plus": "SemiCMLPlus"}  # the last one tells what to label
 TABLE = HERE / "labeling.csv"
 KEYS = ["protocol", "strategy", "labeled", "network", "seed", "modality", "weights", "case"]
 
 
 def tasks_of_round(name: str, draw: int, strategy: str, labeled: int, chosen: Sequence[str]) -> list[Task]:
-    """Both kinds of networks after some cases were chosen. The first round is the same for all strategies."""
-    strategy = strategy if chosen else STRATEGIES[0]
-    protocol = f"{name}_labeled_by_{strategy.split()[0]}"
-    PROTOCOLS[protocol] = PROTOCOLS[name]._replace(labeled=ROUNDS, first=tuple(chosen))
+    """Both kinds of networks after some cases were chosen; cases in the order of the draw are those of the study.
+
+    The first round is the same for all strategies.
+    """
+    strategy, protocol = (strategy if chosen else STRATEGIES[0]), name
+    if chosen or labeled not in PROTOCOLS[name].labeled:
+        protocol = f"{name}_labeled_by_{strategy.split()[0]}"
+        PROTOCOLS[protocol] = PROTOCOLS[name]._replace(labeled=ROUNDS, first=tuple(chosen))
     steps = PROTOCOLS[name].steps
     return [Task(protocol, "test", draw, labeled, method, (trainer,), steps) for method, trainer in NETWORKS.items()]
 
@@ -106,7 +110,8 @@ def collect(work: Path, name: str, draws: Sequence[int]) -> pd.DataFrame:
     for draw in draws:
         for strategy in STRATEGIES:
             for labeled in ROUNDS:
-                for task in tasks_of_round(name, draw, strategy, labeled, [] if labeled == ROUNDS[0] else ["any"]):
+                chosen = [] if strategy == STRATEGIES[0] or labeled == ROUNDS[0] else ["any"]
+                for task in tasks_of_round(name, draw, strategy, labeled, chosen):
                     file = result_file(work, task)
                     about = {"protocol": name, "strategy": strategy, "labeled": labeled, "network": task.method}
                     about |= {"seed": draw, "steps": task.steps}
