@@ -80,6 +80,37 @@ def test_a_process_has_a_lock_until_it_has_released_it_as_often(tmp_path: Path):
     attempt(tmp_path)
 
 
+@pytest.mark.parametrize("function", [hold_lock, release_lock])
+def test_a_holder_may_be_freed_between_any_two_lines(tmp_path: Path, function):
+    """Whatever is released meanwhile, the lock is there as long as one holder is left, and no longer."""
+    lines = list(dict.fromkeys(line for _, _, line in function.__code__.co_lines() if line))[1:]
+    interrupted = 0
+    for line in lines:
+        freed = []
+
+        def release_at(frame, event, argument, line=line, freed=freed):
+            if event == "line" and frame.f_code is function.__code__ and frame.f_lineno == line and not freed:
+                freed.append(line)
+                release_lock(tmp_path)
+            return release_at
+
+        for _ in range(1 if function is hold_lock else 3):  # so that one holder is left in the end
+            hold_lock(tmp_path, "training")
+        sys.settrace(release_at)
+        try:
+            function(*((tmp_path, "training") if function is hold_lock else (tmp_path,)))
+        finally:
+            sys.settrace(None)
+        for _ in range(0 if freed else 1):
+            release_lock(tmp_path)
+        interrupted += bool(freed)
+        with pytest.raises(subprocess.CalledProcessError):
+            attempt(tmp_path)
+        release_lock(tmp_path)
+        attempt(tmp_path)
+    assert interrupted > 2
+
+
 def attempt(folder: Path) -> None:
     """Get the lock in another process."""
     code = "import sys; from pathlib import Path; from nnunetv2_semicml.data.locks import hold_lock; "

@@ -813,6 +813,18 @@ def test_nothing_is_planned_during_a_training(toy, name):
     keep()
 
 
+def test_no_plans_are_taken_of_what_is_being_planned(copy_of_labels):
+    """It may have plans of one modality from before and of the other from now."""
+    shutil.copytree(copy_of_labels / "nnUNet_raw" / LABELS, copy_of_labels / "nnUNet_raw" / "Dataset540_Full")
+    with held_elsewhere(preprocessed(LABELS), "exclusive") as (process, _):
+        assert refusal(plan, 540, ["2d"], plans_of=500).startswith(
+            f"{preprocessed(LABELS)}: found another process at work there (holding, process {process.pid} on "
+        )
+    assert not [*preprocessed("").glob("Dataset54*")]
+    with held_elsewhere(preprocessed(LABELS), "shared"):  # a training, which changes nothing there
+        plan(540, ["2d"], plans_of=500, preprocess=False)
+
+
 def test_all_datasets_are_locked_while_they_are_written(raw, monkeypatch):
     write_toy(raw)
     refused = []

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import ThreadError
 
@@ -18,8 +19,17 @@ from fasteners import InterProcessReaderWriterLock
 from nnunetv2_semicml.errors import UserError
 
 LOCK_FILE = ".lock"
-# of this process: lock file -> the lock, and how often it is held; the system does not count
-_held: dict[Path, tuple[InterProcessReaderWriterLock, int]] = {}
+
+
+@dataclass
+class _Held:
+    """A lock of this process, and how often it is held; the system does not count."""
+
+    lock: InterProcessReaderWriterLock
+    times: int = 1
+
+
+_held: dict[Path, _Held] = {}  # lock file -> its lock
 
 
 def hold_lock(folder: Path, task: str, shared: bool = False, wait: bool = False) -> None:
@@ -37,9 +47,8 @@ def hold_lock(folder: Path, task: str, shared: bool = False, wait: bool = False)
         UserError: another process has it.
     """
     file = folder.absolute() / LOCK_FILE
-    if file in _held:
-        lock, times = _held[file]
-        _held[file] = lock, times + 1
+    with suppress(KeyError):
+        _held[file].times += 1  # at once: between two lines an object that has it may be freed, and release it
         return
     while file not in _held:
         lock = InterProcessReaderWriterLock(file)
@@ -48,7 +57,7 @@ def hold_lock(folder: Path, task: str, shared: bool = False, wait: bool = False)
                 file.unlink()  # what it leads to is no lock of ours, and would be written to
             acquired = lock.acquire_read_lock(blocking=wait) if shared else lock.acquire_write_lock(blocking=wait)
             if acquired and os.path.samestat(os.fstat(lock.lockfile.fileno()), file.stat()):
-                _held[file] = lock, 1
+                _held[file] = _Held(lock)
         except FileNotFoundError:
             continue  # its last holder has just removed it
         except (OSError, ThreadError):
@@ -74,15 +83,18 @@ def hold_lock(folder: Path, task: str, shared: bool = False, wait: bool = False)
 def release_lock(folder: Path) -> None:
     """Give up a lock that `hold_lock` has got; nothing happens without one. A folder with nothing in it goes, too."""
     file = folder.absolute() / LOCK_FILE
-    lock, times = _held.pop(file, (None, 0))
-    if times > 1:
-        _held[file] = lock, times - 1
-    elif lock is not None:
-        with suppress(OSError):
-            if [*folder.iterdir()] == [folder / LOCK_FILE]:
-                file.unlink()  # who waits for it notices that it is gone, see `hold_lock`
-                folder.rmdir()
-        lock.release_write_lock()  # of either kind
+    held = _held.get(file)
+    if held is None:
+        return
+    held.times -= 1
+    if held.times:
+        return
+    del _held[file]
+    with suppress(OSError):
+        if [*folder.iterdir()] == [folder / LOCK_FILE]:
+            file.unlink()  # who waits for it notices that it is gone, see `hold_lock`
+            folder.rmdir()
+    held.lock.release_write_lock()  # of either kind
 
 
 @contextmanager

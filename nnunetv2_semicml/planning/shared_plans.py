@@ -17,6 +17,7 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 
 from nnunetv2_semicml.data.files import Json, write_json
 from nnunetv2_semicml.data.image_check import CheckedImages
+from nnunetv2_semicml.data.locks import locked
 from nnunetv2_semicml.data.modality_group import (
     Modality,
     ModalityGroup,
@@ -106,7 +107,8 @@ def plans_of_other(group: ModalityGroup, plans_of: int | str, plans_name: str) -
     """The plans of another group, for each dataset of this one.
 
     Raises:
-        UserError: there is no other group of this id or name, or it has other modalities, or no such plans.
+        UserError: there is no other group of this id or name, or it has other modalities, or no such plans; or another
+            process plans it.
     """
     candidates = [plans_of] if isinstance(plans_of, str) else datasets_with_id(plans_of)
     if len(candidates) != 1:
@@ -116,7 +118,11 @@ def plans_of_other(group: ModalityGroup, plans_of: int | str, plans_name: str) -
             "one dataset that nnUNetv2_semicml_plan_and_preprocess has planned",
             "Correct the id.",
         )
-    other = ModalityGroup.load(candidates[0])
+    with locked(preprocessed_folder(candidates[0]), f"taking its plans for {group.dataset_name}", shared=True):
+        return _plans_of(ModalityGroup.load(candidates[0]), group, plans_name)
+
+
+def _plans_of(other: ModalityGroup, group: ModalityGroup, plans_name: str) -> dict[str, Json]:
     own, others = ({m.name: m.channels for m in g.modalities} for g in (group, other))
     if own != others:
         raise UserError(
