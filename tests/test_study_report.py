@@ -22,7 +22,8 @@ def report(tmp_path, monkeypatch):
     load_script(STUDY / "protocols.py", monkeypatch)
     load_script(STUDY / "run.py", monkeypatch).HERE = tmp_path
     report = load_script(STUDY / "report.py", monkeypatch)
-    report.HERE = tmp_path
+    report.HERE, report.FIRST_PAGE = tmp_path, tmp_path / "first.md"
+    report.FIRST_PAGE.write_text("Before.\n<!-- benchmarks/study/report.py -->\n| old |\n<!-- end -->\nAfter.\n")
     (tmp_path / "findings.md").write_text("What was found.\n")
     return report
 
@@ -82,11 +83,25 @@ def test_shares_are_of_the_draws_that_a_method_and_both_bounds_have(tmp_path, re
     assert cells(overview, "BCP", "## Test cases")["Gliomas, whole volumes: FLAIR"] == "0.62 (0.50 … 0.75)"
     assert "What was found." in overview
     assert (tmp_path / "lgg.png").is_file()
+    first = report.FIRST_PAGE.read_text()
+    assert first.startswith("Before.\n<!-- ")
+    assert first.endswith("<!-- end -->\nAfter.\n")
+    assert "old" not in first
+    of_method = cells(first, "… and want the published method", "Before")
+    assert of_method["gliomas: FLAIR"] == "+0.100 (**0.33**)"
+    assert of_method["left atria"] == ""
     differences = page[page.index("| − few labels |") :]
     assert cells(differences, "all labels", "| −")["FLAIR"].startswith("+0.300 (")
     assert cells(differences, "BCP", "| −")["FLAIR"].startswith("+0.250 (")
     assert "\n10 of " in page  # trainings
     assert ", 2.5 core-hours " in page
+
+
+def test_a_share_that_may_be_nought_is_not_in_bold(report):
+    row = {"share": -0.25, "gap": 0.2, "low": -0.5, "high": 0.1}
+    assert report.gain_text(row) == "−0.050 (−0.25)"
+    assert report.gain_text({**row, "share": 0.25}) == "+0.050 (0.25)"
+    assert report.gain_text({**row, "share": 0.25, "low": 0.05}) == "+0.050 (**0.25**)"
 
 
 def test_a_validation_case_of_another_draw_is_another_case(tmp_path, report):

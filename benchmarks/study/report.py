@@ -1,9 +1,11 @@
 """Tables and figures of run.py's results: python benchmarks/study/report.py
 
 Of every protocol that has any: <protocol>.md, and <protocol>.png of the shares of the gap. README.md puts the shares of
-all protocols together, and what was made of them, which is written by hand in findings.md.
+all protocols together, and what was made of them, which is written by hand in findings.md. The README of the whole has
+a place for what recommended trainers gain.
 """
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +18,22 @@ from nnunetv2_semicml.evaluation.leaderboard_page import interval_text, p_text, 
 from nnunetv2_semicml.evaluation.statistics import compare, holm, score, share_of_gap, summarize
 
 HERE = Path(__file__).parent
+FIRST_PAGE = HERE.parents[1] / "README.md"
+PLACE = re.compile(r"(?P<begin><!-- benchmarks/study/report.py -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+# on the first page: protocol -> modality -> head; what somebody has, the trainer, how tables call it
+SHOWN_FIRST = {
+    "lgg": {"FLAIR": "gliomas: FLAIR", "T1post": "T1"},
+    "ombria": {"S1": "floods: radar", "S2": "optical"},
+    "la": {"GEMRI": "left atria"},
+}
+TRAINERS = (
+    ("two or more modalities", "`nnUNetTrainerSemiCMLPlus`", "Semi-CML Plus"),
+    ("… of about equal worth", "the same, which measures that; here set", "Semi-CML Plus, taught both ways"),
+    ("… and want the published method", "`nnUNetTrainerSemiCML`", "Semi-CML"),
+    ("a finished Semi-CML", "`nnUNetTrainerSemiCMLPReL`", "Semi-CML + PReL"),
+    ("a finished Semi-CML Plus", "`nnUNetTrainerSemiCMLPlusPReL`", "Semi-CML Plus + PReL"),
+    ("one modality", "`nnUNetTrainerBCPPlus`", "BCP Plus"),
+)
 SHOWN = (-1.6, 1.6)  # of shares, in figures: where the gap is small, an interval can have any length
 EXPLAINED = """\
 Mean per case, in 3D, each modality predicted alone; in brackets the lowest and highest mean of a draw. *Share*: of
@@ -207,12 +225,36 @@ def overview(purpose: str) -> list[str]:
     return lines + [f"| {m} | {' | '.join(column.get(m, '') for column in columns.values())} |" for m in methods]
 
 
+def write_first_page() -> None:
+    """Of the README of the whole, the table: test cases, EMA weights, the fewest labels."""
+    columns = []
+    for name, modalities in SHOWN_FIRST.items():
+        cases = results_of(name, "test")
+        few = with_bounds(cases, PROTOCOLS[name].labeled[0]) if len(cases) else cases
+        rows = share_rows(score(few[few["weights"] == "EMA"])).to_dict("records") if len(few) else []
+        for modality, head in modalities.items():
+            columns.append((head, {row["method"]: gain_text(row) for row in rows if row["modality"] == modality}))
+    lines = [f"| you have | `-tr` | {' | '.join(head for head, _ in columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for has, trainer, method in TRAINERS:
+        lines.append(f"| {has} | {trainer} | {' | '.join(texts.get(method, '') for _, texts in columns)} |")
+    page = PLACE.sub(lambda place: place["begin"] + "\n".join([*lines, place["end"]]), FIRST_PAGE.read_text())
+    FIRST_PAGE.write_text(page)
+
+
+def gain_text(row: dict) -> str:
+    """Dice gained and, in brackets, the share of the gap, in bold if its interval is above nought."""
+    share = f"{row['share']:.2f}".replace("-", "−")
+    gain = f"{row['share'] * row['gap']:+.3f}".replace("-", "−")
+    return f"{gain} ({f'**{share}**' if row['low'] > 0 else share})"
+
+
 def main() -> None:
     """Write what there is."""
     for name in PROTOCOLS:
         if any(len(results_of(name, purpose)) for purpose in ("test", "validation")):
             write_protocol(name)
     write_overview()
+    write_first_page()
 
 
 if __name__ == "__main__":
