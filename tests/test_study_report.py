@@ -104,6 +104,21 @@ def test_a_share_that_may_be_nought_is_not_in_bold(report):
     assert report.gain_text({**row, "share": 0.25, "low": 0.05}) == "+0.050 (**0.25**)"
 
 
+def test_where_all_labels_gain_nothing_there_is_no_share(tmp_path, report):
+    results = []
+    for weights in ("EMA", "last step"):
+        for method, labeled, flair, t1 in (
+            ("few labels", 5, 0.5, 0.3),
+            ("all labels", 0, 0.4, 0.5),
+            ("BCP", 5, 0.6, 0.4),
+        ):
+            results += rows(method, 0, labeled, {"FLAIR": [flair, flair + 0.1], "T1post": [t1, t1]}, weights)
+    write_results(tmp_path, results)
+    report.main()
+    bcp = cells((tmp_path / "lgg.md").read_text(), "BCP", "### 5 labeled")
+    assert (bcp["FLAIR share, EMA"], bcp["T1post share, EMA"]) == ("no gap", "0.50 (0.50 … 0.50)")
+
+
 def test_a_validation_case_of_another_draw_is_another_case(tmp_path, report):
     results = []
     for draw, dice in ((0, 0.3), (1, 0.5)):

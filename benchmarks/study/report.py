@@ -61,6 +61,11 @@ def with_bounds(cases: pd.DataFrame, labeled: int) -> pd.DataFrame:
     return part[part["seed"].isin(set.intersection(*draws))]
 
 
+def with_fewest(cases: pd.DataFrame, protocol: Protocol) -> pd.DataFrame:
+    """What was trained for the length of a protocol with its fewest labels, see `with_bounds`; nothing of nothing."""
+    return with_bounds(cases[cases["steps"] == protocol.steps], protocol.labeled[0]) if len(cases) else cases
+
+
 def table(cases: pd.DataFrame) -> list[str]:
     """Markdown: every method, in every modality."""
     modalities = list(dict.fromkeys(cases["modality"]))
@@ -103,9 +108,11 @@ def share_rows(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def shares_of(scores: pd.DataFrame) -> dict[tuple[str, str], str]:
-    """Method and modality -> share of the gap with its interval."""
+    """Method and modality -> share of the gap with its interval, where all labels gain anything."""
     return {
         (row["method"], row["modality"]): f"{row['share']:.2f} ({row['low']:.2f} … {row['high']:.2f})"
+        if row["gap"] > 0
+        else "no gap"
         for row in share_rows(scores).to_dict("records")
     }
 
@@ -178,6 +185,7 @@ def write_protocol(name: str) -> None:
 def plot_shares(name: str, cases: pd.DataFrame) -> None:
     """<protocol>.png: share of the gap with its interval, EMA weights."""
     rows = share_rows(score(cases[cases["weights"] == "EMA"]))
+    rows = rows[rows["gap"] > 0]
     modalities = list(dict.fromkeys(rows["modality"]))
     with style.context(["default", {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}]):
         figure = Figure(figsize=(4.5 * len(modalities), 1 + 0.3 * rows["method"].nunique()), layout="constrained")
@@ -208,7 +216,7 @@ def overview(purpose: str) -> list[str]:
     columns, methods = {}, []
     for name, protocol in PROTOCOLS.items():
         cases = results_of(name, purpose)
-        part = with_bounds(cases[cases["steps"] == protocol.steps], protocol.labeled[0]) if len(cases) else cases
+        part = with_fewest(cases, protocol)
         if part.empty:
             continue
         if purpose == "validation":
@@ -229,8 +237,7 @@ def write_first_page() -> None:
     """Of the README of the whole, the table: test cases, EMA weights, the fewest labels."""
     columns = []
     for name, modalities in SHOWN_FIRST.items():
-        cases = results_of(name, "test")
-        few = with_bounds(cases, PROTOCOLS[name].labeled[0]) if len(cases) else cases
+        few = with_fewest(results_of(name, "test"), PROTOCOLS[name])
         rows = share_rows(score(few[few["weights"] == "EMA"])).to_dict("records") if len(few) else []
         for modality, head in modalities.items():
             columns.append((head, {row["method"]: gain_text(row) for row in rows if row["modality"] == modality}))
