@@ -4,7 +4,8 @@
 
 SCRATCH is that of ../study/run.py: networks that it has trained there are measured on the held-out cases of their
 draw and on the unlabeled cases, whose labels were withheld from them; of many, on 100 drawn ones. Rows are added to
-cases.csv beside this script; networks that stand there are not measured again. ranking.md is made of it.
+cases.csv beside this script; networks that stand there are not measured again. ranking.md is made of it. A row also has
+the volume of the reference, in ml as the predicted one is, to tell why doubt may say little.
 
 There is one network for each modality (fold "all"), hence no disagreement between folds.
 """
@@ -24,7 +25,7 @@ sys.path.insert(0, str(HERE.parent / "study"))
 from protocols import PROTOCOLS, Task, tasks_of  # noqa: E402
 from run import cases_of, dataset_of, model_of, set_environment, source_of  # noqa: E402
 
-METHODS = ("few labels", "Semi-CML", "Semi-CML Plus", "BCP", "cross-modal BCP", "all labels")
+METHODS = ("few labels", "Semi-CML", "Semi-CML Plus", "BCP", "BCP Plus", "cross-modal BCP", "all labels")
 TOGETHER = "mean of modalities"
 MEASURES = ("entropy", "disagreement", "volume", "mean")
 KEYS = ["protocol", "purpose", "method", "draw", "labeled"]
@@ -78,6 +79,47 @@ def measure_networks(data: Path, work: Path, task: Task) -> pd.DataFrame | None:
     return pd.DataFrame(rows)
 
 
+def with_references(table: pd.DataFrame, data: Path, name: str, purpose: str) -> pd.DataFrame:
+    """The table with the volume of the references of a protocol's cases, where it lacks that."""
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
+    source = source_of(PROTOCOLS[name], data)
+    described = json.loads((source / "dataset.json").read_text())
+    table = table.reindex(columns=[*dict.fromkeys([*table.columns, "reference"])])
+    lacking = table["reference"].isna() & (table["protocol"] == name) & (table["purpose"] == purpose)
+    volumes = {}
+    for case in table.loc[lacking, "case"].unique():
+        (label,) = (file for share in ("Tr", "Ts") for file in (source / f"labels{share}").glob(f"{case}.*"))
+        reader = determine_reader_writer_from_dataset_json(described, str(label), verbose=False)()
+        labels, properties = reader.read_seg(str(label))
+        volumes[case] = float((labels > 0).sum() * np.prod(properties["spacing"]) / 1000)
+    return table.assign(reference=table["reference"].where(~lacking, table["case"].map(volumes)))
+
+
+def size_lines(table: pd.DataFrame) -> list[str]:
+    """Whether a Dice follows what there is to find, and whether the prediction tells how much that is."""
+    lines = ["## Sizes", ""]
+    lines += [
+        "Spearman's rank correlation of the volume of the reference with the Dice, and with the predicted volume;"
+    ]
+    lines += [
+        "mean over the draws. Where the first is high and the second low, no prediction tells which one is good.",
+        "",
+    ]
+    lines += ["| protocol | cases | method | labeled | modality | with the Dice | with the predicted volume |"]
+    lines += ["|---" * 7 + "|"]
+    known = table[table["reference"].notna() & (table["modality"] != TOGETHER)]
+    for key, rows in known.groupby(["protocol", "purpose", "share", "method", "labeled", "modality"], sort=False):
+        protocol, purpose, share, method, labeled, modality = key
+        draws = [of_draw for _, of_draw in rows.groupby("draw")]
+        cells = [protocol, f"{purpose}, {share}", method, str(labeled or "all"), modality]
+        for column in ("dice", "volume"):
+            mean = np.mean([of["reference"].corr(of[column], method="spearman") for of in draws])
+            cells.append(f"{mean:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def correlation(measure: np.ndarray, dice: np.ndarray, axis: int = -1) -> np.ndarray:
     """Spearman's, with the sign by which a good measure of doubt has 1."""
     ranks = (rankdata(values, axis=axis) for values in (measure, dice))
@@ -116,6 +158,7 @@ def report(table: pd.DataFrame) -> None:
     ]
     heads = ["protocol", "cases", "method", "labeled", "modality", "n", *MEASURES]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    sizes = size_lines(table)
     table = table.assign(entropy=table["entropy"].fillna(1.0), volume=-table["volume"])
     by = ["protocol", "purpose", "share", "method", "labeled", "modality"]
     for key, rows in table.groupby(by, sort=False):
@@ -127,7 +170,7 @@ def report(table: pd.DataFrame) -> None:
                 continue
             cells.append(correlation_cell(rows, measure))
         lines.append(f"| {' | '.join(cells)} |")
-    (HERE / "ranking.md").write_text("\n".join([*lines, "", *expected_lines(table), ""]))
+    (HERE / "ranking.md").write_text("\n".join([*lines, "", *expected_lines(table), "", *sizes, ""]))
 
 
 def expected_lines(table: pd.DataFrame) -> list[str]:
@@ -197,6 +240,7 @@ def main() -> None:
             table = pd.concat([table, found]) if len(table) else found
             table.to_csv(TABLE, index=False, float_format="%.4g")
             print(task, flush=True)
+    with_references(table, args.data.resolve(), *args.task).to_csv(TABLE, index=False, float_format="%.4g")
     facts = {
         "command": "python benchmarks/ranking/run.py PROTOCOL PURPOSE --data FOLDER --work SCRATCH",
         "draws, which are the seeds": ", ".join(map(str, sorted(set(table["draw"])))),

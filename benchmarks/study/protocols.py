@@ -112,7 +112,7 @@ PROTOCOLS = {
         batch_size=4,
         alphabetical=True,
     ),
-    "phantom": Protocol("Phantom", None, {"FLAIR": "FLAIR", "T1": "T1"}, "lesion", (5,), 15, 1000, (), draws=(0,)),
+    "phantom": Protocol("Phantom", None, {"FLAIR": "FLAIR", "T1": "T1"}, "lesion", (5,), 15, 3000, (), draws=(0,)),
 }
 
 LOWER, UPPER = "few labels", "all labels"

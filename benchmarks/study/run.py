@@ -15,7 +15,7 @@ modality is predicted alone by nnU-Net's predictor without mirroring, once with 
 with their exponential moving average.
 
 A training takes 8 (bounds) to 29 minutes (UniMatch on floods) of a core, on left atria from 21, see runs.csv: the test
-cases of gliomas about 7 core-hours, of their slices 4, of floods 8, of left atria 7 and of the phantom 1, some of it
+cases of gliomas about 7 core-hours, of their slices 4, of floods 8, of left atria 7 and of the phantom 2, some of it
 estimated from the first draw; what was tried on validation cases 15.
 
 Results are collected beside this script, in <protocol>_<purpose>.csv, and what the runs cost in runs.csv. What stands
