@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import SimpleITK as sitk
 from conftest import load_script
 from scipy.stats import spearmanr
 
@@ -96,9 +97,50 @@ def test_table_pairs_the_cases(labeling, monkeypatch, tmp_path):
     assert (tmp_path / "labeling.png").is_file()
 
 
-def test_correlation_is_spearmans_within_draws(labeling, monkeypatch):
+@pytest.fixture
+def ranking(labeling, monkeypatch):
+    return load_script(BENCHMARKS / "ranking" / "run.py", monkeypatch, "ranking_run")
+
+
+def test_references_are_measured_in_ml_where_they_are_lacking(ranking, monkeypatch, tmp_path):
+    (tmp_path / "labelsTr").mkdir()
+    (tmp_path / "labelsTs").mkdir()
+    (tmp_path / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz", "channel_names": {"0": "MR"}}))
+    for folder, case, voxels in (("labelsTr", "a", 10), ("labelsTs", "b", 3), ("labelsTs", "b2", 100)):
+        labels = np.zeros((4, 5, 6), np.uint8)
+        labels.flat[:voxels] = 1
+        image = sitk.GetImageFromArray(labels)
+        image.SetSpacing((2.0, 5.0, 10.0))
+        sitk.WriteImage(image, str(tmp_path / folder / f"{case}.nii.gz"))
+    monkeypatch.setattr(ranking, "source_of", lambda protocol, data: tmp_path)
+    rows = [("lgg", "test", "a"), ("lgg", "test", "b"), ("lgg", "validation", "a")]
+    table = pd.DataFrame(rows, columns=["protocol", "purpose", "case"])
+    table = ranking.with_references(table, tmp_path, "lgg", "test")
+    assert table["reference"].fillna(-1).tolist() == pytest.approx([1.0, 0.3, -1])
+    known = table.assign(reference=[7.0, np.nan, np.nan])
+    assert ranking.with_references(known, tmp_path, "lgg", "test")["reference"][0] == 7.0
+
+
+def test_sizes_are_correlated_within_draws(ranking):
+    """Dice rises with the size in both draws; the predicted size falls in one and rises in the other."""
+    about = {"protocol": "lgg", "purpose": "test", "share": "unlabeled", "method": "BCP", "labeled": 5}
+    size = np.arange(1.0, 6.0)
+    draws = [
+        pd.DataFrame(
+            {**about, "draw": draw, "modality": "T1", "reference": size, "dice": size / (9 - draw), "volume": v}
+        )
+        for draw, v in enumerate((-size, size**2))
+    ]
+    together = draws[0].assign(modality=ranking.TOGETHER)
+    unknown = draws[0].assign(method="other", reference=np.nan)
+    lines = ranking.size_lines(pd.concat([*draws, together, unknown]))
+    assert [line for line in lines if line.startswith("| lgg")] == [
+        "| lgg | test, unlabeled | BCP | 5 | T1 | 1.00 | 0.00 |"
+    ]
+
+
+def test_correlation_is_spearmans_within_draws(ranking):
     """A draw that is easier as a whole, or whose measure is higher, changes nothing; doubt and Dice are opposite."""
-    ranking = load_script(BENCHMARKS / "ranking" / "run.py", monkeypatch, "ranking_run")
     rng = np.random.default_rng(1)
     draws = []
     for draw, shift in enumerate((0.0, 5.0)):
