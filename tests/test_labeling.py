@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 from conftest import load_script
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from scipy.stats import spearmanr
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -102,23 +103,15 @@ def ranking(labeling, monkeypatch):
     return load_script(BENCHMARKS / "ranking" / "run.py", monkeypatch, "ranking_run")
 
 
-def test_references_are_measured_in_ml_where_they_are_lacking(ranking, monkeypatch, tmp_path):
-    (tmp_path / "labelsTr").mkdir()
-    (tmp_path / "labelsTs").mkdir()
-    (tmp_path / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz", "channel_names": {"0": "MR"}}))
-    for folder, case, voxels in (("labelsTr", "a", 10), ("labelsTs", "b", 3), ("labelsTs", "b2", 100)):
+def test_a_reference_is_measured_in_ml(ranking, tmp_path):
+    for case, voxels in (("a", 10), ("b", 3)):
         labels = np.zeros((4, 5, 6), np.uint8)
         labels.flat[:voxels] = 1
         image = sitk.GetImageFromArray(labels)
         image.SetSpacing((2.0, 5.0, 10.0))
-        sitk.WriteImage(image, str(tmp_path / folder / f"{case}.nii.gz"))
-    monkeypatch.setattr(ranking, "source_of", lambda protocol, data: tmp_path)
-    rows = [("lgg", "test", "a"), ("lgg", "test", "b"), ("lgg", "validation", "a")]
-    table = pd.DataFrame(rows, columns=["protocol", "purpose", "case"])
-    table = ranking.with_references(table, tmp_path, "lgg", "test")
-    assert table["reference"].fillna(-1).tolist() == pytest.approx([1.0, 0.3, -1])
-    known = table.assign(reference=[7.0, np.nan, np.nan])
-    assert ranking.with_references(known, tmp_path, "lgg", "test")["reference"][0] == 7.0
+        sitk.WriteImage(image, str(tmp_path / f"{case}.nii.gz"))
+    volumes = [ranking.volume_of(tmp_path / f"{case}.nii.gz", SimpleITKIO()) for case in "ab"]
+    assert volumes == pytest.approx([1.0, 0.3])
 
 
 def test_sizes_are_correlated_within_draws(ranking):

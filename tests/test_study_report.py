@@ -117,6 +117,7 @@ def test_where_all_labels_gain_nothing_there_is_no_share(tmp_path, report):
     report.main()
     bcp = cells((tmp_path / "lgg.md").read_text(), "BCP", "### 5 labeled")
     assert (bcp["FLAIR share, EMA"], bcp["T1post share, EMA"]) == ("no gap", "0.50 (0.50 … 0.50)")
+    assert report.gain_text({"share": 2.0, "gap": -0.1, "low": 1.0, "high": 3.0}) == "no gap"
 
 
 def test_a_validation_case_of_another_draw_is_another_case(tmp_path, report):

@@ -15,6 +15,7 @@ import datetime
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -68,6 +69,7 @@ def measure_networks(data: Path, work: Path, task: Task) -> pd.DataFrame | None:
             about |= {"disagreement": np.mean(pairs) if pairs else np.nan, "mean": scores["mean"][case]}
             own = []
             label = source / f"labels{held_out.get(case, 'Tr')}" / f"{case}{raw.file_ending}"
+            about["reference"] = volume_of(label, reader)
             for modality in protocol.modalities:
                 prediction = out / "predictions" / modality / f"{case}{raw.file_ending}"
                 found = evaluate_files(label, prediction, reader, raw.dataset_json["labels"])
@@ -79,21 +81,10 @@ def measure_networks(data: Path, work: Path, task: Task) -> pd.DataFrame | None:
     return pd.DataFrame(rows)
 
 
-def with_references(table: pd.DataFrame, data: Path, name: str, purpose: str) -> pd.DataFrame:
-    """The table with the volume of the references of a protocol's cases, where it lacks that."""
-    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-
-    source = source_of(PROTOCOLS[name], data)
-    described = json.loads((source / "dataset.json").read_text())
-    table = table.reindex(columns=[*dict.fromkeys([*table.columns, "reference"])])
-    lacking = table["reference"].isna() & (table["protocol"] == name) & (table["purpose"] == purpose)
-    volumes = {}
-    for case in table.loc[lacking, "case"].unique():
-        (label,) = (file for share in ("Tr", "Ts") for file in (source / f"labels{share}").glob(f"{case}.*"))
-        reader = determine_reader_writer_from_dataset_json(described, str(label), verbose=False)()
-        labels, properties = reader.read_seg(str(label))
-        volumes[case] = float((labels > 0).sum() * np.prod(properties["spacing"]) / 1000)
-    return table.assign(reference=table["reference"].where(~lacking, table["case"].map(volumes)))
+def volume_of(label: Path, reader: Any) -> float:
+    """Of the foreground of a label file, in ml, as nnU-Net's reader has its spacing."""
+    labels, properties = reader.read_seg(str(label))
+    return float((labels > 0).sum() * np.prod(properties["spacing"]) / 1000)
 
 
 def size_lines(table: pd.DataFrame) -> list[str]:
@@ -240,7 +231,6 @@ def main() -> None:
             table = pd.concat([table, found]) if len(table) else found
             table.to_csv(TABLE, index=False, float_format="%.4g")
             print(task, flush=True)
-    with_references(table, args.data.resolve(), *args.task).to_csv(TABLE, index=False, float_format="%.4g")
     facts = {
         "command": "python benchmarks/ranking/run.py PROTOCOL PURPOSE --data FOLDER --work SCRATCH",
         "draws, which are the seeds": ", ".join(map(str, sorted(set(table["draw"])))),

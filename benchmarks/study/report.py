@@ -249,7 +249,9 @@ def write_first_page() -> None:
 
 
 def gain_text(row: dict) -> str:
-    """Dice gained and, in brackets, the share of the gap, in bold if its interval is above nought."""
+    """Dice gained and, in brackets, the share of the gap, in bold if its interval is above nought; see `shares_of`."""
+    if not row["gap"] > 0:
+        return "no gap"
     share = f"{row['share']:.2f}".replace("-", "−")
     gain = f"{row['share'] * row['gap']:+.3f}".replace("-", "−")
     return f"{gain} ({f'**{share}**' if row['low'] > 0 else share})"
