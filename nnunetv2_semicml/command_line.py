@@ -342,6 +342,14 @@ def _add_networks(parser: argparse.ArgumentParser, folds: str) -> None:
     add("-f", nargs="+", default=["0", "1", "2", "3", "4"], metavar="FOLD", help=folds)
     add("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="(default: %(default)s)")
     add("--disable_tta", action="store_true", help="predict without mirrored copies, as of nnUNetv2_predict")
+    add(
+        "-np",
+        type=int,
+        default=3,
+        metavar="N",
+        help="cases that are preprocessed, and others that are measured, while one is predicted; more need more memory "
+        "(default: %(default)s)",
+    )
 
 
 def rank_parser() -> argparse.ArgumentParser:

@@ -145,7 +145,7 @@ def test_new_scans_are_compared_with_validation_cases(trained, results, tmp_path
     assert len(record["flagged"]) == (table["expected"] < 1).sum()
     assert sorted(file.name for file in (out / "predictions" / names[0]).iterdir()) == [f"{complete}.nii.gz"]
     # what is done is not done again, and the Dice that all is told from is that of the files
-    monkeypatch.setattr(FoldPredictor, "predict", lambda self, files: pytest.fail("predicted again"))
+    monkeypatch.setattr(FoldPredictor, "predict", lambda self, scan: pytest.fail("predicted again"))
     seen = []
     monkeypatch.setattr(expected_dice, "expect_all", lambda *args: seen.extend(args) or expect_all(*args))
     run(monkeypatch, *words)

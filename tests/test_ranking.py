@@ -1,6 +1,8 @@
 """What networks know of a case: by formula, against nnU-Net's own predictions, and as a command line."""
 
 import json
+import threading
+from functools import partial
 from math import log
 from types import SimpleNamespace
 
@@ -26,6 +28,7 @@ from nnunetv2_semicml.evaluation.uncertainty import (
     foreground_entropy,
     measure,
     measure_cases,
+    staggered,
 )
 from nnunetv2_semicml.trainers.nnUNetTrainerSupervisedEMA import nnUNetTrainerSupervisedEMA
 
@@ -150,11 +153,75 @@ def trained(groups):
     return train
 
 
+def test_cases_are_prepared_and_finished_while_one_is_predicted():
+    waited, here = {}, threading.get_ident()
+    events = {name: threading.Event() for name in ("prepared b", "predicted b")}
+    prepared, finished = [], []
+
+    def prepare(case):
+        assert threading.get_ident() != here
+        prepared.append(case)
+        if case == "b":
+            events["prepared b"].set()
+        return [case]
+
+    def predict(case, scans):
+        assert threading.get_ident() == here
+        assert scans == [case]
+        assert len(prepared) <= "abcdef".index(case) + 2  # no more than two ahead are held
+        assert len(finished) >= "abcdef".index(case) - 2  # nor more than two behind
+        if case == "a":
+            waited["prepared b"] = events["prepared b"].wait(60)
+        if case == "b":
+            events["predicted b"].set()
+        return case.upper()
+
+    def finish(case, logits):
+        assert threading.get_ident() != here
+        if case == "a":
+            waited["predicted b"] = events["predicted b"].wait(60)
+        finished.append(case)
+        return {case: logits}
+
+    found = list(staggered("abcdef", prepare, predict, finish, beside=2))
+    assert found == [{case: case.upper()} for case in "abcdef"]
+    assert waited == {"prepared b": True, "predicted b": True}
+    assert sorted(finished) == list("abcdef")
+
+
+@pytest.mark.parametrize("beside", [1, 3, 10])
+@pytest.mark.parametrize("where", ["prepare", "predict", "finish"])
+def test_what_is_predicted_before_a_failure_is_finished(where, beside):
+    done = []
+
+    def step(name, case):
+        if (name, case) == (where, "c"):
+            raise UserError(case, "a torn file", "a scan", "Mend it.")
+        if name == "finish":
+            done.append(case)
+        return {}
+
+    results = staggered(
+        "abcd",
+        partial(step, "prepare"),
+        lambda case, _: step("predict", case),
+        lambda case, _: step("finish", case),
+        beside,
+    )
+    with pytest.raises(UserError, match="torn file"):
+        list(results)
+    assert set("ab") <= set(done) <= set("abd")
+
+
 def predicted_by_nnunet(model, folds, scan, out):
     stock = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)
     stock.initialize_from_trained_model_folder(str(model), folds)
     stock.predict_from_files_sequential([scan], [str(out)], overwrite=True)
     return SimpleITKIO().read_seg(f"{out}.nii.gz")[0][0]
+
+
+def predicted(predictor, files):
+    return predictor.segment(predictor.predict(predictor.preprocess(files)))
 
 
 def test_folds_and_their_ensemble_are_those_of_nnunet(trained, results, tmp_path):
@@ -163,15 +230,15 @@ def test_folds_and_their_ensemble_are_those_of_nnunet(trained, results, tmp_path
     case, files = next(iter(raw.unlabeled.items()))
     scan = [files["images"][0]]
     model = model_folder(results, modality.dataset_name, "nnUNetTrainerSupervisedEMA", "nnUNetPlans", "2d")
-    found = FoldPredictor(model, ["0", "1"], torch.device("cpu")).predict(scan)
+    found = predicted(FoldPredictor(model, ["0", "1"], torch.device("cpu")), scan)
     for folds, own in (((0,), found.of_folds["0"]), ((1,), found.of_folds["1"]), ((0, 1), found.segmentation)):
         np.testing.assert_array_equal(own, predicted_by_nnunet(model, folds, scan, tmp_path / case))
     assert found.of_folds["0"].any()
     assert not np.array_equal(found.of_folds["0"], found.of_folds["1"])
     alone = FoldPredictor(model, ["0"], torch.device("cpu"))
-    assert alone.predict(scan).features == found.features  # those of the first network
+    assert predicted(alone, scan).features == found.features  # those of the first network
     assert len(found.features) == alone.predictor.network.encoder.output_channels[-1]
-    other = FoldPredictor(model, ["1", "0"], torch.device("cpu")).predict(scan)
+    other = predicted(FoldPredictor(model, ["1", "0"], torch.device("cpu")), scan)
     assert other.features != found.features
     assert other.entropies == found.entropies
 
@@ -211,7 +278,7 @@ def test_cases_are_ranked_with_the_modalities_that_they_have(trained, results, m
     )
 
     # what is done is not done again, unless a network or a scan is another one
-    monkeypatch.setattr(FoldPredictor, "predict", lambda self, files: pytest.fail("predicted again"))
+    monkeypatch.setattr(FoldPredictor, "predict", lambda self, scan: pytest.fail("predicted again"))
     rank(monkeypatch, *words, "--score", "entropy")
     monkeypatch.undo()
     assert json.loads((out / "ranking.json").read_text())["score"] == "entropy"
@@ -233,6 +300,9 @@ def test_what_is_not_trained_or_damaged_is_named(trained, results, monkeypatch, 
     with pytest.raises(SystemExit):
         rank(monkeypatch, *words, "-f", "0", "--number", "0")
     assert "--number" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        rank(monkeypatch, *words, "-f", "0", "-np", "0")
+    assert "-np: found 0; expected 1 or more" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         rank(monkeypatch, *words, "-f", "0", "--score", "folds")
     assert "--score folds: found one of these" in capsys.readouterr().err

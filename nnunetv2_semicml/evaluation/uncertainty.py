@@ -8,13 +8,15 @@ May import nnU-Net, `errors` and data/.
 import argparse
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice
 from math import log
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +39,34 @@ from nnunetv2_semicml.evaluation.metrics import classes_of, compute_metrics, fil
 from nnunetv2_semicml.evaluation.progress import Progress
 
 CHECKPOINT = "checkpoint_final.pth"
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+class Preprocessed(NamedTuple):
+    """A scan as networks take it.
+
+    Attributes:
+        data: (C, *spatial).
+        properties: nnU-Net's, of the scan.
+    """
+
+    data: Tensor
+    properties: dict[str, Any]
+
+
+class FoldLogits(NamedTuple):
+    """What networks say of a scan.
+
+    Attributes:
+        of_folds: fold -> (heads, *spatial) on the grid of the preprocessed scan, on the CPU.
+        features: see `FoldPredictions`.
+        properties: nnU-Net's, of the scan.
+    """
+
+    of_folds: dict[str, Tensor]
+    features: list[float]
+    properties: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -90,36 +120,48 @@ class FoldPredictor:
         """Classes or regions, name -> value or values."""
         return classes_of(self.predictor.dataset_json["labels"])
 
-    def predict(self, files: Sequence[str]) -> FoldPredictions:
-        """Predict a case.
+    def preprocess(self, files: Sequence[str]) -> Preprocessed:
+        """Read a scan, and make of it what networks take.
 
         Args:
             files: its images, as nnU-Net's reader takes them.
         """
-        predictor = self.predictor
-        preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
-        managers = predictor.plans_manager, predictor.configuration_manager
-        data, _, properties = preprocessor.run_case(list(files), None, *managers, predictor.dataset_json)
-        label_manager = predictor.plans_manager.get_label_manager(predictor.dataset_json)
+        plans, configuration = self.predictor.plans_manager, self.predictor.configuration_manager
+        preprocessor = configuration.preprocessor_class(verbose=False)
+        data, _, properties = preprocessor.run_case(
+            list(files), None, plans, configuration, self.predictor.dataset_json
+        )
+        return Preprocessed(torch.from_numpy(data), properties)
 
-        def segment(logits: Tensor) -> np.ndarray:
+    def predict(self, scan: Preprocessed) -> FoldLogits:
+        """Ask every network; the part that needs the device."""
+        of_folds = {}
+        features = _EncoderFeatures(self.predictor.network)
+        for fold, parameters in self._parameters.items():
+            self.predictor.list_of_parameters = [parameters]
+            with features if fold == self.folds[0] else nullcontext():
+                of_folds[fold] = self.predictor.predict_logits_from_preprocessed_data(scan.data)
+        return FoldLogits(of_folds, features.mean(), scan.properties)
+
+    def segment(self, logits: FoldLogits) -> FoldPredictions:
+        """Take what networks say back to the grid of the scan."""
+        plans, configuration = self.predictor.plans_manager, self.predictor.configuration_manager
+        label_manager = plans.get_label_manager(self.predictor.dataset_json)
+
+        def segment(of: Tensor) -> np.ndarray:
             segmentation: np.ndarray = convert_predicted_logits_to_segmentation_with_correct_shape(
-                logits, *managers, label_manager, properties, num_threads_torch=torch.get_num_threads()
+                of, plans, configuration, label_manager, logits.properties, num_threads_torch=torch.get_num_threads()
             )
             return segmentation
 
         of_folds, entropies, total = {}, {}, None
-        features = _EncoderFeatures(predictor.network)
-        for fold, parameters in self._parameters.items():
-            predictor.list_of_parameters = [parameters]
-            with features if fold == self.folds[0] else nullcontext():
-                logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
-            entropies[fold] = foreground_entropy(logits.float(), label_manager)
-            of_folds[fold] = segment(logits)
-            total = logits.clone() if total is None else total.add_(logits)  # in the precision in which nnU-Net does
+        for fold, of in logits.of_folds.items():
+            entropies[fold] = foreground_entropy(of.float(), label_manager)
+            of_folds[fold] = segment(of)
+            total = of.clone() if total is None else total.add_(of)  # in the precision in which nnU-Net does
         assert total is not None  # there is a fold
         whole = of_folds[self.folds[0]] if len(of_folds) == 1 else segment(total.div_(len(of_folds)))
-        return FoldPredictions(whole, of_folds, entropies, features.mean(), properties)
+        return FoldPredictions(whole, of_folds, entropies, logits.features, logits.properties)
 
     def write(self, predictions: FoldPredictions, file: Path) -> None:
         """Write the segmentation as nnU-Net does, whole or not at all."""
@@ -286,19 +328,23 @@ class Networks:
         folds: 0, 1, … or all.
         device: to predict on.
         mirroring: as nnU-Net's.
+        beside: cases that are preprocessed, and others that are measured, while one is predicted.
     """
 
     models: Mapping[str, Path]
     folds: Sequence[str]
     device: torch.device
     mirroring: bool
+    beside: int = 3
 
     @classmethod
     def of_command_line(cls, group: ModalityGroup, args: argparse.Namespace) -> "Networks":
-        """Those of a group that the options -tr, -p, -c, -f, -device and --disable_tta name."""
+        """Those of a group that the options -tr, -p, -c, -f, -device, --disable_tta and -np name."""
+        if args.np < 1:
+            raise UserError("-np", str(args.np), "1 or more", "Correct it.")
         results = environment_folder("nnUNet_results")
         models = {m.name: model_folder(results, m.dataset_name, args.tr, args.p, args.c) for m in group.modalities}
-        return cls(models, args.f, torch.device(args.device), not args.disable_tta)
+        return cls(models, args.f, torch.device(args.device), not args.disable_tta, args.np)
 
     def predictors(self) -> dict[str, FoldPredictor]:
         """Those of every modality."""
@@ -336,34 +382,85 @@ def measure_cases(
         raise UserError(
             some_of(lacking), "no modality as a whole", f"all files of {known}", "Add them, or leave it out."
         )
-    predictors: dict[str, FoldPredictor] = {}
-    progress, stamps = Progress(dict.fromkeys(cases, ("case", 1)), 1), networks.stamps()
-    found = {}
-    for case, present in present_in.items():
-        inputs = {**stamps, "scans": [stamp(file) for of in present.values() for file in of]}
-        inputs = json.loads(json.dumps(inputs))  # as JSON gives it back
-        file = out / "measures" / f"{case}.json"
-        written = [out / "predictions" / modality / f"{case}{file_ending}" for modality in present]
-        content = try_read_json(file) or {}
-        progress.start(case)
-        if content.get("inputs") != inputs or not all(prediction.is_file() for prediction in written):
-            for scan in (scan for of in present.values() for scan in of):
-                require_whole(scan)
-            predictors = predictors or networks.predictors()
-            predictions = {modality: predictors[modality].predict(scans) for modality, scans in present.items()}
-            for modality, prediction in zip(present, written, strict=True):
-                predictors[modality].write(predictions[modality], prediction)
-            first = next(iter(present))
-            measures = measure(predictions, predictors[first].labels, predictions[first].properties["spacing"])
-            content = {"inputs": inputs, "measures": measures}
-            content["features"] = {modality: of.features for modality, of in predictions.items()}
-            write_json(file, content)
-            progress.end(case)
-            progress.say(f"{case}; {progress}")
+    stamps = networks.stamps()
+    inputs = {
+        case: {**stamps, "scans": [stamp(file) for of in present.values() for file in of]}
+        for case, present in present_in.items()
+    }
+    inputs = json.loads(json.dumps(inputs))  # as JSON gives it back
+    predictions = {
+        case: {modality: out / "predictions" / modality / f"{case}{file_ending}" for modality in present}
+        for case, present in present_in.items()
+    }
+
+    def read(case: str) -> Json | None:
+        content = try_read_json(out / "measures" / f"{case}.json") or {}
+        there = all(file.is_file() for file in predictions[case].values())
+        return content if there and content.get("inputs") == inputs[case] else None
+
+    contents = {case: read(case) for case in cases}
+    progress = Progress(dict.fromkeys(cases, ("case", 1)), 1)
+    left = []
+    for case, content in contents.items():
+        if content is None:
+            left.append(case)
         else:
             progress.end(case, well=False)
-        found[case] = Measured(content["measures"], content["features"])
-    return found
+    predictors = networks.predictors() if left else {}
+
+    def prepare(case: str) -> dict[str, Preprocessed]:
+        for scan in (scan for of in present_in[case].values() for scan in of):
+            require_whole(scan)
+        return {modality: predictors[modality].preprocess(scans) for modality, scans in present_in[case].items()}
+
+    def predict(case: str, scans: Mapping[str, Preprocessed]) -> dict[str, FoldLogits]:
+        return {modality: predictors[modality].predict(scan) for modality, scan in scans.items()}
+
+    def finish(case: str, logits: Mapping[str, FoldLogits]) -> Json:
+        made = {modality: predictors[modality].segment(of) for modality, of in logits.items()}
+        for modality, file in predictions[case].items():
+            predictors[modality].write(made[modality], file)
+        first = next(iter(made))
+        measures = measure(made, predictors[first].labels, made[first].properties["spacing"])
+        features = {modality: of.features for modality, of in made.items()}
+        content: Json = {"inputs": inputs[case], "measures": measures, "features": features}
+        write_json(out / "measures" / f"{case}.json", content)
+        return content
+
+    measured = staggered(left, prepare, predict, finish, networks.beside)
+    for case in left:
+        progress.start(case)
+        contents[case] = next(measured)
+        progress.end(case)
+        progress.say(f"{case}; {progress}")
+    return {case: Measured(of["measures"], of["features"]) for case, of in contents.items() if of}
+
+
+def staggered(
+    cases: Iterable[str],
+    prepare: Callable[[str], S],
+    predict: Callable[[str, S], T],
+    finish: Callable[[str, T], Json],
+    beside: int,
+) -> Iterator[Json]:
+    """`finish(case, predict(case, prepare(case)))` of every case, in their order.
+
+    Cases are predicted here, one after the other. Up to `beside` of those to come are prepared meanwhile, and as many
+    that are predicted are finished, in threads: what they do, in numpy, scipy and torch, mostly lets others run. What
+    fails is raised when its turn has come, and what is predicted until then is finished.
+    """
+    to_come = iter(cases)
+    with ThreadPoolExecutor(2 * beside) as pool:
+        prepared = deque((case, pool.submit(prepare, case)) for case in islice(to_come, beside))
+        finished: deque[Future[Json]] = deque()
+        while prepared:
+            case, scans = prepared.popleft()
+            predicted = predict(case, scans.result())
+            prepared.extend((following, pool.submit(prepare, following)) for following in islice(to_come, 1))
+            finished.append(pool.submit(finish, case, predicted))
+            if len(finished) > beside:
+                yield finished.popleft().result()
+        yield from (content.result() for content in finished)
 
 
 def present_modalities(files: CaseFiles, modalities: Sequence[Modality]) -> dict[str, list[str]]:
