@@ -6,10 +6,12 @@ Begins with 5 labeled cases, and adds 5 three times: those that `nnUNetv2_semicm
 random, or those of whose prediction the network of the first modality is least sure. After each round two kinds of
 networks are trained anew: on labels alone, and by Semi-CML Plus; the latter tell what to label next. Data, networks,
 length and test cases are those of the protocol (../study/protocols.py, which see); a draw is that of the first cases,
-and a seed. What the study has on the same cases is taken from there, if SCRATCH is its, too.
+and a seed. What the study has of the same cases is taken from its tables.
 
-Results are added to labeling.csv beside this script, and labeling.md and labeling.png are made of it. What is in
-SCRATCH is done, and a study goes on where it was interrupted.
+A draw is about 14 trainings of gliomas, 4 core-hours. Results are added to labeling.csv beside this script as they
+come, and what was chosen to chosen.csv; labeling.md and labeling.png are made of the former. What stands there is done,
+so that a year goes on where it was interrupted, also on another machine; to do something again, delete its rows and its
+files below SCRATCH.
 """
 
 import argparse
@@ -18,16 +20,18 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "study"))
-from protocols import PROTOCOLS, Task  # noqa: E402
-from run import cases_of, dataset_of, model_of, result_file, run, set_environment, source_of  # noqa: E402
+STUDY = HERE.parent / "study"
+sys.path.insert(0, str(STUDY))
+from protocols import LOWER, PROTOCOLS, TOGETHER, Task  # noqa: E402
+from run import cases_of, dataset_of, is_done, model_of, result_file, run, set_environment, source_of  # noqa: E402
 
 from nnunetv2_semicml.command_line import rank_parser  # noqa: E402
 from nnunetv2_semicml.data.locks import locked  # noqa: E402
@@ -35,9 +39,9 @@ from nnunetv2_semicml.data.locks import locked  # noqa: E402
 ROUNDS, ADDED = (5, 10, 15, 20), 5
 SCORE, POOL = (rank_parser().get_default(option) for option in ("score", "pool"))
 STRATEGIES = ("random", "rank", "entropy of one modality")
-NETWORKS = {"labels alone": "Supervised", "Semi-CML Plus": "SemiCMLPlus"}  # the last one tells what to label
-TABLE = HERE / "labeling.csv"
-KEYS = ["protocol", "strategy", "labeled", "network", "seed", "modality", "weights", "case"]
+NETWORKS = {LOWER: ["Supervised"], "Semi-CML Plus": TOGETHER["Semi-CML Plus"]}  # the last one tells what to label
+TABLE, CHOSEN = "labeling.csv", "chosen.csv"
+METRICS = ["dice", "hd95"]
 
 
 def tasks_of_round(name: str, draw: int, strategy: str, labeled: int, chosen: Sequence[str]) -> list[Task]:
@@ -50,30 +54,63 @@ def tasks_of_round(name: str, draw: int, strategy: str, labeled: int, chosen: Se
         protocol = f"{name}_labeled_by_{strategy.split()[0]}"
         PROTOCOLS[protocol] = PROTOCOLS[name]._replace(labeled=ROUNDS, first=tuple(chosen))
     steps = PROTOCOLS[name].steps
-    return [Task(protocol, "test", draw, labeled, method, (trainer,), steps) for method, trainer in NETWORKS.items()]
+    return [Task(protocol, "test", draw, labeled, method, tuple(of), steps) for method, of in NETWORKS.items()]
 
 
 def year(data: Path, work: Path, name: str, job: tuple[int, str]) -> str:
-    """All rounds of a draw and a strategy; returns what happened."""
+    """All rounds of a draw and a strategy, or what is left of them; returns what happened."""
     draw, strategy = job
     chosen: list[str] = []
-    lines = []
     for labeled in ROUNDS:
+        about = {"protocol": name, "seed": draw, "strategy": strategy, "labeled": labeled}
         tasks = tasks_of_round(name, draw, strategy, labeled, chosen)
-        lines += [run(data, work, task) for task in tasks]
-        failed = [line for line in lines if line.startswith("FAILED")]
-        if failed:
-            return failed[0]
-        if strategy != STRATEGIES[0] and labeled != ROUNDS[-1]:
-            chosen = choose_next(data, work, tasks[-1], strategy)
-    return "\n".join(lines)
+        asked = strategy != STRATEGIES[0] and labeled != ROUNDS[-1] and known(CHOSEN, about).empty
+        for task in tasks:
+            of_task = about | {"network": task.method}
+            rows = rows_of_study(task)
+            missing = known(TABLE, of_task).empty
+            # networks that are asked are needed themselves, which may be on another machine
+            if (missing and rows is None) or (asked and task == tasks[-1]):
+                line = run(data, work, task)
+                print(time.strftime("%H:%M:%S"), f"{strategy}, {labeled} labeled, {line}", flush=True)
+                if line.startswith("FAILED"):
+                    return f"draw {draw}, {strategy}: failed, see above"
+                rows = pd.DataFrame(json.loads(result_file(work, task).read_text())["rows"])
+            if missing and rows is not None:
+                add(work, TABLE, of_task, rows[["modality", "weights", "case", *METRICS]])
+        if asked:
+            following = choose_next(data, work, tasks[-1], strategy)
+            add(work, CHOSEN, about, pd.DataFrame({"case": following}))
+        chosen = known(CHOSEN, about)["case"].to_list()
+    return f"draw {draw}, {strategy}: done"
+
+
+def known(table: str, about: Mapping[str, Any]) -> pd.DataFrame:
+    """What a table has of this."""
+    file = HERE / table
+    rows = pd.read_csv(file, dtype={"case": str}) if file.is_file() else pd.DataFrame(columns=[*about, "case"])
+    return rows[(rows[list(about)] == list(about.values())).all(axis=1)]
+
+
+def add(work: Path, table: str, about: Mapping[str, Any], rows: pd.DataFrame) -> None:
+    """Add rows to a table; other years do the same."""
+    file = HERE / table
+    with locked(work / f"{table}.lock", f"adding to {table}", wait=True):
+        rows = pd.concat([pd.DataFrame([about] * len(rows), index=rows.index), rows], axis=1)
+        rows.to_csv(file, mode="a", header=not file.is_file(), index=False, float_format="%.4g")
+
+
+def rows_of_study(task: Task) -> pd.DataFrame | None:
+    """Metrics of a task that is the study's, too, if that has been there."""
+    if not is_done(task):
+        return None
+    table = pd.read_csv(STUDY / f"{task.protocol}_{task.purpose}.csv", dtype={"case": str})
+    own = [task.method, task.draw, task.labeled, task.steps]
+    return table[(table[["method", "seed", "labeled", "steps"]] == own).all(axis=1)]
 
 
 def choose_next(data: Path, work: Path, task: Task, strategy: str) -> list[str]:
-    """The labeled cases of a task, and those that its networks would have labeled next; decided once."""
-    file = result_file(work, task).with_name(f"next_by_{strategy.split()[0]}.json")
-    if file.is_file():
-        return list(json.loads(file.read_text()))
+    """The labeled cases of a task, and those that its networks would have labeled next."""
     set_environment(work, task)
     import torch
 
@@ -88,7 +125,7 @@ def choose_next(data: Path, work: Path, task: Task, strategy: str) -> list[str]:
     raw = read_raw_dataset(dataset_of(protocol, task))
     modalities = ModalityGroup.load(raw.name).modalities
     networks = Networks(models, ["all"], torch.device("cpu"), mirroring=False)
-    out = file.with_name("measured")
+    out = result_file(work, task).with_name("measured")
     with locked(out.with_suffix(".lock"), f"measuring cases of {raw.name}", wait=True):  # once for all strategies
         measured = measure_cases(raw.unlabeled, modalities, networks, out, raw.file_ending)
     if strategy == "rank":
@@ -99,28 +136,12 @@ def choose_next(data: Path, work: Path, task: Task, strategy: str) -> list[str]:
         # without any foreground there is no entropy, and nothing to be sure of
         following = entropy.sort_values(ascending=False, na_position="first", kind="stable").index[:ADDED].to_list()
     labeled = cases_of(protocol, source_of(protocol, data), task.purpose, task.draw)[0][: task.labeled]
-    order = [*labeled, *following]
-    file.write_text(json.dumps(order))
-    return order
+    return [*labeled, *following]
 
 
-def collect(work: Path, name: str, draws: Sequence[int]) -> pd.DataFrame:
-    """Results of all years that are there."""
-    rows = []
-    for draw in draws:
-        for strategy in STRATEGIES:
-            for labeled in ROUNDS:
-                chosen = [] if strategy == STRATEGIES[0] or labeled == ROUNDS[0] else ["any"]
-                for task in tasks_of_round(name, draw, strategy, labeled, chosen):
-                    file = result_file(work, task)
-                    about = {"protocol": name, "strategy": strategy, "labeled": labeled, "network": task.method}
-                    about |= {"seed": draw, "steps": task.steps}
-                    rows += [{**about, **row} for row in json.loads(file.read_text())["rows"]] if file.is_file() else []
-    return pd.DataFrame(rows)
-
-
-def report(table: pd.DataFrame) -> None:
+def report() -> None:
     """labeling.md and labeling.png: mean Dice after each round, and what was gained by choosing."""
+    table = pd.read_csv(HERE / TABLE)
     table = table[table["weights"] == "EMA"].assign(dice=table["dice"].fillna(0.0))
     draws = ", ".join(map(str, sorted(set(table["seed"]))))
     lines = [
@@ -151,12 +172,13 @@ def gained(rows: pd.DataFrame, strategy: str, labeled: int) -> str:
     from nnunetv2_semicml.evaluation.statistics import interval
 
     of_round = rows[rows["labeled"] == labeled].pivot(index=["case", "seed"], columns="strategy", values="dice")
-    if strategy not in of_round:
-        return ""
+    if not {strategy, STRATEGIES[0]} <= {*of_round}:
+        return ""  # not yet
+    of_round = of_round.dropna(subset=[strategy, STRATEGIES[0]])
     mean = f"{of_round[strategy].mean():.3f}"
     if strategy == STRATEGIES[0] or labeled == ROUNDS[0]:
         return mean
-    gains = (of_round[strategy] - of_round[STRATEGIES[0]]).dropna().groupby("case").mean()
+    gains = (of_round[strategy] - of_round[STRATEGIES[0]]).groupby("case").mean()
     low, high = interval(gains.to_numpy())
     return f"{mean} ({gains.mean():+.3f}, {low:+.3f} … {high:+.3f})"
 
@@ -195,10 +217,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(args.processes, maxtasksperchild=1) as pool:
         for line in pool.imap_unordered(partial(year, data, work, name), jobs):
             print(time.strftime("%H:%M:%S"), line, flush=True)
-    known = pd.read_csv(TABLE) if TABLE.is_file() else pd.DataFrame()
-    table = pd.concat([known, collect(work, name, args.draws)]).drop_duplicates(KEYS, keep="last")
-    table.to_csv(TABLE, index=False, float_format="%.4g")
-    report(table)
+    report()
 
 
 if __name__ == "__main__":
