@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import ttest_1samp
+from scipy.stats import bootstrap, ttest_1samp
 
 from nnunetv2_semicml.evaluation.metrics import METRICS
 from nnunetv2_semicml.evaluation.statistics import (
@@ -197,7 +197,7 @@ def test_share_of_the_gap_between_two_methods():
 def test_share_of_a_gap_of_one_patient_has_no_interval_and_of_no_gap_no_value():
     one = share_of_gap(score(table(rows("few", [0.2]), rows("all", [0.6]), rows("A", [0.3]))), "few", "all").iloc[0]
     assert one["share"] == pytest.approx(0.25)
-    assert np.isnan([one["low"], one["high"]]).all()
+    assert np.isnan([one["gap_low"], one["low"], one["high"]]).all()
     none = share_of_gap(score(table(rows("few", [0.2]), rows("all", [0.2]), rows("A", [0.3]))), "few", "all").iloc[0]
     assert np.isnan(none["share"])
 
@@ -222,18 +222,30 @@ def test_share_of_the_gap_is_of_every_modality_and_class():
         )
     )
     found = share_of_gap(score(scores), "few", "all")
-    assert list(found.columns) == ["modality", "class", "method", "gap", "share", "low", "high"]
+    assert list(found.columns) == ["modality", "class", "method", "gap", "gap_low", "share", "low", "high"]
     found = found[found["class"] != ALL_CLASSES].set_index(["modality", "class"])
     assert list(found.index) == list(levels)
     for key, (lower, upper, _, share) in levels.items():
         # what is the same in all patients is the same in all resamples of two of them
-        assert found.loc[key, ["gap", "share", "low", "high"]].tolist() == pytest.approx([upper - lower, *[share] * 3])
+        assert found.loc[key, ["gap", "gap_low"]].tolist() == pytest.approx([upper - lower] * 2)
+        assert found.loc[key, ["share", "low", "high"]].tolist() == pytest.approx([share] * 3)
 
 
 def test_share_of_the_gap_of_no_other_method_is_an_empty_table():
     found = share_of_gap(score(table(rows("few", [0.2, 0.3]), rows("all", [0.6, 0.7]))), "few", "all")
     assert found.empty
-    assert list(found.columns) == ["modality", "class", "method", "gap", "share", "low", "high"]
+    assert list(found.columns) == ["modality", "class", "method", "gap", "gap_low", "share", "low", "high"]
+
+
+def test_a_gap_that_may_be_nought_is_told_apart():
+    """By the interval that scipy gives the gains of all labels."""
+    few = np.linspace(0.3, 0.5, 12)
+    for gain, sure in ((np.linspace(0.1, 0.3, 12), True), (np.linspace(0.24, -0.2, 12), False)):
+        parts = [rows("few", few), rows("all", few + gain), rows("A", few + 0.1)]
+        (low,) = share_of_gap(score(table(*parts)), "few", "all")["gap_low"]
+        expected = bootstrap((gain,), np.mean, rng=np.random.default_rng(0)).confidence_interval.low
+        assert low == pytest.approx(expected, abs=0.01)
+        assert (low > 0) is sure
 
 
 def test_interval_of_a_share_is_the_same_every_time():

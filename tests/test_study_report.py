@@ -98,7 +98,7 @@ def test_shares_are_of_the_draws_that_a_method_and_both_bounds_have(tmp_path, re
 
 
 def test_a_share_that_may_be_nought_is_not_in_bold(report):
-    row = {"share": -0.25, "gap": 0.2, "low": -0.5, "high": 0.1}
+    row = {"share": -0.25, "gap": 0.2, "gap_low": 0.1, "low": -0.5, "high": 0.1}
     assert report.gain_text(row) == "−0.050 (−0.25)"
     assert report.gain_text({**row, "share": 0.25}) == "+0.050 (0.25)"
     assert report.gain_text({**row, "share": 0.25, "low": 0.05}) == "+0.050 (**0.25**)"
@@ -116,8 +116,11 @@ def test_where_all_labels_gain_nothing_there_is_no_share(tmp_path, report):
     write_results(tmp_path, results)
     report.main()
     bcp = cells((tmp_path / "lgg.md").read_text(), "BCP", "### 5 labeled")
-    assert (bcp["FLAIR share, EMA"], bcp["T1post share, EMA"]) == ("no gap", "0.50 (0.50 … 0.50)")
-    assert report.gain_text({"share": 2.0, "gap": -0.1, "low": 1.0, "high": 3.0}) == "no gap"
+    assert (bcp["FLAIR share, EMA"], bcp["T1post share, EMA"]) == ("no sure gap", "0.50 (0.50 … 0.50)")
+    row = {"share": 2.0, "gap": -0.1, "gap_low": -0.2, "low": 1.0, "high": 3.0}
+    assert report.gain_text(row) == "no sure gap"
+    assert report.gain_text(row | {"gap": 0.1}) == "no sure gap"
+    assert report.gain_text(row | {"gap": 0.1, "gap_low": float("nan")}) == "no sure gap"  # of one patient
 
 
 def test_a_validation_case_of_another_draw_is_another_case(tmp_path, report):

@@ -35,12 +35,14 @@ TRAINERS = (
     ("one modality", "`nnUNetTrainerBCPPlus`", "BCP Plus"),
 )
 SHOWN = (-1.6, 1.6)  # of shares, in figures: where the gap is small, an interval can have any length
+NO_GAP = "no sure gap"
 EXPLAINED = """\
 Mean per case, in 3D, each modality predicted alone; in brackets the lowest and highest mean of a draw. *Share*: of
 what lies between the bounds, the part that a method gains, (method − few labels) / (all labels − few labels), of Dice,
-with a 95 % bootstrap interval over the cases. Bounds and method have the same weights: those of the last step, or
-their exponential moving average (EMA). Differences are paired by case (95 % interval, BCa); p: two-sided Wilcoxon,
-Holm-corrected for all methods and modalities of the table. Draws that a bound lacks are left out."""
+with a 95 % bootstrap interval over the cases; none where the interval of the gap itself reaches nought. Bounds and
+method have the same weights: those of the last step, or their exponential moving average (EMA). Differences are paired
+by case (95 % interval, BCa); p: two-sided Wilcoxon, Holm-corrected for all methods and modalities of the table. Draws
+that a bound lacks are left out."""
 
 
 def results_of(name: str, purpose: str) -> pd.DataFrame:
@@ -108,11 +110,11 @@ def share_rows(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def shares_of(scores: pd.DataFrame) -> dict[tuple[str, str], str]:
-    """Method and modality -> share of the gap with its interval, where all labels gain anything."""
+    """Method and modality -> share of the gap with its interval, where all labels surely gain anything."""
     return {
         (row["method"], row["modality"]): f"{row['share']:.2f} ({row['low']:.2f} … {row['high']:.2f})"
-        if row["gap"] > 0
-        else "no gap"
+        if row["gap_low"] > 0
+        else NO_GAP
         for row in share_rows(scores).to_dict("records")
     }
 
@@ -185,7 +187,7 @@ def write_protocol(name: str) -> None:
 def plot_shares(name: str, cases: pd.DataFrame) -> None:
     """<protocol>.png: share of the gap with its interval, EMA weights."""
     rows = share_rows(score(cases[cases["weights"] == "EMA"]))
-    rows = rows[rows["gap"] > 0]
+    rows = rows[rows["gap_low"] > 0]
     modalities = list(dict.fromkeys(rows["modality"]))
     with style.context(["default", {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}]):
         figure = Figure(figsize=(4.5 * len(modalities), 1 + 0.3 * rows["method"].nunique()), layout="constrained")
@@ -250,8 +252,8 @@ def write_first_page() -> None:
 
 def gain_text(row: dict) -> str:
     """Dice gained and, in brackets, the share of the gap, in bold if its interval is above nought; see `shares_of`."""
-    if not row["gap"] > 0:
-        return "no gap"
+    if not row["gap_low"] > 0:
+        return NO_GAP
     share = f"{row['share']:.2f}".replace("-", "−")
     gain = f"{row['share'] * row['gap']:+.3f}".replace("-", "−")
     return f"{gain} ({f'**{share}**' if row['low'] > 0 else share})"

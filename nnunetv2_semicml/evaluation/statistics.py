@@ -116,6 +116,9 @@ def compare(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     return table.assign(p_holm=table.groupby("metric")["p"].transform(holm))
 
 
+_SHARE_COLUMNS = ["modality", "class", "method", "gap", "gap_low", "share", "low", "high"]
+
+
 def share_of_gap(scores: pd.DataFrame, lower: str, upper: str, metric: str = "dice") -> pd.DataFrame:
     """Of what lies between two methods, the share that the others gain: (method − lower) / (upper − lower).
 
@@ -127,8 +130,9 @@ def share_of_gap(scores: pd.DataFrame, lower: str, upper: str, metric: str = "di
 
     Returns:
         One row per modality, class and other method, for modalities that both bounds have: `gap`, the difference of the
-        bounds, `share`, and its 95 % bootstrap interval `low` … `high` over patients (percentiles: where the gap is
-        small, a resampled one can be anything; NaN or infinite, if too many have none).
+        bounds, `gap_low`, the lower end of its `interval`, `share`, and its 95 % bootstrap interval `low` … `high` over
+        patients (percentiles: where the gap is small, a resampled one can be anything; NaN or infinite, if too many
+        have none). Unless `gap_low` is above 0, a share says nothing.
     """
     patients = average_seeds(scores)
     table = patients.pivot(index=["modality", "class", "case"], columns="method", values=metric)
@@ -152,12 +156,13 @@ def share_of_gap(scores: pd.DataFrame, lower: str, upper: str, metric: str = "di
                     "class": of_class,
                     "method": method,
                     "gap": gap,
+                    "gap_low": interval(samples[2] - samples[1])[0],
                     "share": float(_share(*samples)) if gap else np.nan,
                     "low": float(low),
                     "high": float(high),
                 }
             )
-    return pd.DataFrame(rows, columns=["modality", "class", "method", "gap", "share", "low", "high"])
+    return pd.DataFrame(rows, columns=_SHARE_COLUMNS)
 
 
 def _share(method: np.ndarray, lower: np.ndarray, upper: np.ndarray, axis: int = -1) -> np.ndarray:
