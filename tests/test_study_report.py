@@ -94,7 +94,20 @@ def test_shares_are_of_the_draws_that_a_method_and_both_bounds_have(tmp_path, re
     assert cells(differences, "all labels", "| −")["FLAIR"].startswith("+0.300 (")
     assert cells(differences, "BCP", "| −")["FLAIR"].startswith("+0.250 (")
     assert "\n10 of " in page  # trainings
+    assert "Cases that have half of the gap: FLAIR 1 of 2." in page
     assert ", 2.5 core-hours " in page
+
+
+def test_half_of_the_gap_is_in_the_cases_that_gain_most(report):
+    """Over the draws FLAIR gains 0.5 and 0.1, T1 0.2 and 0.2: one case is just half of that; S1 gains nothing."""
+    results = []
+    for draw, flair in ((0, (0.4, 0.2)), (1, (0.6, 0.0))):
+        results += rows("few labels", draw, 5, {"FLAIR": [0.1, 0.2], "T1": [0.3, 0.3], "S1": [0.5, 0.5]})
+        after = [0.1 + flair[0], 0.2 + flair[1]]
+        results += rows("all labels", draw, 0, {"FLAIR": after, "T1": [0.5, 0.5], "S1": [0.6, 0.4]})
+    assert report.where_the_gap_is(pd.DataFrame(results)) == "Cases that have half of the gap: FLAIR 1 of 2, T1 1 of 2."
+    alone = pd.DataFrame([row for row in results if row["modality"] == "S1"])
+    assert report.where_the_gap_is(alone) == ""
 
 
 def test_a_share_that_may_be_nought_is_not_in_bold(report):

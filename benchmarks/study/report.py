@@ -119,6 +119,18 @@ def shares_of(scores: pd.DataFrame) -> dict[tuple[str, str], str]:
     }
 
 
+def where_the_gap_is(cases: pd.DataFrame) -> str:
+    """In how many cases half of what all labels gain is, EMA weights; nothing where they gain nothing."""
+    scores = score(cases[cases["weights"] == "EMA"])
+    texts = []
+    for modality, of in scores.groupby("modality", sort=False):
+        dice = of.pivot_table(index="case", columns="method", values="dice")
+        gains = (dice[UPPER] - dice[LOWER]).sort_values(ascending=False).cumsum()
+        if gains.iloc[-1] > 0:
+            texts.append(f"{modality} {int((gains < gains.iloc[-1] / 2).sum()) + 1} of {len(gains)}")
+    return f"Cases that have half of the gap: {', '.join(texts)}." if texts else ""
+
+
 def differences(cases: pd.DataFrame, reference: str) -> list[str]:
     """Markdown: Dice of EMA weights, less that of the reference, on the draws that both have."""
     scores = score(cases[cases["weights"] == "EMA"])
@@ -178,6 +190,7 @@ def write_protocol(name: str) -> None:
             part = with_bounds(cases[cases["steps"] == protocol.steps], labeled)
             if LOWER in set(part["method"]) and UPPER in set(part["method"]):
                 lines += ["", f"### {labeled} labeled", "", *table(part), "", *differences(part, LOWER)]
+                lines += ["", where_the_gap_is(part)]
                 if purpose == "test" and labeled == protocol.labeled[0]:
                     plot_shares(name, part)
                     lines += ["", f"![shares of the gap]({name}.png)"]
