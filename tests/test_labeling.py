@@ -183,7 +183,8 @@ def test_what_is_not_yet_there_is_left_open(labeling, years, tmp_path):
     (row,) = (line for line in lines if line.startswith("| rank | Semi-CML Plus |"))
     assert row.split(" | ")[2:] == [
         "0.550",
-        *["0.700 (+0.100, +0.100 … +0.100)", "0.750 (+0.100, +0.100 … +0.100)"],
+        "0.700 (+0.100, +0.100 … +0.100)",
+        "0.750 (+0.100, +0.100 … +0.100)",
         " |",
     ]
 

@@ -8,10 +8,10 @@ networks are trained anew: on labels alone, and by Semi-CML Plus; the latter tel
 length and test cases are those of the protocol (../study/protocols.py, which see); a draw is that of the first cases,
 and a seed. What the study has of the same cases is taken from its tables.
 
-A draw is about 14 trainings of gliomas, 4 core-hours. Results are added to labeling.csv beside this script as they
-come, and what was chosen to chosen.csv; labeling.md and labeling.png are made of the former. What stands there is done,
-so that a year goes on where it was interrupted, also on another machine; to do something again, delete its rows and its
-files below SCRATCH.
+A draw of the gliomas is 17 to 20 trainings, 4 to 5 core-hours. Results are added to labeling.csv beside this script as
+they come, and what was chosen to chosen.csv; labeling.md and labeling.png are made of the former. What stands there is
+done, so that a year goes on where it was interrupted, also on another machine; to do something again, delete its rows
+and its files below SCRATCH.
 """
 
 import argparse
@@ -31,7 +31,17 @@ HERE = Path(__file__).parent
 STUDY = HERE.parent / "study"
 sys.path.insert(0, str(STUDY))
 from protocols import LOWER, PROTOCOLS, TOGETHER, Task  # noqa: E402
-from run import cases_of, dataset_of, is_done, model_of, result_file, run, set_environment, source_of  # noqa: E402
+from run import (  # noqa: E402
+    cases_of,
+    dataset_of,
+    is_done,
+    model_of,
+    result_file,
+    rows_with,
+    run,
+    set_environment,
+    source_of,
+)
 
 from nnunetv2_semicml.command_line import rank_parser  # noqa: E402
 from nnunetv2_semicml.data.locks import locked  # noqa: E402
@@ -67,8 +77,8 @@ def year(data: Path, work: Path, name: str, job: tuple[int, str]) -> str:
         asked = strategy != STRATEGIES[0] and labeled != ROUNDS[-1] and known(CHOSEN, about).empty
         for task in tasks:
             of_task = about | {"network": task.method}
-            rows = rows_of_study(task)
             missing = known(TABLE, of_task).empty
+            rows = rows_of_study(task) if missing else None
             # networks that are asked are needed themselves, which may be on another machine
             if (missing and rows is None) or (asked and task == tasks[-1]):
                 line = run(data, work, task)
@@ -89,7 +99,7 @@ def known(table: str, about: Mapping[str, Any]) -> pd.DataFrame:
     """What a table has of this."""
     file = HERE / table
     rows = pd.read_csv(file, dtype={"case": str}) if file.is_file() else pd.DataFrame(columns=[*about, "case"])
-    return rows[(rows[list(about)] == list(about.values())).all(axis=1)]
+    return rows_with(rows, about)
 
 
 def add(work: Path, table: str, about: Mapping[str, Any], rows: pd.DataFrame) -> None:
@@ -105,8 +115,8 @@ def rows_of_study(task: Task) -> pd.DataFrame | None:
     if not is_done(task):
         return None
     table = pd.read_csv(STUDY / f"{task.protocol}_{task.purpose}.csv", dtype={"case": str})
-    own = [task.method, task.draw, task.labeled, task.steps]
-    return table[(table[["method", "seed", "labeled", "steps"]] == own).all(axis=1)]
+    own = {"method": task.method, "seed": task.draw, "labeled": task.labeled, "steps": task.steps}
+    return rows_with(table, own)
 
 
 def choose_next(data: Path, work: Path, task: Task, strategy: str) -> list[str]:

@@ -15,7 +15,7 @@ modality is predicted alone by nnU-Net's predictor without mirroring, once with 
 with their exponential moving average.
 
 A training takes 8 (bounds) to 29 minutes (UniMatch on floods) of a core, on left atria from 21, see runs.csv: the test
-cases of gliomas about 7 core-hours, of their slices 4, of floods 8, of left atria 7 and of the phantom 2, some of it
+cases of gliomas about 7 core-hours, of their slices 4, of floods 8, of left atria 8 and of the phantom 2.5, some of it
 estimated from the first draw; what was tried on validation cases 15.
 
 Results are collected beside this script, in <protocol>_<purpose>.csv, and what the runs cost in runs.csv. What stands
@@ -35,6 +35,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -319,10 +320,14 @@ def read_runs() -> pd.DataFrame:
     return pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=[*KEYS, "cpu_seconds", "date", "commit"])
 
 
+def rows_with(table: pd.DataFrame, values: Mapping[str, Any]) -> pd.DataFrame:
+    """Of a table those rows that have these values."""
+    return table[(table[list(values)] == list(values.values())).all(axis=1)]
+
+
 def is_done(task: Task) -> bool:
     """Whether the committed tables have it."""
-    runs = read_runs()
-    return bool((runs[KEYS] == [getattr(task, key) for key in KEYS]).all(axis=1).any())
+    return not rows_with(read_runs(), {key: getattr(task, key) for key in KEYS}).empty
 
 
 def add_to_tables(work: Path, task: Task) -> None:

@@ -148,7 +148,7 @@ class FoldPredictor:
         plans, configuration = self.predictor.plans_manager, self.predictor.configuration_manager
         label_manager = plans.get_label_manager(self.predictor.dataset_json)
 
-        def segment(of: Tensor) -> np.ndarray:
+        def on_scan(of: Tensor) -> np.ndarray:
             segmentation: np.ndarray = convert_predicted_logits_to_segmentation_with_correct_shape(
                 of, plans, configuration, label_manager, logits.properties, num_threads_torch=torch.get_num_threads()
             )
@@ -157,10 +157,10 @@ class FoldPredictor:
         of_folds, entropies, total = {}, {}, None
         for fold, of in logits.of_folds.items():
             entropies[fold] = foreground_entropy(of.float(), label_manager)
-            of_folds[fold] = segment(of)
+            of_folds[fold] = on_scan(of)
             total = of.clone() if total is None else total.add_(of)  # in the precision in which nnU-Net does
         assert total is not None  # there is a fold
-        whole = of_folds[self.folds[0]] if len(of_folds) == 1 else segment(total.div_(len(of_folds)))
+        whole = of_folds[self.folds[0]] if len(of_folds) == 1 else on_scan(total.div_(len(of_folds)))
         return FoldPredictions(whole, of_folds, entropies, logits.features, logits.properties)
 
     def write(self, predictions: FoldPredictions, file: Path) -> None:
