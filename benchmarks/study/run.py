@@ -2,6 +2,7 @@
 
     python benchmarks/study/run.py lgg validation --data FOLDER_OF_RAW_DATASETS --work SCRATCH
     python benchmarks/study/run.py lgg test       --data FOLDER_OF_RAW_DATASETS --work SCRATCH
+    python benchmarks/study/run.py lgg test       --data … --work … --device cuda --processes 8
 
 The folder holds raw nnU-Net datasets by the names that protocols.py gives, e.g. Dataset700_LGG, or others of the same
 layout under these names. Test cases are those of imagesTs or, if there are none, three tenths of the cases, stratified
@@ -12,15 +13,16 @@ is part of its larger ones.
 Training is on all labeled cases (fold "all": the validation Dice during training, which says what modality is the
 better one, is therefore that of training cases). Networks are small, so that a CPU bears hundreds of trainings. Every
 modality is predicted alone by nnU-Net's predictor without mirroring, once with the weights of the last step and once
-with their exponential moving average.
+with their exponential moving average. On a GPU training is in float16, as nnU-Net does it; networks are not compiled.
 
 A training takes 8 (bounds) to 29 minutes (UniMatch on floods) of a core, on left atria from 21, see runs.csv: the test
 cases of gliomas about 7 core-hours, of their slices 4, of floods 8, of left atria 8 and of the phantom 2.5, some of it
 estimated from the first draw; what was tried on validation cases 15.
 
-Results are collected beside this script, in <protocol>_<purpose>.csv, and what the runs cost in runs.csv. What stands
-there is done, so that a study goes on where it was interrupted, also on another machine; to do something again, delete
-its rows and its files below SCRATCH.
+Results are collected beside this script, in <protocol>_<purpose>.csv, and what the runs cost, and on what device, in
+runs.csv. What stands there is done, so that a study goes on where it was interrupted, also on another machine; to do
+something anew, delete its rows and its files below SCRATCH. With --again and another SCRATCH what is done is done a
+second time, to see how far two runs are apart, and the mean Dice goes to again.csv.
 """
 
 import argparse
@@ -51,6 +53,8 @@ HERE = Path(__file__).parent
 WEIGHTS = {"last step": "checkpoint_final.pth", "EMA": "checkpoint_ema.pth"}
 KEYS = ["protocol", "purpose", "draw", "labeled", "method", "steps"]
 NUM_PHANTOMS, TEST_SHARE = 70, 0.3
+RUNS, AGAIN = HERE / "runs.csv", HERE / "again.csv"
+CPU = "CPU"
 
 
 def set_environment(work: Path, task: Task) -> None:
@@ -69,6 +73,7 @@ def set_environment(work: Path, task: Task) -> None:
         "nnUNet_semicml_seed": str(task.draw),
         "nnUNet_def_n_proc": "1",
         "nnUNet_n_proc_DA": "0",  # augment in the training process
+        "nnUNet_compile": "f",  # on a GPU it would take longer than these trainings
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads are 30 times slower on a busy machine
         "OMP_NUM_THREADS": "1",  # two small trainings at a time are faster than one after the other
     }
@@ -232,7 +237,7 @@ def model_of(protocol: Protocol, task: Task, modality: str | None, trainer: str 
     return model_folder(results, dataset, trainer, "nnUNetPlans", protocol.configuration)
 
 
-def run(data: Path, work: Path, task: Task) -> str:
+def run(data: Path, work: Path, device: str, task: Task) -> str:
     """Prepare, train, predict and evaluate what is not yet there; the result is a file. Returns what happened."""
     begin = time.monotonic()
     try:
@@ -242,7 +247,7 @@ def run(data: Path, work: Path, task: Task) -> str:
         with locked(file.with_suffix(".locked"), f"making {file.name}", wait=True):
             if not file.is_file():
                 with file.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
-                    result = run_task(data, task)
+                    result = run_task(data, device, task)
                 temporary = file.with_suffix(".tmp")
                 temporary.write_text(json.dumps(result))
                 temporary.replace(file)
@@ -254,12 +259,13 @@ def run(data: Path, work: Path, task: Task) -> str:
     return f"{task.purpose} {task.draw}: {task.method}: {numbers} ({time.monotonic() - begin:.0f} s)"
 
 
-def run_task(data: Path, task: Task) -> dict[str, Any]:
+def run_task(data: Path, device_type: str, task: Task) -> dict[str, Any]:
     """Of `run`, the part that takes long: metrics of every held-out case, and what they cost."""
     import torch
     from nnunetv2.run.run_training import run_training
 
     torch.set_num_threads(1)
+    device = torch.device(device_type)
     protocol = PROTOCOLS[task.protocol]
     prepare(protocol, task, data)
     begin = time.process_time()
@@ -269,19 +275,21 @@ def run_task(data: Path, task: Task) -> dict[str, Any]:
         model.mkdir(parents=True, exist_ok=True)
         with locked(model, f"training {trainer}", wait=True):
             if not (fold_folder(model, "all") / WEIGHTS["EMA"]).is_file():  # the last file that a training writes
-                run_training(dataset, protocol.configuration, "all", trainer, device=torch.device("cpu"))
+                run_training(dataset, protocol.configuration, "all", trainer, device=device)
     rows = [
         {"modality": modality, "weights": weights, "case": case, **metrics}
         for modality in protocol.modalities
         for weights in WEIGHTS
-        for case, metrics in predict_and_evaluate(protocol, task, modality, weights).items()
+        for case, metrics in predict_and_evaluate(protocol, task, modality, weights, device).items()
     ]
-    return {"rows": rows, "cpu_seconds": round(time.process_time() - begin)}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else CPU
+    return {"rows": rows, "cpu_seconds": round(time.process_time() - begin), "device": name}
 
 
-def predict_and_evaluate(protocol: Protocol, task: Task, modality: str, weights: str) -> dict[str, dict[str, float]]:
-    """Metrics of every held-out case, predicted from a modality."""
-    import torch
+def predict_and_evaluate(
+    protocol: Protocol, task: Task, modality: str, weights: str, device: Any
+) -> dict[str, dict[str, float]]:
+    """Metrics of every held-out case, predicted from a modality on a device of PyTorch."""
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
@@ -294,7 +302,7 @@ def predict_and_evaluate(protocol: Protocol, task: Task, modality: str, weights:
     out = result_file(work, task).with_suffix("") / modality / weights
     out.mkdir(parents=True, exist_ok=True)
     options = {"use_mirroring": False, "perform_everything_on_device": False, "allow_tqdm": False}
-    predictor = nnUNetPredictor(device=torch.device("cpu"), **options)
+    predictor = nnUNetPredictor(device=device, **options)
     predictor.initialize_from_trained_model_folder(str(model_of(protocol, task, modality)), ("all",), WEIGHTS[weights])
     described = json.loads((raw / "dataset.json").read_text())
     ending, names = described["file_ending"], list(described["channel_names"].values())
@@ -314,9 +322,8 @@ def predict_and_evaluate(protocol: Protocol, task: Task, modality: str, weights:
 # tables
 
 
-def read_runs() -> pd.DataFrame:
-    """What was run, and what it cost."""
-    file = HERE / "runs.csv"
+def read_runs(file: Path = RUNS) -> pd.DataFrame:
+    """What was run, on what device, and what it cost."""
     return pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=[*KEYS, "cpu_seconds", "date", "commit"])
 
 
@@ -325,32 +332,41 @@ def rows_with(table: pd.DataFrame, values: Mapping[str, Any]) -> pd.DataFrame:
     return table[(table[list(values)] == list(values.values())).all(axis=1)]
 
 
-def is_done(task: Task) -> bool:
+def is_done(task: Task, file: Path = RUNS) -> bool:
     """Whether the committed tables have it."""
-    return not rows_with(read_runs(), {key: getattr(task, key) for key in KEYS}).empty
+    return not rows_with(read_runs(file), {key: getattr(task, key) for key in KEYS}).empty
 
 
-def add_to_tables(work: Path, task: Task) -> None:
-    """Add the result of a task, if it has one that is not there."""
+def append(rows: pd.DataFrame, file: Path) -> None:
+    """Add rows to a table, which may not exist yet."""
+    rows.to_csv(file, mode="a", header=not file.is_file(), index=False, float_format="%.4g")
+
+
+def add_to_tables(work: Path, task: Task, runs: Path = RUNS) -> None:
+    """Add the result of a task, if it has one that is not there; with AGAIN its mean Dice alone."""
     file = result_file(work, task)
-    if not file.is_file() or is_done(task):
+    if not file.is_file() or is_done(task, runs):
         return
     result = json.loads(file.read_text())
     protocol = PROTOCOLS[task.protocol]
+    rows = pd.DataFrame(result["rows"])
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout
+    run = {key: getattr(task, key) for key in KEYS} | {"cpu_seconds": result["cpu_seconds"]}
+    run |= {"date": datetime.date.today(), "commit": commit.strip(), "device": result["device"]}
+    if runs == AGAIN:
+        # without a score: no foreground, neither found nor there
+        dice = rows.groupby(["modality", "weights"], sort=False)["dice"].mean().reset_index()
+        append(dice.assign(**run)[[*run, *dice.columns]], AGAIN)
+        return
     about = {"dataset": protocol.source or "phantom", "method": task.method, "seed": task.draw}
     about |= {"labeled": task.labeled, "class": protocol.foreground, "steps": task.steps}
-    table = HERE / f"{task.protocol}_{task.purpose}.csv"
     columns = ["weights", "steps", *(c for c in COLUMNS if c != "unlabeled")]
-    rows = pd.DataFrame([{**about, **row} for row in result["rows"]])[columns]
-    rows.to_csv(table, mode="a", header=not table.is_file(), index=False, float_format="%.4g")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout
-    facts = {"cpu_seconds": result["cpu_seconds"], "date": datetime.date.today(), "commit": commit.strip()}
-    row = pd.DataFrame([{**{key: getattr(task, key) for key in KEYS}, **facts}])
-    row.to_csv(HERE / "runs.csv", mode="a", header=not (HERE / "runs.csv").is_file(), index=False)
+    append(rows.assign(**about)[columns], HERE / f"{task.protocol}_{task.purpose}.csv")
+    append(pd.DataFrame([run]), RUNS)
 
 
 def main() -> None:
-    """Run what is missing, two at a time, each in a process of its own."""
+    """Run what is missing, each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", choices=PROTOCOLS)
     parser.add_argument("purpose", choices=PURPOSES)
@@ -359,17 +375,20 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--draws", type=int, nargs="+", help="(default: all)")
     parser.add_argument("--only", nargs="+", help="methods (default: all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--again", action="store_true", help="what is done is done a second time, see above")
     args = parser.parse_args()
     work, data = args.work.resolve(), args.data.resolve()
     tasks = [task for task in tasks_of(args.protocol, args.purpose) if args.draws is None or task.draw in args.draws]
     tasks = [task for task in tasks if args.only is None or task.method in args.only]
-    tasks = [task for task in tasks if not is_done(task)]
+    runs = AGAIN if args.again else RUNS
+    tasks = [task for task in tasks if not is_done(task, runs)]
     context = multiprocessing.get_context("spawn")
     with context.Pool(args.processes, maxtasksperchild=1) as pool:
-        for line in pool.imap_unordered(partial(run, data, work), tasks):
+        for line in pool.imap_unordered(partial(run, data, work, args.device), tasks):
             print(time.strftime("%H:%M:%S"), line, flush=True)
             for task in tasks:
-                add_to_tables(work, task)
+                add_to_tables(work, task, runs)
 
 
 if __name__ == "__main__":
