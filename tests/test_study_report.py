@@ -39,13 +39,13 @@ def rows(method, draw, labeled, dice, weights="EMA", steps=3000):
     ]
 
 
-def write_results(folder, results, purpose="test"):
+def write_results(folder, results, purpose="test", prefix="", device="CPU"):
     table = pd.DataFrame(results)
-    table.to_csv(folder / f"lgg_{purpose}.csv", index=False)
+    table.to_csv(folder / f"{prefix}lgg_{purpose}.csv", index=False)
     keys = ["method", "seed", "labeled", "steps"]
     runs = table[keys].drop_duplicates().rename(columns={"seed": "draw"})
     runs = runs.assign(protocol="lgg", purpose=purpose, cpu_seconds=900, date="2026-11-27", commit="abc")
-    runs.to_csv(folder / "runs.csv", index=False)
+    runs.assign(device=device).to_csv(folder / f"{prefix}runs.csv", index=False)
 
 
 def cells(page, first, heading):
@@ -96,6 +96,39 @@ def test_shares_are_of_the_draws_that_a_method_and_both_bounds_have(tmp_path, re
     assert "\n10 of " in page  # trainings
     assert "Cases that have half of the gap: FLAIR 1 of 2." in page
     assert ", 2.5 core-hours " in page
+
+
+def test_how_far_apart_two_runs_are_is_told_apart_from_what_methods_gain(tmp_path, report):
+    few = [row for w in ("EMA", "last step") for row in rows("few labels", 0, 5, {"FLAIR": [0.3, 0.5]}, w)]
+    results = few + [row for w in ("EMA", "last step") for row in rows("all labels", 0, 0, {"FLAIR": [0.7, 0.9]}, w)]
+    write_results(tmp_path, results)
+    report.main()
+    before = (tmp_path / "lgg.md").read_text()
+    assert "Run twice" not in (tmp_path / "README.md").read_text()
+    again = rows("few labels", 0, 5, {"FLAIR": [0.3, 0.4]}) + rows(
+        "few labels", 0, 5, {"FLAIR": [0.9, 0.9]}, "last step"
+    )
+    again += rows("BCP", 1, 5, {"FLAIR": [0.1, 0.1]})  # once alone
+    write_results(tmp_path, again, prefix="again_", device="A GPU")
+    report.main()
+    of = cells((tmp_path / "README.md").read_text(), "Gliomas, whole volumes: FLAIR", "## Run twice")
+    assert of["training"] == "few labels, draw 0, test cases"
+    assert (of["Dice"], of["again"]) == ("0.400 (CPU)", "0.350 (A GPU)")
+    assert of["apart"].startswith("−0.050 (")
+    assert "BCP" not in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "lgg.md").read_text() == before
+
+
+def test_trainings_on_a_gpu_are_named_and_are_no_core_hours(tmp_path, report):
+    write_results(tmp_path, rows("few labels", 0, 5, {"FLAIR": [0.3, 0.5]}))
+    runs = pd.read_csv(tmp_path / "runs.csv")
+    others = pd.concat([runs.assign(method=name, device="A GPU") for name in ("BCP", "UniMatch")])
+    pd.concat([runs, others]).to_csv(tmp_path / "runs.csv", index=False)
+    report.main()
+    page = (tmp_path / "lgg.md").read_text()
+    assert "3 of " in page
+    assert ", 0.2 core-hours of x86_64 CPUs" in page  # 900 s, rounded
+    assert "On A GPU instead, in float16: BCP (draw 0), UniMatch (draw 0)." in page
 
 
 def test_half_of_the_gap_is_in_the_cases_that_gain_most(report):

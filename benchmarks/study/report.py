@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib import style
 from matplotlib.figure import Figure
 from protocols import FINALISTS, LOWER, PROTOCOLS, UPPER, Protocol, tasks_of
-from run import WEIGHTS, read_runs
+from run import AGAIN, CPU, KEYS, WEIGHTS, read_runs, rows_with
 
 from nnunetv2_semicml.evaluation.leaderboard_page import interval_text, p_text, signed
 from nnunetv2_semicml.evaluation.statistics import compare, holm, score, share_of_gap, summarize
@@ -44,10 +44,17 @@ method have the same weights: those of the last step, or their exponential movin
 by case (95 % interval, BCa); p: two-sided Wilcoxon, Holm-corrected for all methods and modalities of the table. Draws
 that a bound lacks are left out."""
 
+AGAIN_EXPLAINED = """\
+The same training with the same seed on another device (`run.py … --again`). Intervals and p are over cases, as above:
+they say what other patients would change, not what another training would.
 
-def results_of(name: str, purpose: str) -> pd.DataFrame:
-    """Rows of the table of a protocol that are of its length; none if there is none."""
-    file = HERE / f"{name}_{purpose}.csv"
+| data | training | Dice | again | apart | p |
+|---|---|---|---|---|---|"""
+
+
+def results_of(name: str, purpose: str, prefix: str = "") -> pd.DataFrame:
+    """Rows of the table of a protocol; none if there is none. With the prefix AGAIN those of second runs."""
+    file = HERE / f"{prefix}{name}_{purpose}.csv"
     if not file.is_file():
         return pd.DataFrame()
     cases = pd.read_csv(file)
@@ -157,7 +164,11 @@ def about(name: str, protocol: Protocol, purpose: str) -> list[str]:
     """How the results of a purpose were made, and what they cost."""
     runs = read_runs()
     runs = runs[(runs["protocol"] == name) & (runs["purpose"] == purpose)]
-    hours = runs["cpu_seconds"].sum() / 3600
+    hours = runs.loc[runs["device"] == CPU, "cpu_seconds"].sum() / 3600
+    elsewhere = [
+        f"On {device} instead, in float16: {', '.join(of['method'] + ' (draw ' + of['draw'].astype(str) + ')')}."
+        for device, of in runs[runs["device"] != CPU].groupby("device", sort=False)
+    ]
     folder = " --data FOLDER" if protocol.source else ""
     return [
         f"`python benchmarks/study/run.py {name} {purpose}{folder} --work SCRATCH`",
@@ -165,7 +176,7 @@ def about(name: str, protocol: Protocol, purpose: str) -> list[str]:
         f"{len(runs)} of {len(tasks_of(name, purpose))} trainings, {hours:.1f} core-hours of x86_64 CPUs without GPU; "
         f"draws, which are the seeds: {', '.join(map(str, sorted(set(runs['draw']))))}; "
         f"{' to '.join(sorted({runs['date'].min(), runs['date'].max()}))}; "
-        f"commits {', '.join(dict.fromkeys(runs['commit'].astype(str)))}.",
+        f"commits {', '.join(dict.fromkeys(runs['commit'].astype(str)))}. {' '.join(elsewhere)}".rstrip(),
     ]
 
 
@@ -191,16 +202,17 @@ def write_protocol(name: str) -> None:
             if LOWER in set(part["method"]) and UPPER in set(part["method"]):
                 lines += ["", f"### {labeled} labeled", "", *table(part), "", *differences(part, LOWER)]
                 lines += ["", where_the_gap_is(part)]
-                if purpose == "test" and labeled == protocol.labeled[0]:
-                    plot_shares(name, part)
+                if purpose == "test" and labeled == protocol.labeled[0] and plot_shares(name, part):
                     lines += ["", f"![shares of the gap]({name}.png)"]
     (HERE / f"{name}.md").write_text("\n".join([*lines, ""]))
 
 
-def plot_shares(name: str, cases: pd.DataFrame) -> None:
-    """<protocol>.png: share of the gap with its interval, EMA weights."""
+def plot_shares(name: str, cases: pd.DataFrame) -> bool:
+    """<protocol>.png: share of the gap with its interval, EMA weights. Returns whether there is any to show."""
     rows = share_rows(score(cases[cases["weights"] == "EMA"]))
     rows = rows[rows["gap_low"] > 0]
+    if rows.empty:
+        return False
     modalities = list(dict.fromkeys(rows["modality"]))
     with style.context(["default", {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}]):
         figure = Figure(figsize=(4.5 * len(modalities), 1 + 0.3 * rows["method"].nunique()), layout="constrained")
@@ -214,6 +226,7 @@ def plot_shares(name: str, cases: pd.DataFrame) -> None:
                 axis.axvline(bound, color="gray", linewidth=1, linestyle=":")
             axis.set_title(f"{modality}: share of the gap")
         figure.savefig(HERE / f"{name}.png", dpi=110)
+    return True
 
 
 def write_overview() -> None:
@@ -221,6 +234,7 @@ def write_overview() -> None:
     lines = ["# Study: what methods gain of what there is to gain", "", *EXPLAINED.split("\n"), ""]
     for purpose in ("test", "validation"):
         lines += [*overview(purpose), ""]
+    lines += second_runs()
     lines += [(HERE / "findings.md").read_text().rstrip(), ""]
     lines += ["Details: " + ", ".join(f"[{n}]({n}.md)" for n in PROTOCOLS if (HERE / f"{n}.md").is_file()) + "."]
     (HERE / "README.md").write_text("\n".join([*lines, ""]))
@@ -246,6 +260,30 @@ def overview(purpose: str) -> list[str]:
         return [*lines, "Not run yet."]
     lines += [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     return lines + [f"| {m} | {' | '.join(column.get(m, '') for column in columns.values())} |" for m in methods]
+
+
+def second_runs() -> list[str]:
+    """Markdown: how far apart two runs of the same training are, EMA weights; nothing if there are none."""
+    first, again = (read_runs(prefix).set_index(KEYS)["device"] for prefix in ("", AGAIN))
+    lines = []
+    for key in again.index.intersection(first.index):
+        name, purpose, draw, labeled, method, steps = key
+        columns = {"seed": draw, "labeled": labeled, "method": method, "steps": steps, "weights": "EMA"}
+        cases = [
+            rows_with(results_of(name, purpose, prefix), columns).assign(method=run)
+            for prefix, run in (("", "first"), (AGAIN, "again"))
+        ]
+        scores = score(pd.concat(cases))
+        rows = compare(scores, "first")
+        for row in rows[rows["metric"] == "dice"].to_dict("records"):
+            of_modality = scores[scores["modality"] == row["modality"]].groupby("method")["dice"].mean()
+            cells = [f"{PROTOCOLS[name].title}: {row['modality']}", f"{method}, draw {draw}, {purpose} cases"]
+            cells += [f"{of_modality[run]:.3f} ({of[key]})" for run, of in (("first", first), ("again", again))]
+            cells += [f"{signed(row, 'difference')} ({interval_text(row)})", p_text(row["p"])]
+            lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        return []
+    return ["## Run twice", "", *AGAIN_EXPLAINED.split("\n"), *lines, ""]
 
 
 def write_first_page() -> None:

@@ -22,7 +22,7 @@ estimated from the first draw; what was tried on validation cases 15.
 Results are collected beside this script, in <protocol>_<purpose>.csv, and what the runs cost, and on what device, in
 runs.csv. What stands there is done, so that a study goes on where it was interrupted, also on another machine; to do
 something anew, delete its rows and its files below SCRATCH. With --again and another SCRATCH what is done is done a
-second time, to see how far two runs are apart, and the mean Dice goes to again.csv.
+second time, to see how far two runs are apart; the names of these tables begin with "again_".
 """
 
 import argparse
@@ -53,8 +53,7 @@ HERE = Path(__file__).parent
 WEIGHTS = {"last step": "checkpoint_final.pth", "EMA": "checkpoint_ema.pth"}
 KEYS = ["protocol", "purpose", "draw", "labeled", "method", "steps"]
 NUM_PHANTOMS, TEST_SHARE = 70, 0.3
-RUNS, AGAIN = HERE / "runs.csv", HERE / "again.csv"
-CPU = "CPU"
+CPU, AGAIN = "CPU", "again_"
 
 
 def set_environment(work: Path, task: Task) -> None:
@@ -237,7 +236,7 @@ def model_of(protocol: Protocol, task: Task, modality: str | None, trainer: str 
     return model_folder(results, dataset, trainer, "nnUNetPlans", protocol.configuration)
 
 
-def run(data: Path, work: Path, device: str, task: Task) -> str:
+def run(data: Path, work: Path, task: Task, device: str = "cpu") -> str:
     """Prepare, train, predict and evaluate what is not yet there; the result is a file. Returns what happened."""
     begin = time.monotonic()
     try:
@@ -247,7 +246,7 @@ def run(data: Path, work: Path, device: str, task: Task) -> str:
         with locked(file.with_suffix(".locked"), f"making {file.name}", wait=True):
             if not file.is_file():
                 with file.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log):
-                    result = run_task(data, device, task)
+                    result = run_task(data, task, device)
                 temporary = file.with_suffix(".tmp")
                 temporary.write_text(json.dumps(result))
                 temporary.replace(file)
@@ -259,7 +258,7 @@ def run(data: Path, work: Path, device: str, task: Task) -> str:
     return f"{task.purpose} {task.draw}: {task.method}: {numbers} ({time.monotonic() - begin:.0f} s)"
 
 
-def run_task(data: Path, device_type: str, task: Task) -> dict[str, Any]:
+def run_task(data: Path, task: Task, device_type: str) -> dict[str, Any]:
     """Of `run`, the part that takes long: metrics of every held-out case, and what they cost."""
     import torch
     from nnunetv2.run.run_training import run_training
@@ -322,9 +321,11 @@ def predict_and_evaluate(
 # tables
 
 
-def read_runs(file: Path = RUNS) -> pd.DataFrame:
-    """What was run, on what device, and what it cost."""
-    return pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=[*KEYS, "cpu_seconds", "date", "commit"])
+def read_runs(prefix: str = "") -> pd.DataFrame:
+    """What was run, on what device, and what it cost; with the prefix AGAIN, a second time."""
+    file = HERE / f"{prefix}runs.csv"
+    columns = [*KEYS, "cpu_seconds", "date", "commit", "device"]
+    return pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=columns)
 
 
 def rows_with(table: pd.DataFrame, values: Mapping[str, Any]) -> pd.DataFrame:
@@ -332,37 +333,28 @@ def rows_with(table: pd.DataFrame, values: Mapping[str, Any]) -> pd.DataFrame:
     return table[(table[list(values)] == list(values.values())).all(axis=1)]
 
 
-def is_done(task: Task, file: Path = RUNS) -> bool:
-    """Whether the committed tables have it."""
-    return not rows_with(read_runs(file), {key: getattr(task, key) for key in KEYS}).empty
+def is_done(task: Task, prefix: str = "") -> bool:
+    """Whether the committed tables have it; with the prefix AGAIN, those of second runs."""
+    return not rows_with(read_runs(prefix), {key: getattr(task, key) for key in KEYS}).empty
 
 
-def append(rows: pd.DataFrame, file: Path) -> None:
-    """Add rows to a table, which may not exist yet."""
-    rows.to_csv(file, mode="a", header=not file.is_file(), index=False, float_format="%.4g")
-
-
-def add_to_tables(work: Path, task: Task, runs: Path = RUNS) -> None:
-    """Add the result of a task, if it has one that is not there; with AGAIN its mean Dice alone."""
+def add_to_tables(work: Path, task: Task, prefix: str = "") -> None:
+    """Add the result of a task, if it has one that is not there."""
     file = result_file(work, task)
-    if not file.is_file() or is_done(task, runs):
+    if not file.is_file() or is_done(task, prefix):
         return
     result = json.loads(file.read_text())
     protocol = PROTOCOLS[task.protocol]
-    rows = pd.DataFrame(result["rows"])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout
-    run = {key: getattr(task, key) for key in KEYS} | {"cpu_seconds": result["cpu_seconds"]}
-    run |= {"date": datetime.date.today(), "commit": commit.strip(), "device": result["device"]}
-    if runs == AGAIN:
-        # without a score: no foreground, neither found nor there
-        dice = rows.groupby(["modality", "weights"], sort=False)["dice"].mean().reset_index()
-        append(dice.assign(**run)[[*run, *dice.columns]], AGAIN)
-        return
     about = {"dataset": protocol.source or "phantom", "method": task.method, "seed": task.draw}
     about |= {"labeled": task.labeled, "class": protocol.foreground, "steps": task.steps}
     columns = ["weights", "steps", *(c for c in COLUMNS if c != "unlabeled")]
-    append(rows.assign(**about)[columns], HERE / f"{task.protocol}_{task.purpose}.csv")
-    append(pd.DataFrame([run]), RUNS)
+    rows = pd.DataFrame([{**about, **row} for row in result["rows"]])[columns]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout
+    run = {key: getattr(task, key) for key in KEYS} | {"cpu_seconds": result["cpu_seconds"]}
+    run |= {"date": datetime.date.today(), "commit": commit.strip(), "device": result["device"]}
+    for name, table in ((f"{task.protocol}_{task.purpose}", rows), ("runs", pd.DataFrame([run]))):
+        file = HERE / f"{prefix}{name}.csv"
+        table.to_csv(file, mode="a", header=not file.is_file(), index=False, float_format="%.4g")
 
 
 def main() -> None:
@@ -381,14 +373,14 @@ def main() -> None:
     work, data = args.work.resolve(), args.data.resolve()
     tasks = [task for task in tasks_of(args.protocol, args.purpose) if args.draws is None or task.draw in args.draws]
     tasks = [task for task in tasks if args.only is None or task.method in args.only]
-    runs = AGAIN if args.again else RUNS
-    tasks = [task for task in tasks if not is_done(task, runs)]
+    prefix = AGAIN if args.again else ""
+    tasks = [task for task in tasks if not is_done(task, prefix)]
     context = multiprocessing.get_context("spawn")
     with context.Pool(args.processes, maxtasksperchild=1) as pool:
-        for line in pool.imap_unordered(partial(run, data, work, args.device), tasks):
+        for line in pool.imap_unordered(partial(run, data, work, device=args.device), tasks):
             print(time.strftime("%H:%M:%S"), line, flush=True)
             for task in tasks:
-                add_to_tables(work, task, runs)
+                add_to_tables(work, task, prefix)
 
 
 if __name__ == "__main__":
