@@ -41,12 +41,13 @@ Mean per case, in 3D, each modality predicted alone; in brackets the lowest and 
 what lies between the bounds, the part that a method gains, (method − few labels) / (all labels − few labels), of Dice,
 with a 95 % bootstrap interval over the cases; none where the interval of the gap itself reaches nought. Bounds and
 method have the same weights: those of the last step, or their exponential moving average (EMA). Differences are paired
-by case (95 % interval, BCa); p: two-sided Wilcoxon, Holm-corrected for all methods and modalities of the table. Draws
-that a bound lacks are left out."""
+by case (95 % interval, BCa); p: two-sided Wilcoxon, Holm-corrected for all methods and modalities of the table. They
+are of these trainings: what other cases would change, not what other seeds would, for which draws stand. Draws that a
+bound lacks are left out."""
 
 AGAIN_EXPLAINED = """\
-The same training with the same seed on another device (`run.py … --again`). Intervals and p are over cases, as above:
-they say what other patients would change, not what another training would.
+The same training with the same seed on another device (`run.py … --again`): what differs is chance. Interval and p are
+over cases, as everywhere.
 
 | data | training | Dice | again | apart | p |
 |---|---|---|---|---|---|"""
