@@ -152,7 +152,7 @@ BEST: Mapping[str, Sequence[str]] = {  # on validation cases; also trained with 
     "lgg": ("Semi-CML Plus", "Semi-CML + PReL", "Semi-CML"),
     "ombria": ("Semi-CML Plus",),
 }
-ON_ALL_DRAWS = (*PUBLISHED, "Semi-CML Plus", "Semi-CML Plus, taught both ways")
+ON_ALL_DRAWS = (*PUBLISHED, "Semi-CML Plus", "Semi-CML Plus, taught both ways", "BCP Plus")
 VARIANTS = {
     "Semi-CML": ["SemiCML"],
     "Semi-CML, one way": ["SemiCML_OneWay"],
