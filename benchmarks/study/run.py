@@ -15,8 +15,8 @@ better one, is therefore that of training cases). Networks are small, so that a 
 modality is predicted alone by nnU-Net's predictor without mirroring, once with the weights of the last step and once
 with their exponential moving average. On a GPU training is in float16, as nnU-Net does it; networks are not compiled.
 
-A training takes 8 (bounds) to 29 minutes (UniMatch on floods) of a core, on left atria from 21, see runs.csv: the test
-cases of gliomas about 7 core-hours, of their slices 4, of floods 8, of left atria 8 and of the phantom 2.5, some of it
+A training takes 8 (bounds) to 29 minutes (UniMatch on floods) of a core, on left atria 21 to 77, see runs.csv: the test
+cases of gliomas about 8 core-hours, of their slices 4, of floods 9, of left atria 8 and of the phantom 2.5, some of it
 estimated from the first draw; what was tried on validation cases 15.
 
 Results are collected beside this script, in <protocol>_<purpose>.csv, and what the runs cost, and on what device, in
