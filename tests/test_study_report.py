@@ -81,6 +81,7 @@ def test_shares_are_of_the_draws_that_a_method_and_both_bounds_have(tmp_path, re
     assert "### 15 labeled" not in page  # without bounds there is nothing to say
     overview = (tmp_path / "README.md").read_text()
     assert cells(overview, "BCP", "## Test cases")["Gliomas, whole volumes: FLAIR"] == "0.62 (0.50 … 0.75)"
+    assert cells(overview, "Semi-CML", "## Test cases")["Gliomas, whole volumes: FLAIR"].endswith(")²")
     assert "What was found." in overview
     assert (tmp_path / "lgg.png").is_file()
     first = report.FIRST_PAGE.read_text()
@@ -88,7 +89,7 @@ def test_shares_are_of_the_draws_that_a_method_and_both_bounds_have(tmp_path, re
     assert first.endswith("<!-- end -->\nAfter.\n")
     assert "old" not in first
     of_method = cells(first, "… and want the published method", "Before")
-    assert of_method["gliomas: FLAIR"] == "+0.100 (**0.33**)"
+    assert of_method["gliomas: FLAIR"] == "+0.100 (**0.33**)²"
     assert of_method["left atria"] == ""
     differences = page[page.index("| − few labels |") :]
     assert cells(differences, "all labels", "| −")["FLAIR"].startswith("+0.300 (")
@@ -144,10 +145,11 @@ def test_half_of_the_gap_is_in_the_cases_that_gain_most(report):
 
 
 def test_a_share_that_may_be_nought_is_not_in_bold(report):
-    row = {"share": -0.25, "gap": 0.2, "gap_low": 0.1, "low": -0.5, "high": 0.1}
+    row = {"share": -0.25, "gap": 0.2, "gap_low": 0.1, "low": -0.5, "high": 0.1, "draws": 1}
     assert report.gain_text(row) == "−0.050 (−0.25)"
     assert report.gain_text({**row, "share": 0.25}) == "+0.050 (0.25)"
     assert report.gain_text({**row, "share": 0.25, "low": 0.05}) == "+0.050 (**0.25**)"
+    assert report.gain_text({**row, "draws": 3}) == "−0.050 (−0.25)³"
 
 
 def test_where_all_labels_gain_nothing_there_is_no_share(tmp_path, report):

@@ -36,6 +36,7 @@ TRAINERS = (
 )
 SHOWN = (-1.6, 1.6)  # of shares, in figures: where the gap is small, an interval can have any length
 NO_GAP = "no sure gap"
+MARKS = ("", "", "²", "³")  # of what rests on several draws, where there is no column for them
 EXPLAINED = """\
 Mean per case, in 3D, each modality predicted alone; in brackets the lowest and highest mean of a draw. *Share*: of
 what lies between the bounds, the part that a method gains, (method − few labels) / (all labels − few labels), of Dice,
@@ -43,7 +44,7 @@ with a 95 % bootstrap interval over the cases; none where the interval of the ga
 method have the same weights: those of the last step, or their exponential moving average (EMA). Differences are paired
 by case (95 % interval, BCa); p: two-sided Wilcoxon, Holm-corrected for all methods and modalities of the table. They
 are of these trainings: what other cases would change, not what other seeds would, for which draws stand. Draws that a
-bound lacks are left out."""
+bound lacks are left out; ² and ³: of two and three draws."""
 
 AGAIN_EXPLAINED = """\
 The same training with the same seed on another device (`run.py … --again`): what differs is chance. Interval and p are
@@ -113,16 +114,18 @@ def share_rows(scores: pd.DataFrame) -> pd.DataFrame:
     for method in dict.fromkeys(scores["method"]):
         draws = set(scores.loc[scores["method"] == method, "seed"])
         part = scores[scores["seed"].isin(draws) & scores["method"].isin([method, LOWER, UPPER])]
-        parts.append(share_of_gap(part, LOWER, UPPER))
+        parts.append(share_of_gap(part, LOWER, UPPER).assign(draws=len(draws)))
     return pd.concat(parts)
 
 
-def shares_of(scores: pd.DataFrame) -> dict[tuple[str, str], str]:
-    """Method and modality -> share of the gap with its interval, where all labels surely gain anything."""
+def shares_of(scores: pd.DataFrame, mark: bool = False) -> dict[tuple[str, str], str]:
+    """Method and modality -> share of the gap with its interval, where all labels surely gain anything; see MARKS."""
     return {
-        (row["method"], row["modality"]): f"{row['share']:.2f} ({row['low']:.2f} … {row['high']:.2f})"
-        if row["gap_low"] > 0
-        else NO_GAP
+        (row["method"], row["modality"]): (
+            f"{row['share']:.2f} ({row['low']:.2f} … {row['high']:.2f}){MARKS[row['draws']] if mark else ''}"
+            if row["gap_low"] > 0
+            else NO_GAP
+        )
         for row in share_rows(scores).to_dict("records")
     }
 
@@ -251,7 +254,7 @@ def overview(purpose: str) -> list[str]:
             continue
         if purpose == "validation":
             part = part[part["method"].isin([LOWER, UPPER, *FINALISTS])]
-        shares = shares_of(score(part[part["weights"] == "EMA"]))
+        shares = shares_of(score(part[part["weights"] == "EMA"]), mark=True)
         for modality in dict.fromkeys(part["modality"]):
             title = f"{protocol.title}: {modality}"
             columns[title] = {method: text for (method, of), text in shares.items() if of == modality}
@@ -308,7 +311,7 @@ def gain_text(row: dict) -> str:
         return NO_GAP
     share = f"{row['share']:.2f}".replace("-", "−")
     gain = f"{row['share'] * row['gap']:+.3f}".replace("-", "−")
-    return f"{gain} ({f'**{share}**' if row['low'] > 0 else share})"
+    return f"{gain} ({f'**{share}**' if row['low'] > 0 else share}){MARKS[row['draws']]}"
 
 
 def main() -> None:
