@@ -236,3 +236,41 @@ def test_mixtures_are_contrasted(trainers):
     targets = [dict.fromkeys(view, trainers.MixedLabels(torch.ones(2, 3, 8, 8), region, region)) for view in outputs]
     p = [torch.cat([view[name].softmax(1)[:, 1:] for view in outputs]) for name in outputs[0]]
     torch.testing.assert_close(trainer.unsupervised_terms(outputs, targets)["asc"], area_contrast(p, 0.5))
+
+
+def test_results_go_to_the_tables_once_and_those_of_second_runs_to_their_own(tmp_path, protocols, run, monkeypatch):
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    task, other = protocols.tasks_of("lgg", "test")[:2]
+
+    def finish(work, dice, device):
+        row = {"modality": "FLAIR", "weights": "EMA", "case": "a", "dice": dice}
+        row |= dict.fromkeys(("ppv", "sensitivity", "asd", "hd95", "n_ref", "n_pred", "diagonal"), 1)
+        file = run.result_file(work, task)
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"rows": [row], "cpu_seconds": 60, "device": device}))
+
+    finish(tmp_path / "first", 0.25, "CPU")
+    finish(tmp_path / "second", 0.5, "A GPU")
+    for _ in range(2):
+        run.add_to_tables(tmp_path / "first", task)
+        run.add_to_tables(tmp_path / "first", other)  # has no result
+    assert not run.is_done(task, run.AGAIN)
+    run.add_to_tables(tmp_path / "second", task, run.AGAIN)
+    assert run.is_done(task)
+    assert run.is_done(task, run.AGAIN)
+    assert not run.is_done(other)
+    for prefix, dice, device in (("", "0.25", "CPU"), ("again_", "0.5", "A GPU")):
+        with (tmp_path / f"{prefix}lgg_test.csv").open() as rows, (tmp_path / f"{prefix}runs.csv").open() as runs:
+            (row,), (of_run,) = csv.DictReader(rows), csv.DictReader(runs)
+        assert (row["method"], row["seed"], row["labeled"], row["dice"]) == (task.method, "0", "0", dice)
+        assert (of_run["method"], of_run["cpu_seconds"], of_run["device"]) == (task.method, "60", device)
+
+
+def test_a_task_runs_on_the_device_that_is_named(tmp_path, protocols, run, monkeypatch):
+    """Where there is no GPU, this would otherwise show nowhere."""
+    monkeypatch.setattr(run, "set_environment", lambda work, task: None)
+    row = {"modality": "FLAIR", "weights": "EMA", "dice": 0.5}
+    monkeypatch.setattr(run, "run_task", lambda data, task, device: {"rows": [row], "device": device})
+    for device, task in zip(("cpu", "cuda"), protocols.tasks_of("lgg", "test"), strict=False):
+        assert "FAILED" not in run.run(tmp_path, tmp_path, task, device)
+        assert json.loads(run.result_file(tmp_path, task).read_text())["device"] == device
