@@ -24,7 +24,7 @@ from scipy.stats import bootstrap, pearsonr, rankdata
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "study"))
 from protocols import PROTOCOLS, Task, tasks_of  # noqa: E402
-from run import cases_of, dataset_of, model_of, set_environment, source_of  # noqa: E402
+from run import cases_of, dataset_of, model_of, rows_with, set_environment, source_of  # noqa: E402
 
 METHODS = ("few labels", "Semi-CML", "Semi-CML Plus", "BCP", "BCP Plus", "cross-modal BCP", "all labels")
 TOGETHER = "mean of modalities"
@@ -223,8 +223,8 @@ def main() -> None:
     table = pd.read_csv(TABLE) if TABLE.is_file() else pd.DataFrame(columns=KEYS)
     protocol = PROTOCOLS[args.task[0]]
     for task in tasks_of(*args.task):
-        known = (table[KEYS] == [getattr(task, key) for key in KEYS]).all(axis=1).any()
-        if known or task.method not in METHODS or task.steps != protocol.steps:
+        known = rows_with(table, {key: getattr(task, key) for key in KEYS})
+        if len(known) or task.method not in METHODS or task.steps != protocol.steps:
             continue
         found = measure_networks(args.data.resolve(), args.work.resolve(), task)
         if found is not None:

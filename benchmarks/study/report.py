@@ -44,11 +44,11 @@ with a 95 % bootstrap interval over the cases; none where the interval of the ga
 method have the same weights: those of the last step, or their exponential moving average (EMA). Differences are paired
 by case (95 % interval, BCa); p: two-sided Wilcoxon, Holm-corrected for all methods and modalities of the table. They
 are of these trainings: what other cases would change, not what other seeds would, for which draws stand. Draws that a
-bound lacks are left out; ² and ³: of two and three draws."""
+bound lacks are left out."""
 
 AGAIN_EXPLAINED = """\
-The same training with the same seed on another device (`run.py … --again`): what differs is chance. Interval and p are
-over cases, as everywhere.
+The same training with the same seed on another device (`run.py … --again`): what differs is chance, and on a GPU
+float16 and the version of PyTorch. Interval and p are over cases, as everywhere.
 
 | data | training | Dice | again | apart | p |
 |---|---|---|---|---|---|"""
@@ -166,8 +166,7 @@ def differences(cases: pd.DataFrame, reference: str) -> list[str]:
 
 def about(name: str, protocol: Protocol, purpose: str) -> list[str]:
     """How the results of a purpose were made, and what they cost."""
-    runs = read_runs()
-    runs = runs[(runs["protocol"] == name) & (runs["purpose"] == purpose)]
+    runs = rows_with(read_runs(), {"protocol": name, "purpose": purpose})
     hours = runs.loc[runs["device"] == CPU, "cpu_seconds"].sum() / 3600
     elsewhere = [
         f"On {device} instead, in float16: {', '.join(of['method'] + ' (draw ' + of['draw'].astype(str) + ')')}."
@@ -235,7 +234,13 @@ def plot_shares(name: str, cases: pd.DataFrame) -> bool:
 
 def write_overview() -> None:
     """README.md: shares of the gap of all protocols, EMA weights, with the fewest labels."""
-    lines = ["# Study: what methods gain of what there is to gain", "", *EXPLAINED.split("\n"), ""]
+    lines = [
+        "# Study: what methods gain of what there is to gain",
+        "",
+        *EXPLAINED.split("\n"),
+        "² and ³: of two and three draws.",
+        "",
+    ]
     for purpose in ("test", "validation"):
         lines += [*overview(purpose), ""]
     lines += second_runs()
